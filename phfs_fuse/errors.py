@@ -1,0 +1,163 @@
+"""The answers that are not data: one class per meaning, one errno or exit code per class. Owns no state."""
+
+from __future__ import annotations
+
+import errno
+from typing import ClassVar
+
+
+class PhfsError(Exception):
+    """An answer to a file-system request that is an error.
+
+    `op` is what was being done, `subject` the key or path it was done to, `reason` why it failed.
+    """
+
+    errno: ClassVar[int] = errno.EIO
+
+    def __init__(self, op: str, subject: str, reason: str = "") -> None:
+        super().__init__(op, subject, reason)
+        self.op, self.subject, self.reason = op, subject, reason
+
+    def __str__(self) -> str:
+        text = f"{self.op} {self.subject}"
+        return f"{text}: {self.reason}" if self.reason else text
+
+
+class NotFound(PhfsError):
+    errno = errno.ENOENT
+
+
+class BucketNotFound(NotFound):
+    """The bucket itself is not there."""
+
+
+class Exists(PhfsError):
+    errno = errno.EEXIST
+
+
+class NotADirectory(PhfsError):
+    errno = errno.ENOTDIR
+
+
+class IsADirectory(PhfsError):
+    errno = errno.EISDIR
+
+
+class NotEmpty(PhfsError):
+    errno = errno.ENOTEMPTY
+
+
+class AccessDenied(PhfsError):
+    """The store refuses these credentials."""
+
+    errno = errno.EACCES
+
+
+class InvalidArgument(PhfsError):
+    errno = errno.EINVAL
+
+
+class IllegalName(PhfsError):
+    """A name or key that cannot be carried by the other side."""
+
+    errno = errno.EINVAL
+
+
+class NameTooLong(PhfsError):
+    errno = errno.ENAMETOOLONG
+
+
+class NotSupported(PhfsError):
+    errno = errno.ENOTSUP
+
+
+class ReadOnly(PhfsError):
+    errno = errno.EROFS
+
+
+class TooLarge(PhfsError):
+    errno = errno.EFBIG
+
+
+class NoSpace(PhfsError):
+    """The dirty limit or the local disk is full."""
+
+    errno = errno.ENOSPC
+
+
+class QuotaExceeded(PhfsError):
+    errno = errno.EDQUOT
+
+
+class NoAttribute(PhfsError):
+    errno = errno.ENODATA
+
+
+class StaleVersion(PhfsError):
+    """The version that was asked for is no longer in the store."""
+
+    errno = errno.ESTALE
+
+
+class VersionChanged(PhfsError):
+    """A conditional request lost: the object is not (or no longer) the version that it names. Also 'gone'."""
+
+    errno = errno.EIO
+
+
+class StoreUnavailable(PhfsError):
+    """The store did not answer, or answered that it cannot now; the same request may succeed later."""
+
+    errno = errno.EIO
+
+
+class StoreTimeout(StoreUnavailable):
+    errno = errno.ETIMEDOUT
+
+
+class BadAnswer(StoreUnavailable):
+    """The store's answer contradicts itself or the request (length, checksum, XML)."""
+
+
+class StartupError(Exception):
+    """A reason why a command cannot do its work: one line (thing, reason, remedy) and an exit code."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(StartupError):
+    """A flag, a config key, an option or their combination is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """`field` has `value`, which is not `wanted`."""
+
+    def __init__(self, field: str, value: object, wanted: str) -> None:
+        super().__init__(f"{field}: {value!r} is not valid, expected {wanted}")
+        self.field, self.value, self.wanted = field, value, wanted
+
+
+class StoreStartupError(StartupError):
+    """Bucket missing, credentials wrong or missing, no permission, endpoint out of reach."""
+
+    exit_code = 3
+
+
+class MountpointError(StartupError):
+    """Mount point missing, not a directory, not empty, in use, or FUSE not usable."""
+
+    exit_code = 4
+
+
+class LocalStateError(StartupError):
+    """State or cache directory not writable, full, locked by another mount, or of a newer format."""
+
+    exit_code = 5
+
+
+class NotDrained(StartupError):
+    """Bytes are still waiting for upload; they stay in the state directory."""
+
+    exit_code = 6

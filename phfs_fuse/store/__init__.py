@@ -1,0 +1,1 @@
+"""Object stores: the seam (`base`) and what stands behind it."""

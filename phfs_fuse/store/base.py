@@ -1,0 +1,140 @@
+"""The seam to the object store: what the layers above may ask of it. Owns no state.
+
+Every method awaits the network, has a deadline, and raises only `PhfsError`s:
+`NotFound` (ENOENT), `BucketNotFound` (ENOENT), `AccessDenied` (EACCES), `VersionChanged` (a condition failed),
+`StoreUnavailable`/`StoreTimeout` (retries are used up), `BadAnswer` (the answer contradicts the request),
+`IllegalName` (the key cannot be sent), `TooLarge`, `NotSupported`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from phfs_fuse.types import ETag, ObjectKey
+
+Sink = Callable[[int, bytes | memoryview], None]
+"""Takes (offset in the object, chunk): called in ascending order without gaps, on a thread of the store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo:
+    """One version of one object. `metadata` is None where the answer (a listing) does not carry it."""
+
+    key: ObjectKey
+    etag: ETag
+    size: int
+    modified_ns: int  # the store's Last-Modified, nanoseconds since the epoch
+    metadata: Mapping[str, str] | None  # user metadata, names in lower case without `x-amz-meta-`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """One page. `objects` and `prefixes` are each in ascending order of UTF-8 bytes."""
+
+    objects: Sequence[ObjectInfo]
+    prefixes: Sequence[str]  # common prefixes, each ends in "/"
+    next_token: str | None  # None: last page
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """`length` bytes at `offset` of an open file. Read by pread while the request runs; the caller keeps it
+    unchanged and open until the request ended."""
+
+    fd: int
+    offset: int
+    length: int
+
+
+Body = bytes | FileRange
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """The condition of a write: `etag` None asks that no object is there, else that it has this version.
+
+    Kept also on stores without (or with broken) conditional writes, there by a HEAD just before.
+    """
+
+    etag: ETag | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    part_no: int  # from 1
+    etag: ETag
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A multipart upload that was begun and neither completed nor aborted."""
+
+    key: ObjectKey
+    upload_id: str
+    started_ns: int
+
+
+class ObjectStore(Protocol):
+    """One bucket. Keys are whole keys."""
+
+    @property
+    def lists_metadata(self) -> bool:
+        """Whether listings carry user metadata (MinIO's extension), known after `check_bucket`."""
+
+    async def check_bucket(self, *, create: bool = False) -> None:
+        """Return if the bucket can be listed; probe what the store can do. Creates it if asked to."""
+
+    async def head(self, key: ObjectKey) -> ObjectInfo: ...
+
+    async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
+        """Send bytes [start, end) of version `etag` (None: any) to `sink` while they arrive; exactly these or an
+        error. A retry within goes on where the last try ended. VersionChanged if the version is gone."""
+
+    async def list(
+        self, prefix: str, *, delimiter: bool, token: str | None = None, start_after: str = "", count_max: int = 1000
+    ) -> Listing:
+        """A page of the keys under `prefix`; with `delimiter` those beyond the next "/" are rolled up."""
+
+    async def put(
+        self, key: ObjectKey, body: Body, metadata: Mapping[str, str], *, expect: Expect | None
+    ) -> ObjectInfo:
+        """Store a whole object. Atomic. `expect` None: whatever is there."""
+
+    async def copy(
+        self,
+        source: ObjectKey,
+        source_etag: ETag,
+        key: ObjectKey,
+        size: int,
+        metadata: Mapping[str, str],
+        *,
+        expect: Expect | None,
+    ) -> ObjectInfo:
+        """Server-side copy with new metadata (the source may be `key`). Any size. VersionChanged if the source
+        is not `source_etag` or `expect` fails."""
+
+    async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
+        """Remove; a key that is not there is a success."""
+
+    async def delete_many(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, str]:
+        """Remove up to 1000 keys in one request; returns those that failed with the reason."""
+
+    async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str: ...
+
+    async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part: ...
+
+    async def upload_part_copy(
+        self, key: ObjectKey, upload_id: str, part_no: int, source: ObjectKey, source_etag: ETag, start: int, end: int
+    ) -> Part: ...
+
+    async def complete_multipart(
+        self, key: ObjectKey, upload_id: str, parts: Sequence[Part], *, expect: Expect | None
+    ) -> ObjectInfo: ...
+
+    async def abort_multipart(self, key: ObjectKey, upload_id: str) -> None: ...
+
+    async def list_multipart(self, prefix: str) -> Sequence[Upload]: ...
+
+    async def aclose(self) -> None: ...
