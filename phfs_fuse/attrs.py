@@ -1,0 +1,123 @@
+"""POSIX attributes <-> user metadata, in the form that rclone, s3fs and geesefs all parse. Pure; owns no state.
+
+`mode` is zero-prefixed octal with the file type (`0100644`), `uid` and `gid` are decimal, `mtime` is seconds with a
+fraction. Of other writers also read: s3fs's decimal `mode`, geesefs's `--symlink-target`.
+"""
+
+from __future__ import annotations
+
+import stat
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+TYPES: Final = frozenset(
+    (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
+)
+GEESEFS_TARGET: Final = "--symlink-target"
+XATTR: Final = "xattr-"  # + the name of a user.* attribute in hex (metadata names have no case); the value in unpadded base64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attrs:
+    """What is kept of a file beside its bytes. `mode` has the type; times in nanoseconds since the epoch."""
+
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    rdev: int = 0
+    xattrs: Mapping[bytes, bytes] | None = None
+
+
+def _b64(raw: bytes) -> str:
+    return urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+def _unb64(text: str) -> bytes:
+    return urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def to_metadata(attrs: Attrs) -> dict[str, str]:
+    seconds, ns = divmod(attrs.mtime_ns, 10**9)
+    if seconds < 0 and ns:  # -1.5 s is (-2, 5e8), but is written "-1.5"
+        mtime = f"-{-seconds - 1}.{10**9 - ns:09d}"
+    else:
+        mtime = f"{seconds}.{ns:09d}"
+    found = {"mode": f"0{attrs.mode:o}", "uid": str(attrs.uid), "gid": str(attrs.gid), "mtime": mtime}
+    if attrs.rdev:
+        found["rdev"] = str(attrs.rdev)
+    for name, value in (attrs.xattrs or {}).items():
+        found[XATTR + name.hex()] = _b64(value)
+    return found
+
+
+def parse_mode(text: str) -> int | None:
+    """Mode with or without type bits, or None. Octal where it begins with 0 or only so has a type that exists."""
+    if not text.isascii() or not text.isdigit() or len(text) > 12:
+        return None
+    octal = int(text, 8) if not set(text) & {"8", "9"} else -1
+    if text.startswith("0"):
+        return octal if 0 <= octal <= 0o177777 else None
+    decimal = int(text)
+    for mode in (decimal, octal):
+        if 0 < mode <= 0o177777 and stat.S_IFMT(mode) in TYPES:
+            return mode
+    return octal if 0 <= octal <= 0o7777 else None
+
+
+def parse_seconds(text: str) -> int | None:
+    """Nanoseconds of `[-]seconds[.fraction]`, or None; no float in between, so no digit is lost."""
+    whole, _, fraction = text.partition(".")
+    sign = -1 if whole.startswith("-") else 1
+    digits = whole.removeprefix("-")
+    if not digits.isascii() or not digits.isdigit() or len(digits) > 11:
+        return None
+    if fraction and not (fraction.isascii() and fraction.isdigit()):
+        return None
+    return sign * (int(digits) * 10**9 + int((fraction + "0" * 9)[:9]))
+
+
+def _parse_id(text: str | None, default: int) -> int:
+    return int(text) if text and text.isascii() and text.isdigit() and int(text) < 2**32 - 1 else default
+
+
+def _parse_xattrs(metadata: Mapping[str, str]) -> dict[bytes, bytes] | None:
+    found: dict[bytes, bytes] = {}
+    for name, value in metadata.items():
+        if name.startswith(XATTR):
+            try:
+                found[bytes.fromhex(name[len(XATTR) :])] = _unb64(value)
+            except ValueError:
+                continue  # not ours
+    return found or None
+
+
+def from_metadata(metadata: Mapping[str, str], modified_ns: int, default: Attrs) -> Attrs:
+    """Attributes of an object; what it lacks, or has in a form that cannot be read, is taken from `default`
+    (the times from `modified_ns`)."""
+    mode = parse_mode(metadata.get("mode", ""))
+    if mode is None:
+        mode = default.mode
+    elif not stat.S_IFMT(mode):
+        mode |= stat.S_IFMT(default.mode)
+    if GEESEFS_TARGET in metadata:
+        mode = stat.S_IFLNK | 0o777
+    if stat.S_ISDIR(mode) != stat.S_ISDIR(default.mode) or stat.S_IFMT(mode) not in TYPES:
+        mode = default.mode  # a directory is what its key says
+    mtime_ns = parse_seconds(metadata.get("mtime", ""))
+    return Attrs(
+        mode=mode,
+        uid=_parse_id(metadata.get("uid"), default.uid),
+        gid=_parse_id(metadata.get("gid"), default.gid),
+        mtime_ns=modified_ns if mtime_ns is None else mtime_ns,
+        rdev=_parse_id(metadata.get("rdev"), 0),
+        xattrs=_parse_xattrs(metadata),
+    )
+
+
+def geesefs_target(metadata: Mapping[str, str]) -> bytes | None:
+    target = metadata.get(GEESEFS_TARGET)
+    return None if target is None else unquote_to_bytes(target)

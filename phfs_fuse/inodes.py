@@ -1,0 +1,251 @@
+"""What the kernel knows: inode numbers, the tree of names, lookup counts. Owns all nodes and their numbers.
+
+No I/O and no await. A node in the tree is reachable by its name; one that is `detached` (unlinked, replaced, or
+a version that somebody else has replaced in the store) lives on until the kernel and the open files let go of it.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from phfs_fuse import keys
+from phfs_fuse.attrs import Attrs
+from phfs_fuse.dirty import DirtyFile
+from phfs_fuse.errors import StaleVersion
+from phfs_fuse.types import ROOT_INO, ETag, Ino, ObjectKey
+
+if TYPE_CHECKING:
+    from phfs_fuse.blocks import Version
+    from phfs_fuse.staging import Staged
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Where the stored bytes of a file are: one version of one object."""
+
+    key: ObjectKey
+    etag: ETag
+    size: int
+
+
+class Node:
+    """One file, directory, symlink or special file. Its methods do not await."""
+
+    __slots__ = (
+        "atime_ns",
+        "base",
+        "checked_at",
+        "complete_at",
+        "ctime_ns",
+        "detached",
+        "dirty",
+        "gid",
+        "ino",
+        "kids",
+        "lookups",
+        "marker",
+        "misses",
+        "mode",
+        "mtime_ns",
+        "name",
+        "opens",
+        "own_attrs",
+        "parent",
+        "rdev",
+        "segment",
+        "seq",
+        "size",
+        "staged",
+        "subdirs",
+        "uid",
+        "version",
+        "writers",
+        "xattrs",
+    )
+
+    def __init__(self, ino: Ino, attrs: Attrs, *, ctime_ns: int) -> None:
+        self.ino = ino
+        self.parent: Node | None = None
+        self.name = b""
+        self.segment = ""
+        self.size = 0
+        self.set_attrs(attrs)
+        self.ctime_ns = ctime_ns
+        self.atime_ns = attrs.mtime_ns
+        self.base: Base | None = None  # None: the store has no bytes of it
+        self.lookups = 0  # references that the kernel holds
+        self.opens = 0  # open files and directory streams
+        self.writers = 0  # of these, open for writing
+        self.checked_at = NEVER  # when the store last said that this is what the name means
+        self.seq = 0  # of the last local change: answers that are older say nothing about it
+        self.detached = False
+        self.dirty: DirtyFile | None = None
+        self.staged: Staged | None = None
+        self.version: Version | None = None
+        # directories only
+        self.kids: dict[bytes, Node] | None = {} if self.is_dir else None
+        self.complete_at = NEVER  # when `kids` was all that there is
+        self.marker: ETag | None = None  # version of the marker object in the store
+        self.own_attrs = False  # has attributes that only a marker can keep
+        self.subdirs = 0
+        self.misses = 0  # names that had to be asked for since `complete_at`
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_file(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+    @property
+    def is_symlink(self) -> bool:
+        return stat.S_ISLNK(self.mode)
+
+    @property
+    def nlink(self) -> int:
+        if self.detached:
+            return 0
+        return 2 + self.subdirs if self.is_dir else 1
+
+    @property
+    def attrs(self) -> Attrs:
+        return Attrs(
+            mode=self.mode,
+            uid=self.uid,
+            gid=self.gid,
+            mtime_ns=self.mtime_ns,
+            rdev=self.rdev,
+            xattrs=self.xattrs,
+        )
+
+    def set_attrs(self, attrs: Attrs) -> None:
+        self.mode, self.uid, self.gid = attrs.mode, attrs.uid, attrs.gid
+        self.mtime_ns, self.rdev, self.xattrs = attrs.mtime_ns, attrs.rdev, attrs.xattrs
+
+    @property
+    def busy(self) -> bool:
+        """Whether something still refers to it."""
+        return bool(self.lookups or self.opens or self.dirty or self.kids)
+
+
+class Inodes:
+    """All nodes of a mount by number, and the tree of names. Numbers are never used twice."""
+
+    def __init__(self, prefix: str, root_attrs: Attrs, *, now_ns: int, first_ino: int = ROOT_INO + 1) -> None:
+        self._prefix = prefix
+        self._next = first_ino
+        self._nodes: dict[int, Node] = {}
+        self.root = Node(ROOT_INO, root_attrs, ctime_ns=now_ns)
+        self.root.lookups = 1  # never forgotten
+        self._nodes[ROOT_INO] = self.root
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    @property
+    def next_ino(self) -> int:
+        return self._next
+
+    def get(self, ino: int) -> Node:
+        """Raises: StaleVersion (ESTALE) for a number that nobody was given, or that was given back."""
+        try:
+            return self._nodes[ino]
+        except KeyError:
+            raise StaleVersion("inode", str(ino), "is not known") from None
+
+    def new(self, attrs: Attrs, *, ctime_ns: int, ino: Ino | None = None) -> Node:
+        """A node with the next number (or its number from the journal), not yet in the tree."""
+        if ino is None:
+            ino = Ino(self._next)
+        self._next = max(self._next, ino + 1)
+        node = Node(ino, attrs, ctime_ns=ctime_ns)
+        self._nodes[ino] = node
+        return node
+
+    def attach(self, parent: Node, name: bytes, node: Node, segment: str | None = None) -> None:
+        """Give `node` a name, which must be free. `segment` differs from the name only for odd keys."""
+        assert parent.kids is not None
+        assert name not in parent.kids
+        node.parent, node.name = parent, name
+        node.segment = keys.segment_of(name) if segment is None else segment
+        node.detached = False
+        parent.kids[name] = node
+        if node.is_dir:
+            parent.subdirs += 1
+
+    def detach(self, node: Node) -> None:
+        """Take `node` out of the tree; it keeps its number while it is referred to."""
+        parent = node.parent
+        if parent is None or node.detached:
+            return
+        assert parent.kids is not None
+        del parent.kids[node.name]
+        node.detached = True
+        if node.is_dir:
+            parent.subdirs -= 1
+        self.drop_unused(node)
+        if parent.parent is not None or parent.detached:
+            self.drop_unused(parent)
+
+    def key(self, node: Node) -> ObjectKey:
+        """The key that the node's name stands for; a directory's ends in "/". Raises: NameTooLong."""
+        if node.parent is None:
+            return ObjectKey(self._prefix)
+        parts: list[str] = []
+        at: Node | None = node
+        while at is not None and at.parent is not None:
+            parts.append(at.segment)
+            at = at.parent
+        parts.append(self._prefix + parts.pop())
+        key = "/".join(reversed(parts))
+        return keys.join("", key + "/" if node.is_dir else key)
+
+    def path(self, node: Node) -> str:
+        """Path below the mount point, for people."""
+        parts: list[bytes] = []
+        at: Node | None = node
+        while at is not None and at.parent is not None:
+            parts.append(at.name)
+            at = at.parent
+        return b"/".join(reversed(parts)).decode("utf-8", "replace")
+
+    def forget(self, ino: int, count: int) -> None:
+        """The kernel gives `count` references back."""
+        if (node := self._nodes.get(ino)) is None or node.parent is None and not node.detached:
+            return
+        node.lookups = max(0, node.lookups - count)
+        self.drop_unused(node)
+
+    def drop_unused(self, node: Node) -> None:
+        """Let go of a node that nothing refers to, and of its parents likewise."""
+        at: Node | None = node
+        while at is not None and not at.busy and at is not self.root:
+            parent = at.parent
+            self._nodes.pop(at.ino, None)
+            if at.version is not None:
+                at.version.close()
+                at.version = None
+            if at.detached or parent is None or parent.kids is None:
+                return
+            parent.kids.pop(at.name, None)
+            parent.complete_at = NEVER
+            if at.is_dir:
+                parent.subdirs -= 1
+            at.detached = True
+            at = parent
+
+    @staticmethod
+    def descendants(node: Node) -> Iterator[Node]:
+        """All known nodes below `node`, parents before children."""
+        stack = list((node.kids or {}).values())
+        while stack:
+            at = stack.pop()
+            yield at
+            if at.kids:
+                stack.extend(at.kids.values())

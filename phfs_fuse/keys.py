@@ -1,0 +1,69 @@
+"""Names <-> key segments, group names <-> prefixes, and which of them are legal. Pure; owns no state.
+
+A name is the bytes that the kernel sends; a segment is the part of a key between two slashes. They are the same
+text, but for bytes that are not UTF-8: each is written as U+201B and two upper-case hex digits (rclone's way).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from phfs_fuse.errors import ConfigError, IllegalName, NameTooLong
+from phfs_fuse.types import KEY_BYTES_MAX, NAME_BYTES_MAX, ObjectKey
+
+QUOTE: Final = "‛"  # noqa: RUF001
+_ENCODE: Final = re.compile(QUOTE + "(?=" + QUOTE + "|[89A-F][0-9A-F])")
+_DECODE: Final = re.compile(QUOTE + "(" + QUOTE + "|[89A-F][0-9A-F])")
+
+RCLONE_LINK: Final = ".rclonelink"  # a symlink as rclone's --links stores it: the target is the body
+OBJECT_BESIDE: Final = ".phfs-file"  # shows the object `x` where `x/y` makes `x` a directory
+
+
+def group_prefix(group: str) -> str:
+    """The prefix of a group: `groups/` and the name in lower case with `_` as `-`, as PrimeHub forms it."""
+    name = group.lower().replace("_", "-")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) or ".." in name:
+        raise ConfigError("group", group, "letters, digits, '-', '_' and '.', beginning with a letter or digit")
+    return f"groups/{name}/"
+
+
+def segment_of(name: bytes) -> str:
+    """The key segment for `name`. Raises: NameTooLong, IllegalName (EINVAL)."""
+    if len(name) > NAME_BYTES_MAX:
+        raise NameTooLong("name", repr(name[:40]), f"longer than {NAME_BYTES_MAX} bytes")
+    if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
+        raise IllegalName("name", repr(name), "cannot be the name of an object")
+    try:
+        return _ENCODE.sub(QUOTE * 2, name.decode())
+    except UnicodeDecodeError:
+        pass
+    text = name.decode("utf-8", "surrogateescape")
+    text = _ENCODE.sub(QUOTE * 2, text)
+    return "".join(f"{QUOTE}{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in text)
+
+
+def name_of(segment: str) -> bytes:
+    """The name that shows a segment found in the store. Raises: IllegalName if there is none: the segment is
+    empty, `.`, `..`, too long, or not what `segment_of` would make of that name."""
+    if QUOTE in segment:
+        name = _DECODE.sub(lambda m: m[1] if m[1] == QUOTE else chr(0xDC00 + int(m[1], 16)), segment).encode(
+            "utf-8", "surrogateescape"
+        )
+    else:
+        name = segment.encode("utf-8", "surrogatepass")
+    try:
+        legal = segment_of(name) == segment
+    except (IllegalName, NameTooLong):
+        legal = False
+    if not legal:
+        raise IllegalName("key", repr(segment), "is no legal file name")
+    return name
+
+
+def join(parent: str, segment: str) -> ObjectKey:
+    """`parent` ("" or ending in "/") and a segment. Raises: NameTooLong if the key has over 1024 bytes."""
+    key = parent + segment
+    if len(key) * 4 > KEY_BYTES_MAX and len(key.encode()) > KEY_BYTES_MAX:
+        raise NameTooLong("key", key[:60] + "...", f"longer than {KEY_BYTES_MAX} bytes")
+    return ObjectKey(key)
