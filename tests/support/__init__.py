@@ -1,0 +1,1 @@
+"""What the tests stand on: stores that fail on demand, and real servers. Owns no state."""

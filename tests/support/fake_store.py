@@ -1,0 +1,326 @@
+"""An `ObjectStore` in memory with the semantics of S3. Owns the objects and a count of the requests.
+
+The contract suite runs on it and on real servers, so that what is tested over it can be trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from phfs_fuse.errors import (
+    AccessDenied,
+    BadAnswer,
+    BucketNotFound,
+    IllegalName,
+    InvalidArgument,
+    NameTooLong,
+    NotFound,
+    VersionChanged,
+)
+from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Sink, Upload
+from phfs_fuse.types import KEY_BYTES_MAX, S3_PART_BYTES_MIN, ETag, ObjectKey
+
+SECOND_NS = 1_000_000_000
+CHUNK_BYTES = 64 * 1024
+Entries = list[tuple[str, bool]]  # named here: in the class `list` is the method
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    data: bytes
+    etag: ETag
+    metadata: Mapping[str, str]
+    modified_ns: int
+
+
+@dataclass(slots=True)
+class OpenUpload:
+    key: ObjectKey
+    metadata: Mapping[str, str]
+    started_ns: int
+    parts: dict[int, bytes] = field(default_factory=dict)
+
+
+def etag_of(data: bytes) -> ETag:
+    return ETag(hashlib.md5(data, usedforsecurity=False).hexdigest())
+
+
+def body_bytes(body: Body) -> bytes:
+    if isinstance(body, bytes):
+        return body
+    data = os.pread(body.fd, body.length, body.offset)
+    if len(data) != body.length:
+        raise BadAnswer("put", "body", f"{len(data)} of {body.length} bytes in the file")
+    return data
+
+
+class FakeStore:
+    """One bucket in memory.
+
+    `objects` may be read and changed by tests at will (`seed` and `data` are short for it); `requests` counts
+    the calls by method name; `clock` gives nanoseconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        lists_metadata: bool = True,
+        bucket_exists: bool = True,
+        part_bytes_min: int = S3_PART_BYTES_MIN,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.objects: dict[ObjectKey, StoredObject] = {}
+        self.uploads: dict[str, OpenUpload] = {}
+        self.requests: Counter[str] = Counter()
+        self.bucket_exists = bucket_exists
+        self.denied = False  # True: every call is refused, as with wrong credentials
+        self._lists_metadata = lists_metadata
+        self._part_bytes_min = part_bytes_min
+        self._clock = clock
+        self._upload_count = 0
+
+    def seed(self, key: str, data: bytes = b"", metadata: Mapping[str, str] | None = None) -> ETag:
+        """Store an object as another client would; not counted as a request."""
+        return self._store(ObjectKey(key), data, etag_of(data), metadata or {}).etag
+
+    def data(self, key: str) -> bytes:
+        return self.objects[ObjectKey(key)].data
+
+    @property
+    def keys(self) -> list[str]:
+        return sorted(self.objects, key=str.encode)
+
+    # -- the protocol
+
+    @property
+    def lists_metadata(self) -> bool:
+        return self._lists_metadata
+
+    async def check_bucket(self, *, create: bool = False) -> None:
+        self.bucket_exists = self.bucket_exists or create
+        await self._request("check_bucket", "bucket")
+
+    async def head(self, key: ObjectKey) -> ObjectInfo:
+        await self._request("head", key)
+        return self._info(key, self._existing("head", key))
+
+    async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
+        if start >= end:
+            return
+        await self._request("get", key)
+        found = self.objects.get(key)
+        if etag is not None and (found is None or found.etag != etag):
+            raise VersionChanged("get", key, "the version is gone")
+        found = self._existing("get", key)
+        if end > len(found.data):
+            raise BadAnswer("get", key, f"[{start}, {end}) of {len(found.data)} bytes")
+        for offset in range(start, end, CHUNK_BYTES):
+            sink(offset, found.data[offset : min(offset + CHUNK_BYTES, end)])
+            await trio.lowlevel.checkpoint()
+
+    async def list(
+        self,
+        prefix: str,
+        *,
+        delimiter: bool,
+        token: str | None = None,
+        start_after: str = "",
+        count_max: int = 1000,
+    ) -> Listing:
+        await self._request("list", prefix)
+        after = (token or start_after).encode()
+        objects: list[ObjectInfo] = []
+        prefixes: list[str] = []
+        last = ""
+        for name, rolled_up in self._entries(prefix, delimiter):
+            if name.encode() <= after:
+                continue
+            if len(objects) + len(prefixes) == min(count_max, 1000):
+                return Listing(objects=objects, prefixes=prefixes, next_token=last)
+            last = name
+            if rolled_up:
+                prefixes.append(name)
+            else:
+                objects.append(self._listed(ObjectKey(name)))
+        return Listing(objects=objects, prefixes=prefixes, next_token=None)
+
+    async def put(
+        self, key: ObjectKey, body: Body, metadata: Mapping[str, str], *, expect: Expect | None
+    ) -> ObjectInfo:
+        await self._request("put", key)
+        data = body_bytes(body)
+        self._require("put", key, expect)
+        return self._info(key, self._store(key, data, etag_of(data), metadata))
+
+    async def copy(
+        self,
+        source: ObjectKey,
+        source_etag: ETag,
+        key: ObjectKey,
+        size: int,
+        metadata: Mapping[str, str],
+        *,
+        expect: Expect | None,
+    ) -> ObjectInfo:
+        await self._request("copy", key)
+        found = self._version("copy", source, source_etag)
+        self._require("copy", key, expect)
+        return self._info(key, self._store(key, found.data, found.etag, metadata))
+
+    async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
+        await self._request("delete", key)
+        if key in self.objects:
+            self._require("delete", key, expect)
+            del self.objects[key]
+
+    async def delete_many(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, str]:
+        if not keys:
+            return {}
+        await self._request("delete_many", keys[0])
+        for key in keys:
+            self.objects.pop(key, None)
+        return {}
+
+    async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
+        await self._request("create_multipart", key)
+        self._upload_count += 1
+        upload_id = f"upload-{self._upload_count}"
+        self.uploads[upload_id] = OpenUpload(key, dict(metadata), self._clock())
+        return upload_id
+
+    async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
+        await self._request("upload_part", key)
+        return self._store_part("upload_part", key, upload_id, part_no, body_bytes(body))
+
+    async def upload_part_copy(
+        self,
+        key: ObjectKey,
+        upload_id: str,
+        part_no: int,
+        source: ObjectKey,
+        source_etag: ETag,
+        start: int,
+        end: int,
+    ) -> Part:
+        await self._request("upload_part_copy", key)
+        found = self._version("upload_part_copy", source, source_etag)
+        if not 0 <= start < end <= len(found.data):
+            raise InvalidArgument("upload_part_copy", source, f"[{start}, {end}) of {len(found.data)} bytes")
+        return self._store_part("upload_part_copy", key, upload_id, part_no, found.data[start:end])
+
+    async def complete_multipart(
+        self, key: ObjectKey, upload_id: str, parts: Sequence[Part], *, expect: Expect | None
+    ) -> ObjectInfo:
+        await self._request("complete_multipart", key)
+        upload = self._upload("complete_multipart", key, upload_id)
+        chunks = [self._uploaded(key, upload, part) for part in sorted(parts, key=lambda part: part.part_no)]
+        if not chunks or any(len(chunk) < self._part_bytes_min for chunk in chunks[:-1]):
+            raise InvalidArgument("complete_multipart", key, "no parts, or too small ones")
+        self._require("complete_multipart", key, expect)
+        del self.uploads[upload_id]
+        digests = b"".join(hashlib.md5(chunk, usedforsecurity=False).digest() for chunk in chunks)
+        etag = ETag(f"{etag_of(digests)}-{len(chunks)}")
+        return self._info(key, self._store(key, b"".join(chunks), etag, upload.metadata))
+
+    async def abort_multipart(self, key: ObjectKey, upload_id: str) -> None:
+        await self._request("abort_multipart", key)
+        self.uploads.pop(upload_id, None)
+
+    async def list_multipart(self, prefix: str) -> Sequence[Upload]:
+        await self._request("list_multipart", prefix)
+        found = [Upload(u.key, upload_id, u.started_ns) for upload_id, u in self.uploads.items()]
+        return [upload for upload in found if upload.key.startswith(prefix)]
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    # -- inside
+
+    async def _request(self, method: str, key: str) -> None:
+        self.requests[method] += 1
+        await trio.lowlevel.checkpoint()
+        if self.denied:
+            raise AccessDenied(method, key, "SignatureDoesNotMatch")
+        if not self.bucket_exists:
+            raise BucketNotFound(method, key, "NoSuchBucket")
+        try:
+            encoded = key.encode()
+        except UnicodeEncodeError as exc:
+            raise IllegalName(method, ascii(key), "not Unicode") from exc
+        if len(encoded) > KEY_BYTES_MAX:
+            raise NameTooLong(method, key, f"{len(encoded)} bytes")
+
+    def _store(self, key: ObjectKey, data: bytes, etag: ETag, metadata: Mapping[str, str]) -> StoredObject:
+        modified_ns = self._clock() // SECOND_NS * SECOND_NS  # stores answer whole seconds in HEAD
+        names = {name.lower(): value for name, value in metadata.items()}
+        self.objects[key] = StoredObject(bytes(data), etag, names, modified_ns)
+        return self.objects[key]
+
+    def _existing(self, op: str, key: ObjectKey) -> StoredObject:
+        if (found := self.objects.get(key)) is None:
+            raise NotFound(op, key)
+        return found
+
+    def _version(self, op: str, key: ObjectKey, etag: ETag) -> StoredObject:
+        found = self.objects.get(key)
+        if found is None or found.etag != etag:
+            raise VersionChanged(op, key, "the source is another version")
+        return found
+
+    def _require(self, op: str, key: ObjectKey, expect: Expect | None) -> None:
+        found = self.objects.get(key)
+        if expect is not None and expect.etag != (found.etag if found else None):
+            raise VersionChanged(op, key, f"is {found.etag if found else 'not there'}, not {expect.etag}")
+
+    def _upload(self, op: str, key: ObjectKey, upload_id: str) -> OpenUpload:
+        upload = self.uploads.get(upload_id)
+        if upload is None or upload.key != key:
+            raise NotFound(op, key, "NoSuchUpload")
+        return upload
+
+    def _store_part(self, op: str, key: ObjectKey, upload_id: str, part_no: int, data: bytes) -> Part:
+        self._upload(op, key, upload_id).parts[part_no] = data
+        return Part(part_no, etag_of(data))
+
+    def _uploaded(self, key: ObjectKey, upload: OpenUpload, part: Part) -> bytes:
+        data = upload.parts.get(part.part_no)
+        if data is None or etag_of(data) != part.etag:
+            raise InvalidArgument("complete_multipart", key, f"part {part.part_no} is not there")
+        return data
+
+    def _info(self, key: ObjectKey, found: StoredObject) -> ObjectInfo:
+        return ObjectInfo(
+            key=key,
+            etag=found.etag,
+            size=len(found.data),
+            modified_ns=found.modified_ns,
+            metadata=dict(found.metadata),
+        )
+
+    def _listed(self, key: ObjectKey) -> ObjectInfo:
+        found = self.objects[key]
+        metadata = dict(found.metadata) if self._lists_metadata else None
+        return ObjectInfo(
+            key=key,
+            etag=found.etag,
+            size=len(found.data),
+            modified_ns=found.modified_ns,
+            metadata=metadata,
+        )
+
+    def _entries(self, prefix: str, delimiter: bool) -> Entries:
+        """(key or common prefix, whether it is a prefix) under `prefix`, in order of UTF-8 bytes."""
+        names = {self._rolled(key, prefix, delimiter) for key in self.objects if key.startswith(prefix)}
+        return sorted(names, key=lambda entry: entry[0].encode())
+
+    @staticmethod
+    def _rolled(key: str, prefix: str, delimiter: bool) -> tuple[str, bool]:
+        cut = key.find("/", len(prefix)) if delimiter else -1
+        return (key, False) if cut < 0 else (key[: cut + 1], True)
