@@ -56,6 +56,7 @@ class DirtyFile:
     changes: int = 0
     stored: int = 0
     snapshot: int = 0  # `changes` when the snapshot under way was taken
+    due: float = 0.0  # when to upload
     attempts: int = 0  # failed in a row
     error: PhfsError | None = None  # the last failure, until it was reported to somebody
     target: ObjectKey | None = None  # the key that the snapshot under way goes to

@@ -1,0 +1,257 @@
+"""The journal: what exists only on this machine, kept across restarts in SQLite (WAL). Owns `journal.db`.
+
+A commit is in the kernel's page cache before the call returns, so it survives the death of the process; it is
+synced to the disk at checkpoints (`checkpoint`, called off the event loop), so after a power cut the newest
+commits may be missing, but never half a commit. Rows: `present` (a file, symlink or directory marker that the
+store lacks in this form), `layer` (its staging files, bottom first), `gone` (a key that has to be deleted),
+`upload` (multipart uploads under way, so that only our own are ever aborted), `meta`.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from phfs_fuse.errors import LocalStateError
+from phfs_fuse.types import ETag, Ino, ObjectKey
+
+FORMAT: Final = 1
+
+SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS present (
+    ino INTEGER PRIMARY KEY, key TEXT NOT NULL, name BLOB NOT NULL, detached INTEGER NOT NULL,
+    mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL, rdev INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, xattrs BLOB, own_attrs INTEGER NOT NULL,
+    base_key TEXT, base_etag TEXT, base_size INTEGER, over TEXT,
+    content INTEGER NOT NULL, attrs INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS layer (id INTEGER PRIMARY KEY, ino INTEGER NOT NULL, seen INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS layer_ino ON layer (ino, id);
+CREATE TABLE IF NOT EXISTS gone (key TEXT PRIMARY KEY, etag TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS upload (upload_id TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS conflict (path TEXT PRIMARY KEY, kept_as TEXT NOT NULL, at_ns INTEGER NOT NULL)
+    WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresentRow:
+    """One row of `present`, in the order of its columns. `xattrs` is opaque here."""
+
+    ino: Ino
+    key: ObjectKey
+    name: bytes
+    detached: bool
+    mode: int
+    uid: int
+    gid: int
+    rdev: int
+    mtime_ns: int
+    ctime_ns: int
+    xattrs: bytes | None
+    own_attrs: bool
+    base_key: ObjectKey | None
+    base_etag: ETag | None
+    base_size: int | None
+    over: ETag | None
+    content: bool
+    attrs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """A staging file: `seen` bytes of what lies below it show through where it has none of its own."""
+
+    id: int
+    ino: Ino
+    seen: int
+
+
+class Journal:
+    """The open journal of one volume. Every call is one transaction, unless made inside `batch()`."""
+
+    def __init__(self, directory: Path, volume: str) -> None:
+        """Opens or makes it. Raises: LocalStateError if it is of a newer format, of another volume, or cannot be
+        opened; a damaged one is moved aside first (`saved_aside` names it) and what is readable is carried over."""
+        self.path = directory / "journal.db"
+        self.saved_aside: Path | None = None
+        self._depth = 0
+        fresh = not self.path.exists()
+        try:
+            self._db = self._open(volume)
+        except sqlite3.OperationalError as exc:
+            raise LocalStateError(f"journal {self.path} cannot be opened ({exc}); check the disk") from exc
+        except sqlite3.DatabaseError:
+            self._db = self._salvage(volume)
+        if fresh:
+            os.chmod(self.path, 0o600)
+
+    def _open(self, volume: str) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=NORMAL")
+            db.execute("PRAGMA wal_autocheckpoint=0")
+            if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("quick_check")
+            self._check_format(db, volume)
+            return db
+        except BaseException:
+            db.close()
+            raise
+
+    def _check_format(self, db: sqlite3.Connection, volume: str) -> None:
+        found = db.execute("PRAGMA user_version").fetchone()[0]
+        if found > FORMAT:
+            raise LocalStateError(
+                f"state {self.path.parent} was written by a newer phfs (format {found}, this one knows {FORMAT}); "
+                "mount with that version, or with another --state-dir"
+            )
+        db.executescript(SCHEMA)
+        db.execute(f"PRAGMA user_version={FORMAT}")
+        db.execute("INSERT OR IGNORE INTO meta VALUES ('volume', ?)", (volume,))
+        (owner,) = db.execute("SELECT value FROM meta WHERE name='volume'").fetchone()
+        if owner != volume:
+            raise LocalStateError(
+                f"state {self.path.parent} belongs to {owner}, not to {volume}; choose another --state-dir"
+            )
+
+    def _salvage(self, volume: str) -> sqlite3.Connection:
+        """Move a damaged journal aside and carry the rows that can be read over into a new one."""
+        aside = self.path.with_name(f"journal.db.corrupt-{time.strftime('%Y%m%dT%H%M%S')}")
+        for suffix in ("-wal", "-shm", ""):
+            source = Path(str(self.path) + suffix)
+            if source.exists():
+                source.rename(str(aside) + suffix)
+        self.saved_aside = aside
+        db = self._open(volume)
+        copy = sqlite3.connect(aside)
+        try:
+            for table in ("present", "layer", "gone", "upload", "conflict"):
+                for row in _readable_rows(copy, table):
+                    marks = ",".join("?" * len(row))
+                    try:
+                        db.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row)
+                    except sqlite3.Error:
+                        continue  # a row that makes no sense stays in the copy that was saved
+        finally:
+            copy.close()
+        return db
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """One transaction for all calls inside. Must not be held over an await."""
+        if self._depth == 0:
+            self._db.execute("BEGIN IMMEDIATE")
+        self._depth += 1
+        try:
+            yield
+        except BaseException:
+            self._depth -= 1
+            if self._depth == 0:
+                self._db.execute("ROLLBACK")
+            raise
+        self._depth -= 1
+        if self._depth == 0:
+            self._db.execute("COMMIT")
+
+    def checkpoint(self) -> None:
+        """Bring the log into the database file and sync it. Blocks; call it on a thread of its own."""
+        with sqlite3.connect(self.path, isolation_level=None) as db:
+            db.execute("PRAGMA busy_timeout=10000")
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        db.close()
+
+    @property
+    def log_bytes(self) -> int:
+        try:
+            return os.stat(str(self.path) + "-wal").st_size
+        except FileNotFoundError:
+            return 0
+
+    # what is to be stored
+
+    def put(self, row: PresentRow) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO present VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            (
+                row.ino, row.key, row.name, row.detached, row.mode, row.uid, row.gid, row.rdev, row.mtime_ns,
+                row.ctime_ns, row.xattrs, row.own_attrs, row.base_key, row.base_etag, row.base_size, row.over,
+                row.content, row.attrs,
+            ),
+        )  # fmt: skip
+
+    def drop(self, ino: Ino) -> None:
+        """The file `ino` is as the store has it (or gone), so are its layers."""
+        self._db.execute("DELETE FROM present WHERE ino=?", (ino,))
+        self._db.execute("DELETE FROM layer WHERE ino=?", (ino,))
+
+    def put_layer(self, row: LayerRow) -> None:
+        self._db.execute("INSERT OR REPLACE INTO layer VALUES (?,?,?)", (row.id, row.ino, row.seen))
+
+    def drop_layer(self, layer_id: int) -> None:
+        self._db.execute("DELETE FROM layer WHERE id=?", (layer_id,))
+
+    # what is to be deleted
+
+    def put_gone(self, key: ObjectKey, etag: ETag | None) -> None:
+        self._db.execute("INSERT OR REPLACE INTO gone VALUES (?,?)", (key, etag))
+
+    def drop_gone(self, keys: Iterable[ObjectKey]) -> None:
+        self._db.executemany("DELETE FROM gone WHERE key=?", ((key,) for key in keys))
+
+    # multipart uploads, conflicts, numbers
+
+    def put_upload(self, upload_id: str, key: ObjectKey) -> None:
+        self._db.execute("INSERT OR REPLACE INTO upload VALUES (?,?)", (upload_id, key))
+
+    def drop_upload(self, upload_id: str) -> None:
+        self._db.execute("DELETE FROM upload WHERE upload_id=?", (upload_id,))
+
+    def put_conflict(self, path: str, kept_as: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO conflict VALUES (?,?,?)", (path, kept_as, time.time_ns()))
+
+    def conflicts(self) -> list[tuple[str, str, int]]:
+        """(path, name that the losing bytes were kept under, time in ns), oldest first."""
+        return list(self._db.execute("SELECT path, kept_as, at_ns FROM conflict ORDER BY at_ns"))
+
+    def set_number(self, name: str, value: int) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?,?)", (name, str(value)))
+
+    def number(self, name: str, default: int) -> int:
+        row = self._db.execute("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
+        return int(row[0]) if row and str(row[0]).isdigit() else default
+
+    # after a restart
+
+    def present(self) -> list[PresentRow]:
+        names = PresentRow.__slots__
+        return [
+            PresentRow(**dict(zip(names, row, strict=True)))
+            for row in self._db.execute("SELECT * FROM present ORDER BY key")
+        ]
+
+    def layers(self) -> list[LayerRow]:
+        return [LayerRow(*row) for row in self._db.execute("SELECT id, ino, seen FROM layer ORDER BY ino, id")]
+
+    def gone(self) -> list[tuple[ObjectKey, ETag | None]]:
+        return list(self._db.execute("SELECT key, etag FROM gone"))
+
+    def uploads(self) -> list[tuple[str, ObjectKey]]:
+        return list(self._db.execute("SELECT upload_id, key FROM upload"))
+
+
+def _readable_rows(db: sqlite3.Connection, table: str) -> Iterator[tuple[object, ...]]:
+    try:
+        yield from db.execute(f"SELECT * FROM {table}")
+    except sqlite3.Error:
+        return  # the rest is in pages that cannot be read

@@ -1,0 +1,262 @@
+"""Staging: local files with the bytes that the store does not have yet. Owns them and their extent logs.
+
+A staged file is a stack of layers over the stored version (the base). Normally there is one; while a snapshot of it
+is uploaded that layer is frozen and changes go to a second one. A layer is a sparse file `N.data` with the bytes
+written; where it has none, the first `seen` bytes of what lies below show through and the rest is zeros. Its length
+is the file's. A layer over nothing (`seen` 0) needs no more than that; for the others `N.ext` logs which ranges were
+written, one record per write, after the bytes: a write that was answered is found again after a crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cachetools import LRUCache
+
+from phfs_fuse.extents import Extents
+
+_RECORD: Final = struct.Struct("<QQI")
+_CLIP: Final = (1 << 64) - 1  # as `end`: the file was truncated to `start`
+
+
+class _Files(LRUCache[Path, int]):
+    """Open descriptors, least recently used closed first."""
+
+    def popitem(self) -> tuple[Path, int]:
+        path, fd = super().popitem()
+        os.close(fd)
+        return path, fd
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where the bytes [start, end) of a staged file are: in `layer`, or (None) in the base, or (`zero`) nowhere."""
+
+    start: int
+    end: int
+    layer: Layer | None
+    zero: bool = False
+
+
+class Layer:
+    """One staging file. `extents` are the ranges that it holds (meaningless while `seen` is 0: it holds all)."""
+
+    __slots__ = ("_area", "extents", "id", "path", "seen", "size")
+
+    def __init__(self, area: StagingArea, layer_id: int, seen: int) -> None:
+        self._area = area
+        self.id = layer_id
+        self.path = area.path(layer_id)
+        self.seen = seen
+        self.size = 0
+        self.extents = Extents()
+
+    @property
+    def fd(self) -> int:
+        """Valid until the next use of the area."""
+        return self._area.fd(self.path)
+
+    @property
+    def local_bytes(self) -> int:
+        return self.extents.total_bytes
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Atomic towards a crash of the process. Raises: OSError (ENOSPC, ...): then nothing has changed."""
+        end = offset + len(data)
+        view = memoryview(data)
+        at = offset
+        while view:
+            done = os.pwrite(self.fd, view, at)
+            view, at = view[done:], at + done
+        if self.seen and not self.extents.covers(offset, end):
+            self._log(offset, end)
+        self.extents.add(offset, end)
+        self.size = max(self.size, end)
+
+    def truncate(self, size: int) -> None:
+        os.ftruncate(self.fd, size)
+        if self.seen and size < self.size:
+            self._log(size, _CLIP)
+            self.seen = min(self.seen, size)
+        self.extents.clip(size)
+        self.size = size
+
+    def filled(self, start: int, end: int) -> None:
+        """Bytes of what lies below were copied in: from now on they are this layer's."""
+        if self.seen:
+            self._log(start, end)
+        self.extents.add(start, end)
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """What still shows through."""
+        return self.extents.gaps(0, min(self.seen, self.size)) if self.seen else []
+
+    def _log(self, start: int, end: int) -> None:
+        body = struct.pack("<QQ", start, end)
+        os.write(self._area.fd(self._area.log_path(self.id)), body + struct.pack("<I", zlib.crc32(body)))
+
+    def recover(self) -> None:
+        """Read size and extents back after a restart; a torn record at the end is a write that was not answered."""
+        self.size = os.fstat(self.fd).st_size
+        if not self.seen:
+            self.extents.add(0, self.size)
+            return
+        for start, end in _records(self._area.log_path(self.id)):
+            if end == _CLIP:
+                self.seen = min(self.seen, start)
+                self.extents.clip(start)
+            else:
+                self.extents.add(start, end)
+        self.extents.clip(self.size)
+
+
+def _records(path: Path) -> Iterator[tuple[int, int]]:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return
+    for at in range(0, len(raw) - _RECORD.size + 1, _RECORD.size):
+        start, end, crc = _RECORD.unpack_from(raw, at)
+        if zlib.crc32(raw[at : at + 16]) != crc:
+            return
+        yield start, end
+
+
+class Staged:
+    """The layers of one file, bottom first; the last one takes the writes. While `frozen`, the bottom one stays as
+    it is: it is being uploaded, or was taken for an upload that failed after something was written on top."""
+
+    __slots__ = ("frozen", "layers")
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+        self.frozen = len(layers) > 1
+
+    @property
+    def needs_layer(self) -> bool:
+        """Whether a write has to go to a new layer."""
+        return self.frozen and len(self.layers) == 1
+
+    @property
+    def top(self) -> Layer:
+        return self.layers[-1]
+
+    @property
+    def size(self) -> int:
+        return self.layers[-1].size
+
+    @property
+    def bottom(self) -> Layer:
+        return self.layers[0]
+
+    @property
+    def local_bytes(self) -> int:
+        return sum(layer.local_bytes for layer in self.layers)
+
+    def pieces(self, start: int, end: int) -> list[Piece]:
+        """Who has [start, end), in ascending order without gaps; `end` must not be beyond the size."""
+        return list(_pieces(self.layers, len(self.layers) - 1, start, end))
+
+
+def _pieces(layers: list[Layer], index: int, start: int, end: int) -> Iterator[Piece]:
+    if start >= end:
+        return
+    if index < 0:
+        yield Piece(start, end, None)
+        return
+    layer = layers[index]
+    if not layer.seen:
+        inside = max(start, min(end, layer.size))
+        if start < inside:
+            yield Piece(start, inside, layer)
+        if inside < end:
+            yield Piece(inside, end, None, zero=True)
+        return
+    at = start
+    for held_start, held_end in [*layer.extents.overlap(start, end), (end, end)]:
+        shown = max(at, min(held_start, layer.seen))
+        yield from _pieces(layers, index - 1, at, shown)
+        if shown < held_start:
+            yield Piece(shown, held_start, None, zero=True)
+        if held_start < held_end:
+            yield Piece(held_start, held_end, layer)
+        at = held_end
+
+
+class StagingArea:
+    """The directory of the staging files of one volume."""
+
+    def __init__(self, directory: Path, *, first_id: int, files_max: int = 512) -> None:
+        self._directory = directory
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._next = first_id
+        self._files = _Files(files_max)
+
+    @property
+    def next_id(self) -> int:
+        return self._next
+
+    def path(self, layer_id: int) -> Path:
+        return self._directory / f"{layer_id}.data"
+
+    def log_path(self, layer_id: int) -> Path:
+        return self._directory / f"{layer_id}.ext"
+
+    def fd(self, path: Path) -> int:
+        try:
+            return self._files[path]
+        except KeyError:
+            append = os.O_APPEND if path.suffix == ".ext" else 0
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | append, 0o600)
+            self._files[path] = fd
+            return fd
+
+    def new(self, *, seen: int, size: int) -> Layer:
+        """A layer without bytes of its own. Raises: OSError (ENOSPC, EMFILE, ...)."""
+        layer = Layer(self, self._next, seen)
+        self._next += 1
+        fd = os.open(layer.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._files[layer.path] = fd
+        if size:
+            os.ftruncate(fd, size)
+        layer.size = size
+        return layer
+
+    def reopen(self, layer_id: int, seen: int) -> Layer:
+        """A layer from before a restart. Raises: FileNotFoundError if its file is gone."""
+        if not self.path(layer_id).exists():
+            raise FileNotFoundError(self.path(layer_id))
+        layer = Layer(self, layer_id, seen)
+        layer.recover()
+        self._next = max(self._next, layer_id + 1)
+        return layer
+
+    def discard(self, layer: Layer) -> None:
+        """Its bytes are of no more use (or its file was taken over)."""
+        for path in (layer.path, self.log_path(layer.id)):
+            self._close(path)
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+    def _close(self, path: Path) -> None:
+        if (fd := self._files.pop(path, None)) is not None:
+            os.close(fd)
+
+    def orphans(self, known: Callable[[int], bool]) -> list[Path]:
+        """Staging files that no row of the journal speaks of."""
+        return [
+            path
+            for path in self._directory.iterdir()
+            if path.suffix in (".data", ".ext") and not (path.stem.isdigit() and known(int(path.stem)))
+        ]
+
+    def close(self) -> None:
+        for path in list(self._files):
+            self._close(path)
