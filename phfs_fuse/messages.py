@@ -1,0 +1,49 @@
+"""What keeper and worker say to each other: one JSON object per packet of a SOCK_SEQPACKET socket pair.
+
+Start: worker CHECKED (or FAILED), keeper DESCRIPTOR with the open connection as SCM_RIGHTS, worker READY (or
+FAILED).
+End: keeper DRAIN (once more with `now` when it is in a hurry), worker UNMOUNT, keeper UNMOUNTED or BUSY.
+A worker that resumes starts in the same way. End of file means that the other side is gone.
+Owns no state. Standard library only: the keeper imports this.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Final
+
+PACKET_BYTES_MAX: Final = 16384
+REASON_CHARS_MAX: Final = 2000  # escaped as JSON at most 6 bytes each: always fits into one packet
+
+
+class Kind(Enum):
+    CHECKED = "checked"  # nothing stands against mounting
+    FAILED = "failed"  # the worker cannot serve and ends: `reason`, `exit_code`
+    READY = "ready"  # the worker serves
+    UNMOUNT = "unmount"  # asks for the end of the mount: `lazy`
+    DESCRIPTOR = "descriptor"  # carries the /dev/fuse descriptor of the mount
+    DRAIN = "drain"  # upload everything, then ask for UNMOUNT; `now`: wait for no upload
+    UNMOUNTED = "unmounted"
+    BUSY = "busy"  # still mounted: `reason`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    kind: Kind
+    reason: str = ""
+    exit_code: int = 0
+    lazy: bool = False
+    now: bool = False
+
+
+def encode(message: Message) -> bytes:
+    fields = asdict(message) | {"kind": message.kind.value, "reason": message.reason[:REASON_CHARS_MAX]}
+    return json.dumps(fields).encode()
+
+
+def decode(packet: bytes) -> Message:
+    """Raises ValueError, TypeError or KeyError: not a message of this version."""
+    fields = json.loads(packet)
+    return Message(**fields | {"kind": Kind(fields["kind"])})
