@@ -106,6 +106,7 @@ class WritebackConfig:
     write_through: bool = False  # each close waits for the store
     on_conflict: OnConflict = OnConflict.KEEP_BOTH
     retry_seconds_max: float = 60.0
+    drain_seconds: float = 0.0  # at unmount; 0: as long as it takes
     fsync_seconds: float = 0.0  # 0: fsync waits until the store has the bytes; else ETIMEDOUT after this
 
     def __post_init__(self) -> None:
@@ -163,7 +164,6 @@ class MountConfig:
     kernel: KernelConfig
     log_level: str = "info"
     log_format: str = "text"  # or "json"
-    drain_seconds: float = 0.0  # at unmount; 0: as long as it takes
     extra: dict[str, str] = field(default_factory=dict)
 
     @property

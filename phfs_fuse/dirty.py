@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from math import inf
 from typing import Final
 
 from phfs_fuse.errors import PhfsError
@@ -57,6 +58,7 @@ class DirtyFile:
     stored: int = 0
     snapshot: int = 0  # `changes` when the snapshot under way was taken
     due: float = 0.0  # when to upload
+    queued: float = inf  # when the queue looks at it next
     attempts: int = 0  # failed in a row
     error: PhfsError | None = None  # the last failure, until it was reported to somebody
     target: ObjectKey | None = None  # the key that the snapshot under way goes to

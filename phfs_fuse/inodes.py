@@ -190,8 +190,16 @@ class Inodes:
         if node.is_dir:
             parent.subdirs -= 1
         self.drop_unused(node)
-        if parent.parent is not None or parent.detached:
-            self.drop_unused(parent)
+
+    def move(self, node: Node, parent: Node, name: bytes) -> None:
+        """Give a node in the tree another name, which must be free."""
+        old = node.parent
+        assert old is not None
+        assert old.kids is not None
+        del old.kids[node.name]
+        if node.is_dir:
+            old.subdirs -= 1
+        self.attach(parent, name, node)
 
     def key(self, node: Node) -> ObjectKey:
         """The key that the node's name stands for; a directory's ends in "/". Raises: NameTooLong."""

@@ -77,7 +77,7 @@ class Layer:
             view, at = view[done:], at + done
         if self.seen and not self.extents.covers(offset, end):
             self._log(offset, end)
-        self.extents.add(offset, end)
+        self._hold(offset, end)
         self.size = max(self.size, end)
 
     def truncate(self, size: int) -> None:
@@ -85,14 +85,21 @@ class Layer:
         if self.seen and size < self.size:
             self._log(size, _CLIP)
             self.seen = min(self.seen, size)
+        before = self.extents.total_bytes
         self.extents.clip(size)
+        self._area.held_bytes += self.extents.total_bytes - before
         self.size = size
+
+    def _hold(self, start: int, end: int) -> None:
+        before = self.extents.total_bytes
+        self.extents.add(start, end)
+        self._area.held_bytes += self.extents.total_bytes - before
 
     def filled(self, start: int, end: int) -> None:
         """Bytes of what lies below were copied in: from now on they are this layer's."""
         if self.seen:
             self._log(start, end)
-        self.extents.add(start, end)
+        self._hold(start, end)
 
     def gaps(self) -> list[tuple[int, int]]:
         """What still shows through."""
@@ -106,7 +113,7 @@ class Layer:
         """Read size and extents back after a restart; a torn record at the end is a write that was not answered."""
         self.size = os.fstat(self.fd).st_size
         if not self.seen:
-            self.extents.add(0, self.size)
+            self._hold(0, self.size)
             return
         for start, end in _records(self._area.log_path(self.id)):
             if end == _CLIP:
@@ -115,6 +122,7 @@ class Layer:
             else:
                 self.extents.add(start, end)
         self.extents.clip(self.size)
+        self._area.held_bytes += self.extents.total_bytes
 
 
 def _records(path: Path) -> Iterator[tuple[int, int]]:
@@ -198,6 +206,7 @@ class StagingArea:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._next = first_id
         self._files = _Files(files_max)
+        self.held_bytes = 0  # of all layers: the dirty bytes
 
     @property
     def next_id(self) -> int:
@@ -240,10 +249,15 @@ class StagingArea:
 
     def discard(self, layer: Layer) -> None:
         """Its bytes are of no more use (or its file was taken over)."""
+        self.held_bytes -= layer.local_bytes
         for path in (layer.path, self.log_path(layer.id)):
             self._close(path)
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
+
+    def release(self, layer: Layer) -> None:
+        """Close the descriptors of a layer whose file is about to be taken over."""
+        self._close(layer.path)
 
     def _close(self, path: Path) -> None:
         if (fd := self._files.pop(path, None)) is not None:

@@ -1,0 +1,76 @@
+"""Keys that are deleted here and maybe still in the store. Owns that set; no I/O, no await.
+
+Whatever a listing or a HEAD says of such a key is not true any more. A directory key (`d/`) hides the common prefix
+`d/` as long as keys below it wait for deletion; it may need no request of its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cachetools import LRUCache
+
+from phfs_fuse.types import ETag, ObjectKey
+
+
+@dataclass(slots=True, eq=False)
+class Gone:
+    """`etag` is the version that was seen and deleted; `request` whether the store has to be asked at all."""
+
+    key: ObjectKey
+    etag: ETag | None
+    request: bool
+    due: float
+
+
+def _ancestors(key: str) -> Iterator[str]:
+    at = key.rstrip("/").rfind("/")
+    while at >= 0:
+        yield key[: at + 1]
+        at = key.rfind("/", 0, at)
+
+
+class GoneKeys:
+    def __init__(self) -> None:
+        self._gone: dict[ObjectKey, Gone] = {}
+        self._below: Counter[str] = Counter()
+        self._done: LRUCache[str, int] = LRUCache(100_000)  # key -> change number when the delete ended
+
+    def __len__(self) -> int:
+        return len(self._gone)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._gone
+
+    def get(self, key: str) -> Gone | None:
+        return self._gone.get(ObjectKey(key))
+
+    def all(self) -> list[Gone]:
+        return list(self._gone.values())
+
+    def add(self, gone: Gone) -> None:
+        if gone.key not in self._gone:
+            self._below.update(_ancestors(gone.key))
+        self._gone[gone.key] = gone
+
+    def take(self, key: ObjectKey, seq: int) -> Gone | None:
+        """Remove an entry: the key was deleted (or is in use again). Older answers than `seq` do not count."""
+        if (gone := self._gone.pop(key, None)) is None:
+            return None
+        for ancestor in _ancestors(key):
+            if self._below[ancestor] <= 1:
+                del self._below[ancestor]
+            else:
+                self._below[ancestor] -= 1
+        self._done[key] = seq
+        return gone
+
+    def hides(self, key: str, asked_seq: int) -> bool:
+        """Whether an answer about `key`, asked for at change number `asked_seq`, speaks of something deleted."""
+        return key in self._gone or self._done.get(key, -1) >= asked_seq
+
+    def waits_below(self, directory_key: str) -> bool:
+        """Whether keys under that prefix still wait for their deletion."""
+        return directory_key in self._below

@@ -1,0 +1,146 @@
+"""Brings back after a restart what was dirty: journal rows and staging files become nodes, layers and deletes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import stat
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from phfs_fuse import keys
+from phfs_fuse.attrs import Attrs
+from phfs_fuse.errors import IllegalName
+from phfs_fuse.inodes import Base, Inodes, Node
+from phfs_fuse.journal import Journal, LayerRow, PresentRow
+from phfs_fuse.staging import Layer, Staged, StagingArea
+from phfs_fuse.types import Ino, ObjectKey
+
+log = logging.getLogger(__name__)
+
+
+def _attrs(row: PresentRow) -> Attrs:
+    xattrs = json.loads(row.xattrs) if row.xattrs else {}
+    return Attrs(
+        mode=row.mode,
+        uid=row.uid,
+        gid=row.gid,
+        mtime_ns=row.mtime_ns,
+        rdev=row.rdev,
+        xattrs={bytes.fromhex(k): bytes.fromhex(v) for k, v in xattrs.items()} or None,
+    )
+
+
+class Recovery:
+    """One pass over the journal, before the first request is served. `directory` makes an unknown folder."""
+
+    def __init__(
+        self, journal: Journal, area: StagingArea, inodes: Inodes, aside: Path, directory: Callable[[], Attrs]
+    ) -> None:
+        self._journal = journal
+        self._area = area
+        self._inodes = inodes
+        self._aside = aside
+        self._directory = directory
+        self._prefix = inodes.key(inodes.root)
+        self.saved: list[Path] = []  # what could not be placed
+
+    def nodes(self) -> list[tuple[Node, PresentRow]]:
+        """Every file and marker that the store lacks, in the tree again. Bytes that cannot be placed are saved
+        aside; nothing is deleted but what was known to be unreachable (unlinked files)."""
+        layers: dict[Ino, list[LayerRow]] = defaultdict(list)
+        for layer in self._journal.layers():
+            layers[layer.ino].append(layer)
+        known = {layer.id for rows in layers.values() for layer in rows}
+        found = []
+        for row in self._journal.present():
+            rows = layers.pop(row.ino, [])
+            if row.detached:  # nobody has it open any more
+                self._drop(row, rows)
+            elif (node := self._place(row, rows)) is not None:
+                found.append((node, row))
+        for rows in layers.values():
+            for layer in rows:
+                self._save_aside(self._area.path(layer.id))
+        for path in self._area.orphans(known.__contains__):
+            if path.suffix == ".data" and path.stat().st_size:
+                self._save_aside(path)
+            else:
+                path.unlink()
+        return found
+
+    def _drop(self, row: PresentRow, layers: list[LayerRow]) -> None:
+        for layer in layers:
+            self._area.path(layer.id).unlink(missing_ok=True)
+            self._area.log_path(layer.id).unlink(missing_ok=True)
+        self._journal.drop(row.ino)
+
+    def _place(self, row: PresentRow, rows: list[LayerRow]) -> Node | None:
+        if row.ino == self._inodes.root.ino:
+            node = self._inodes.root
+            node.set_attrs(_attrs(row))
+            node.own_attrs = row.own_attrs
+            return node
+        try:
+            layers = [self._area.reopen(layer.id, layer.seen) for layer in rows]
+            parent, name = self._parent(row)
+        except (OSError, IllegalName, ValueError) as exc:
+            log.error("dirty file key=%s cannot be placed, its bytes are saved aside: %s", row.key, exc)
+            for layer in rows:
+                self._save_aside(self._area.path(layer.id))
+            self._journal.drop(row.ino)
+            return None
+        assert parent.kids is not None
+        if name in parent.kids:  # a folder that another row needed was made without its attributes
+            node = parent.kids[name]
+            if not (node.is_dir and stat.S_ISDIR(row.mode)):
+                raise AssertionError(f"two rows for {row.key}")
+            self._journal.drop(row.ino)
+        else:
+            node = self._inodes.new(_attrs(row), ctime_ns=row.ctime_ns, ino=row.ino)
+            self._inodes.attach(parent, name, node, self._segment(row))
+        node.set_attrs(_attrs(row))
+        node.own_attrs = row.own_attrs
+        self._content(node, row, layers)
+        return node
+
+    def _content(self, node: Node, row: PresentRow, layers: list[Layer]) -> None:
+        if row.base_key is not None and row.base_etag is not None and row.base_size is not None:
+            node.base = Base(row.base_key, row.base_etag, row.base_size)
+            node.size = row.base_size
+        if layers:
+            node.staged = Staged(layers)
+            node.size = node.staged.size
+
+    def _segment(self, row: PresentRow) -> str:
+        return row.key.rstrip("/").rpartition("/")[2]
+
+    def _parent(self, row: PresentRow) -> tuple[Node, bytes]:
+        if not row.key.startswith(self._prefix):
+            raise ValueError(f"key is not below {self._prefix}")
+        at = self._inodes.root
+        *folders, _ = row.key.removeprefix(self._prefix).rstrip("/").split("/")
+        for segment in folders:
+            name = keys.name_of(segment)
+            assert at.kids is not None
+            if name not in at.kids:
+                folder = self._inodes.new(self._directory(), ctime_ns=time.time_ns())
+                self._inodes.attach(at, name, folder)
+            at = at.kids[name]
+            if not at.is_dir:
+                raise ValueError(f"{name!r} is a file")
+        return at, row.name
+
+    def _save_aside(self, path: Path) -> None:
+        if not path.exists():
+            return
+        self._aside.mkdir(mode=0o700, parents=True, exist_ok=True)
+        target = self._aside / f"{time.strftime('%Y%m%dT%H%M%S')}-{path.name}"
+        shutil.move(path, target)
+        self.saved.append(target)
+
+    def gone(self) -> list[tuple[ObjectKey, str | None]]:
+        return list(self._journal.gone())
