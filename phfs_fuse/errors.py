@@ -161,3 +161,23 @@ class NotDrained(StartupError):
     """Bytes are still waiting for upload; they stay in the state directory."""
 
     exit_code = 6
+
+
+def startup_error(exit_code: int, line: str) -> StartupError:
+    """The error that another process ended with."""
+    kinds = (UsageError, StoreStartupError, MountpointError, LocalStateError, NotDrained)
+    return next((kind for kind in kinds if kind.exit_code == exit_code), StartupError)(line)
+
+
+def store_startup_error(exc: PhfsError, url: str) -> StoreStartupError:
+    """What the first request to the store found out, as one line with the remedy."""
+    match exc:
+        case BucketNotFound():
+            line = f"{url}: there is no such bucket; --create-bucket makes it"
+        case AccessDenied():
+            line = f"{url}: access denied ({exc.reason}); check the credentials and their rights"
+        case StoreUnavailable():
+            line = f"{url}: the store does not answer ({exc.reason}); check --endpoint-url and the network"
+        case _:
+            line = f"{url}: {exc}"
+    return StoreStartupError(line)

@@ -42,7 +42,7 @@ LOG_FORMAT: Final = Kind(values.choice("text", "json"), "text|json")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`key` is `table.key` of the file, `field` what it sets in `MountConfig` ("": see `settings.resolve`)."""
+    """`key` is `table.key` of the file, `field` what it sets in `MountConfig`, "" if that takes more."""
 
     name: str
     key: str
@@ -91,9 +91,18 @@ SETTINGS: Final = (
     Setting("umask", "tree.umask", "", MODE, "Taken from 0666 and 0777 where no mode is named.", "022"),
     Setting("file-mode", "tree.file-mode", "tree.file_mode", MODE, "Mode of files that name none."),
     Setting("dir-mode", "tree.dir-mode", "tree.dir_mode", MODE, "Mode of directories that name none."),
-    Setting("cache-dir", "cache.dir", "", DIR, "Holds clean blocks.", "see below"),
+    Setting(
+        "cache-dir", "cache.dir", "", DIR, "Holds clean blocks.", "~/.cache/phfs, /var/cache/phfs of root"
+    ),
     Setting("cache-size", "cache.size", "cache.size_max", SIZE, "Limit of the block cache.", "10G"),
-    Setting("state-dir", "writeback.state-dir", "", DIR, "Holds unsaved bytes.", "see below"),
+    Setting(
+        "state-dir",
+        "writeback.state-dir",
+        "",
+        DIR,
+        "Holds unsaved bytes.",
+        "~/.local/state/phfs, /var/lib/phfs of root",
+    ),
     Setting(
         "dirty-max",
         "writeback.dirty-max",

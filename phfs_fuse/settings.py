@@ -72,9 +72,9 @@ def from_aws(environ: Mapping[str, str]) -> Layer:
 
 # What mount(8), fstab and systemd pass to every helper. Source: mount(8), systemd.mount(5)
 _STANDARD_WORDS: Final = """
-rw defaults auto noauto nofail user nouser users owner group _netdev exec dev nodev suid nosuid async atime
-noatime diratime nodiratime relatime norelatime strictatime nostrictatime lazytime nolazytime silent loud mand nomand
-iversion noiversion default-permissions
+rw defaults auto noauto nofail user nouser users owner group _netdev exec dev nodev suid nosuid async
+atime noatime diratime nodiratime relatime norelatime strictatime nostrictatime lazytime nolazytime
+silent loud mand nomand iversion noiversion default-permissions
 """
 _STANDARD: Final = frozenset(_STANDARD_WORDS.split())
 _SHORT: Final = {"ro": "read-only", "noexec": "noexec", "sync": "write-through"}
@@ -82,10 +82,10 @@ _UNDO: Final = {"rw": "read-only", "exec": "noexec", "async": "write-through"}  
 _SECRET: Final = re.compile(r"secret|password|token|access-?key|credential(?!s-file)")
 
 
-def from_options(lists: Iterable[str]) -> Layer:
+def from_options(lists: Iterable[str], *, sloppy: bool = False) -> Layer:
     """The `-o` options of mount(8): `name`, `name=value`, `_` for `-`; the last one of a name wins.
 
-    Raises: UsageError for what is no setting; its message never repeats a value.
+    Raises: UsageError for what is no setting, unless `sloppy`; its message never repeats a value.
     """
     found: dict[str, Given] = {}
     for word in (word.strip() for text in lists for word in text.split(",") if word.strip()):
@@ -95,7 +95,7 @@ def from_options(lists: Iterable[str]) -> Layer:
             found.pop(_UNDO[name], None)
         if not has_value and name in _SHORT:
             found[_SHORT[name]] = Given(True, f"-o {name}")
-        elif not _is_standard(name, bool(has_value)):
+        elif not (_is_standard(name, bool(has_value)) or (sloppy and name not in BY_NAME)):
             found[name] = _option(name, value if has_value else None)
     return found
 
@@ -149,16 +149,14 @@ def _name(word: str) -> str:
 # --- all of them together
 
 
-def gather(
-    flags: Mapping[str, Raw | None], options: Iterable[str], environ: Mapping[str, str] = os.environ
-) -> Mapping[str, Given]:
+def gather(flags: Layer, options: Layer, environ: Mapping[str, str] = os.environ) -> Layer:
     """Every setting that is given anywhere, by the source that wins."""
-    upper = {**from_environ(environ), **from_options(options), **from_flags(flags)}
-    file = from_file(values.path(upper["config"].raw)) if "config" in upper else {}
+    upper = {**from_environ(environ), **options, **flags}
+    file = from_file(_parse(BY_NAME["config"], upper["config"])) if "config" in upper else {}
     return {**from_aws(environ), **file, **upper}
 
 
-def resolve(source: str | None, mountpoint: Path, given: Mapping[str, Given]) -> Resolved:
+def resolve(source: str | None, mountpoint: Path, given: Layer) -> Resolved:
     """One mount. `source` is `s3://BUCKET[/PREFIX]`, or None when a group names the prefix.
 
     Raises: UsageError, with the place where the wrong value was written.
@@ -183,7 +181,7 @@ def _parse(setting: Setting, item: Given) -> Any:
         raise ConfigError(item.where, item.raw, str(exc)) from exc
 
 
-def _volume(source: str | None, given: Mapping[str, Given], parsed: Mapping[str, Any]) -> tuple[str, str]:
+def _volume(source: str | None, given: Layer, parsed: Mapping[str, Any]) -> tuple[str, str]:
     if source is None:
         if "group" not in parsed:
             raise UsageError("nothing to mount: name s3://BUCKET[/PREFIX] or --group NAME")
@@ -219,7 +217,7 @@ def _build(bucket: str, prefix: str, mountpoint: Path, parsed: Mapping[str, Any]
     )
 
 
-def _located(exc: ConfigError, given: Mapping[str, Given]) -> ConfigError:
+def _located(exc: ConfigError, given: Layer) -> ConfigError:
     """The same error, with the words of the user in place of the name of the field."""
     for setting in SETTINGS:
         if setting.name in given and setting.field.rpartition(".")[2] == exc.field.rpartition(".")[2]:
@@ -227,7 +225,7 @@ def _located(exc: ConfigError, given: Mapping[str, Given]) -> ConfigError:
     return exc
 
 
-def _credentials_file(given: Mapping[str, Given], parsed: Mapping[str, Any]) -> Path | None:
+def _credentials_file(given: Layer, parsed: Mapping[str, Any]) -> Path | None:
     """Raises: UsageError when it is not there, or when others can read or change it."""
     if (path := parsed.get("credentials-file")) is None:
         return None

@@ -1,0 +1,298 @@
+"""The `phfs` and `mount.phfs` commands: argv -> calls, errors -> one line and an exit code. Owns no state."""
+
+from __future__ import annotations
+
+import getopt
+import inspect
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phfs_fuse import __version__, client, logs, prepare, registry, settings
+from phfs_fuse.errors import MountpointError, NotDrained, StartupError, UsageError
+from phfs_fuse.mountpoint import locate, mount_table
+from phfs_fuse.options import SETTINGS, Setting
+from phfs_fuse.registry import MountRecord
+from phfs_fuse.settings import Layer
+from phfs_fuse.values import Raw
+
+log = logging.getLogger(__name__)
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Mount a prefix of an S3 bucket as a POSIX tree.",
+)
+_PARSE_ERROR: Any = typer.BadParameter.__bases__[0]  # UsageError of click, wherever this typer keeps it
+INTERRUPTED = 130  # Source: bash(1), exit status of a command that SIGINT ended
+
+
+# --- mount
+
+
+def mount(
+    arguments: list[str],
+    options: Layer,
+    flags: Mapping[str, Raw | None],
+    *,
+    foreground: bool,
+    fake: bool = False,
+) -> int:
+    """Mount and return 0 when the mount is ready, with `foreground` its exit code when it has ended.
+
+    `fake` checks everything that can be checked without the store, and mounts nothing.
+    """
+    if not 1 <= len(arguments) <= 2:
+        raise UsageError("say what to mount and where: [s3://BUCKET[/PREFIX]] MOUNTPOINT")
+    mountpoint, _ = locate(arguments[-1], mount_table())
+    given = settings.gather(settings.from_flags(flags), options)
+    resolved = settings.resolve(arguments[0] if len(arguments) == 2 else None, Path(mountpoint), given)
+    logs.setup(resolved.config.log_level, resolved.config.log_format)
+    config, notice = prepare.permitted(prepare.export_credentials(resolved))
+    if notice:
+        _say(notice)
+    prepare.check(config)
+    if fake:
+        return 0
+    from phfs_fuse import keeper
+
+    return keeper.start(config, prepare.write_config(config), foreground=foreground)
+
+
+def _mount_command(**given: Any) -> int:
+    """Mount s3://BUCKET[/PREFIX], or with --group the space of a group, on an empty directory.
+
+    Returns when the mount is ready. Settings are also read from -o, PHFS_* variables and a --config file.
+    """
+    arguments, options, foreground = given.pop("arguments"), given.pop("options"), given.pop("foreground")
+    flags = {name.replace("_", "-"): raw for name, raw in given.items()}
+    return mount(arguments, settings.from_options(options or ()), flags, foreground=foreground)
+
+
+def _mount_signature() -> inspect.Signature:
+    """One parameter per setting, from the table: the only list of flags."""
+    parameters: dict[str, Any] = {
+        "arguments": Annotated[list[str], typer.Argument(metavar="[s3://BUCKET[/PREFIX]] MOUNTPOINT")],
+        "options": Annotated[
+            list[str] | None,
+            typer.Option("-o", metavar="OPT[,OPT]", help="Options as in fstab: name or name=value."),
+        ],
+        "foreground": Annotated[
+            bool, typer.Option("--foreground", "-f", help="Stay, and log to standard error.")
+        ],
+    }
+    parameters |= {setting.name.replace("-", "_"): _flag(setting) for setting in SETTINGS if setting.flag}
+    defaults = {"arguments": inspect.Parameter.empty, "foreground": False}
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature(
+        [
+            inspect.Parameter(name, kind, default=defaults.get(name), annotation=annotation)
+            for name, annotation in parameters.items()
+        ]
+    )
+
+
+def _flag(setting: Setting) -> Any:
+    text = f"{setting.help} [{setting.default}]" if setting.default else setting.help
+    if setting.is_switch:
+        return Annotated[bool | None, typer.Option(f"--{setting.name}/--no-{setting.name}", help=text)]
+    return Annotated[str | None, typer.Option(f"--{setting.name}", metavar=setting.kind.metavar, help=text)]
+
+
+vars(_mount_command)["__signature__"] = _mount_signature()
+app.command("mount")(_mount_command)
+
+
+# --- running mounts
+
+
+@app.command()
+def umount(
+    mountpoint: str,
+    timeout: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Give up when uploads take longer.")
+    ] = None,
+    lazy: Annotated[bool, typer.Option("--lazy", help="Detach even while files are in use.")] = False,
+) -> int:
+    """Upload what is pending, then unmount."""
+    from phfs_fuse import keeper
+
+    table, seconds = mount_table(), _seconds("--timeout", timeout)
+    place, entry = locate(mountpoint, table)
+    if entry is None or entry.mountpoint != place:
+        raise MountpointError(f"{place}: no phfs mount is here")
+    record = registry.find(place)
+    if record is None or not record.alive:
+        keeper.unmount(Path(place), lazy=True)
+        _say(
+            f"{place}: removed a dead mount; what was not uploaded goes up with the next mount of the volume"
+        )
+        return 0
+    deadline = None if seconds is None else time.monotonic() + seconds
+    _drain(record, None, seconds)
+    keeper.unmount(Path(place), lazy=lazy)
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    if not lazy and not client.wait_for_end(record.keeper_pid, left):
+        raise NotDrained(f"{place}: unmounted, but its last uploads still go on after {seconds:g} s")
+    return 0
+
+
+@app.command()
+def sync(
+    path: Annotated[
+        str | None, typer.Argument(help="A file or directory in a mount. Default: all mounts.")
+    ] = None,
+    timeout: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Give up when uploads take longer.")
+    ] = None,
+) -> int:
+    """Wait until everything, or one path, is in the store."""
+    seconds = _seconds("--timeout", timeout)
+    if path is not None:
+        record, inner = client.mount_of(path, mount_table())
+        _drain(record, inner or None, seconds)
+        return 0
+    for record in registry.records():
+        if record.alive:
+            _drain(record, None, seconds)
+    return 0
+
+
+@app.command()
+def status(
+    mountpoint: Annotated[str | None, typer.Argument(help="Default: all mounts.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="For programs: one object, or a list of all.")
+    ] = False,
+) -> int:
+    """Show what is mounted, pending uploads, cache, conflicts, errors."""
+    if mountpoint is not None:
+        answers = [client.status(client.mount_of(mountpoint, mount_table())[0])]
+    else:
+        answers = [_status_or_state(record) for record in registry.records()]
+    if as_json:
+        print(json.dumps(answers if mountpoint is None else answers[0], indent=1))
+    elif answers:
+        from phfs_fuse import display
+
+        display.mounts(answers)
+    else:
+        print("nothing is mounted")
+    return 0
+
+
+@app.command()
+def demo(
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Work here. Default: a temporary directory.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the directory behind.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Check that it works, then end.")] = False,
+) -> int:
+    """Start a small S3 store with sample groups and mount one, to try things."""
+    from phfs_fuse import demo as show
+
+    return show.run(directory, keep=keep, once=once)
+
+
+def _drain(record: MountRecord, path: str | None, seconds: float | None) -> None:
+    from phfs_fuse import display
+
+    display.follow(record.mountpoint, client.sync(record, path, seconds))
+
+
+def _status_or_state(record: MountRecord) -> client.Answer:
+    """A mount that does not answer is shown, not an error: the others are of interest too."""
+    try:
+        return client.status(record)
+    except MountpointError:
+        state = "no answer" if record.alive else "dead"
+        return {
+            "mountpoint": record.mountpoint,
+            "url": record.url,
+            "keeper_pid": record.keeper_pid,
+            "state": state,
+        }
+
+
+def _seconds(flag: str, raw: str | None) -> float | None:
+    from phfs_fuse.errors import ConfigError
+    from phfs_fuse.values import seconds
+
+    try:
+        return None if raw is None else seconds(raw)
+    except ValueError as exc:
+        raise ConfigError(flag, raw, str(exc)) from exc
+
+
+# --- entry points
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> int | None:
+    if version:
+        print(f"phfs {__version__}")
+        raise typer.Exit(0)
+    return None
+
+
+def main() -> None:
+    """The `phfs` command."""
+    sys.exit(_guarded("phfs", lambda: app(prog_name="phfs", standalone_mode=False)))
+
+
+def mount_helper() -> None:
+    """`mount.phfs SOURCE MOUNTPOINT [-sfnv] [-o options]`, called by mount(8); its exit codes are mount's.
+
+    Source: mount(8), external helpers and exit status.
+    """
+    code = _guarded("mount.phfs", lambda: _help_mount(sys.argv[1:]))
+    sys.exit({0: 0, UsageError.exit_code: 1}.get(code, 32))
+
+
+def _help_mount(argv: Sequence[str]) -> int:
+    try:
+        flags, arguments = getopt.gnu_getopt(list(argv), "sfnvo:t:N:")
+    except getopt.GetoptError as exc:
+        raise UsageError(str(exc)) from exc
+    if len(arguments) != 2:
+        raise UsageError("usage: mount.phfs SOURCE MOUNTPOINT [-sfnv] [-o options]")
+    names = [name for name, _ in flags]
+    options = settings.from_options([text for name, text in flags if name == "-o"], sloppy="-s" in names)
+    if "group" in options and not arguments[0].startswith("s3:"):
+        arguments = arguments[1:]  # fstab asks for a source, the group names it
+    return mount(arguments, options, {}, foreground=False, fake="-f" in names)
+
+
+def _guarded(program: str, call: Callable[[], int | None]) -> int:
+    """The exit code of `call`; each error is one line on standard error."""
+    logs.setup(os.environ.get("PHFS_LOG_LEVEL", "warning"), "text")
+    try:
+        return call() or 0
+    except StartupError as exc:
+        _say(str(exc), program)
+        return exc.exit_code
+    except _PARSE_ERROR as exc:
+        _say(exc.format_message(), program)
+        return int(exc.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted", program)
+        return INTERRUPTED
+    except Exception as exc:
+        _say(f"unexpected {type(exc).__name__}: {exc} (PHFS_LOG_LEVEL=debug shows where)", program)
+        log.debug("unexpected", exc_info=True)
+        return 1
+
+
+def _say(line: str, program: str = "phfs") -> None:
+    print(f"{program}: {logs.redacted(line)}", file=sys.stderr)

@@ -1,0 +1,90 @@
+"""How the commands show things: progress of uploads, the table of mounts. Owns no state."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from phfs_fuse import client
+
+PLAIN_SECONDS: Final = 5.0  # between two lines where no bar can be drawn
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def follow(label: str, events: Iterable[client.Progress]) -> None:
+    """Consume `events`, with a bar on a terminal and a line now and then elsewhere (on standard error)."""
+    if sys.stderr.isatty():
+        _bar(label, events)
+    else:
+        _lines(label, events)
+
+
+def _bar(label: str, events: Iterable[client.Progress]) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task: TaskID | None = None
+        for event in events:
+            if task is None:
+                task = bar.add_task(label)
+            total = event.bytes_done + event.bytes_pending
+            text = f"{label}: {event.files_pending} files wait"
+            bar.update(task, description=text, completed=event.bytes_done, total=total)
+
+
+def _lines(label: str, events: Iterable[client.Progress]) -> None:
+    shown = time.monotonic()
+    for event in events:
+        if event.files_pending and time.monotonic() - shown >= PLAIN_SECONDS:
+            shown = time.monotonic()
+            print(f"{label}: {event.files_pending} files, {size(event.bytes_pending)} wait", file=sys.stderr)
+
+
+def mounts(answers: Iterable[Mapping[str, Any]]) -> None:
+    """A table, one row per mount, and the errors below it."""
+    table = Table("MOUNT POINT", "VOLUME", "STATE", "PENDING", "CACHE", "HITS", "CONFLICTS", box=None)
+    errors = []
+    for answer in answers:
+        table.add_row(*map(escape, _row(answer)))
+        errors += [(answer["mountpoint"], error) for error in answer.get("errors", ())]
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for mountpoint, error in errors:
+        console.print(
+            f"{mountpoint}: {error['path']}: {error['reason']} ({error['count']} times)", markup=False
+        )
+
+
+def _row(answer: Mapping[str, Any]) -> tuple[str, ...]:
+    if "pending" not in answer:
+        return answer["mountpoint"], answer["url"], answer["state"], "", "", "", ""
+    pending, cache = answer["pending"], answer["cache"]
+    waits = "-"
+    if pending["files"]:
+        waits = f"{pending['files']} files, {size(pending['bytes'])}, {duration(pending['oldest_seconds'])}"
+    state = ("read-only, " if answer["read_only"] else "") + f"store {answer['store']['state']}"
+    used = f"{size(cache['bytes'])} of {size(cache['limit'])}"
+    hits = f"{cache['hit_rate']:.0%}"
+    return answer["mountpoint"], answer["url"], state, waits, used, hits, str(answer["conflicts"])
+
+
+def size(count: float) -> str:
+    """`0 B`, `1.5 MiB`."""
+    unit = 0
+    while count >= 1024 and unit < len(_UNITS) - 1:
+        count, unit = count / 1024, unit + 1
+    return f"{count:.1f} {_UNITS[unit]}" if unit and count < 100 else f"{count:.0f} {_UNITS[unit]}"
+
+
+def duration(seconds: float | None) -> str:
+    """`0 s`, `90 s`, `5 min`, `3 h`."""
+    seconds = seconds or 0
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

@@ -1,0 +1,71 @@
+"""Log set-up: text or JSON lines on standard error, without secrets.
+
+State: the handlers of the root logger.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+from typing import Final, TextIO
+
+# Header, query and dict forms of credentials and signatures. Source: AWS Signature Version 4
+_HEADER: Final = re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*+['\"]?)[^'\"\n]+")
+_PAIR: Final = re.compile(
+    r"(?i)((?:secret[_-]?(?:access[_-]?)?key|(?:session|security)[_-]?token|password|x-amz-(?:signature|credential))"
+    r"['\"]?\s*[:=]\s*['\"]?)[^\s'\"&,;]+"
+)
+_USERINFO: Final = re.compile(r"(\w+://)[^/\s@]+@")
+_NOISY: Final = ("boto3", "botocore", "s3transfer", "urllib3")  # their debug lines hold whole requests
+
+
+def setup(level: str, form: str, stream: TextIO | None = None) -> None:
+    """Send records from `level` (debug, info, warning, error) on to `stream`, as `text` or `json` lines.
+
+    May be called again: the last call counts.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+def redacted(text: str) -> str:
+    """`text` with what looks like a credential blanked."""
+    text = _HEADER.sub(r"\1[redacted]", text)
+    text = _PAIR.sub(r"\1[redacted]", text)
+    return _USERINFO.sub(r"\1[redacted]@", text)
+
+
+class TextFormatter(logging.Formatter):
+    """`2025-01-31T12:00:00.123Z INFO phfs_fuse.writeback: message`, a traceback below."""
+
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self.converter = time.gmtime
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+class JsonFormatter(TextFormatter):
+    """One object a line: `time`, `level`, `logger`, `message`, `pid` and, after an exception, `traceback`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": redacted(record.getMessage()),
+            "pid": record.process,
+        }
+        if record.exc_info:
+            fields["traceback"] = redacted(self.formatException(record.exc_info))
+        return json.dumps(fields, ensure_ascii=False)

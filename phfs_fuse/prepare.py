@@ -1,0 +1,92 @@
+"""What stands between a `MountConfig` and its start: checks without the store, local directories. No state.
+
+Each check raises the `StartupError` whose line says what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from phfs_fuse.config import MountConfig
+from phfs_fuse.errors import LocalStateError, MountpointError
+from phfs_fuse.mountpoint import mount_table, require_free
+from phfs_fuse.settings import Resolved, dump_config
+
+FUSE_DEVICE: Final = Path("/dev/fuse")
+FUSE_CONF: Final = Path("/etc/fuse.conf")
+PROBE_BYTES: Final = 4096
+
+
+def check(config: MountConfig) -> None:
+    """All that can be found wrong without the store. Makes the local directories.
+
+    Raises: MountpointError, LocalStateError.
+    """
+    require_free(config.kernel.mountpoint, mount_table())
+    _require_fuse()
+    for directory in (config.writeback.directory, config.cache.directory):
+        _require_writable(directory)
+
+
+def permitted(config: MountConfig) -> tuple[MountConfig, str | None]:
+    """`config` without what this user may not ask for, and a line that says so."""
+    if config.kernel.allow_other and os.geteuid() != 0 and not _user_allow_other():
+        line = f"only you will see the mount: allow-other needs user_allow_other in {FUSE_CONF}"
+        return replace(config, kernel=replace(config.kernel, allow_other=False)), line
+    return config, None
+
+
+def export_credentials(resolved: Resolved) -> MountConfig:
+    """Make the credentials file the first place where this process and its children look for credentials."""
+    config = resolved.config
+    if resolved.credentials_file is None:
+        return config
+    os.environ["AWS_SHARED_CREDENTIALS_FILE"] = str(resolved.credentials_file)
+    profile = config.store.profile or "default"  # a profile by name goes before AWS_ACCESS_KEY_ID
+    return replace(config, store=replace(config.store, profile=profile))
+
+
+def write_config(config: MountConfig) -> Path:
+    """A file for the keeper and each worker that it starts; its name is that of the mount point. Atomic."""
+    name = hashlib.sha256(os.fsencode(config.kernel.mountpoint)).hexdigest()[:16]
+    path = config.writeback.directory / f"mount-{name}.json"
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:  # mode 0600
+            file.write(dump_config(config))
+        Path(file.name).replace(path)
+    except OSError as exc:
+        raise LocalStateError(f"{path}: cannot be written: {exc.strerror}") from exc
+    return path
+
+
+def _require_fuse() -> None:
+    if not FUSE_DEVICE.exists():
+        raise MountpointError(
+            f"{FUSE_DEVICE}: does not exist; load the module with modprobe fuse, "
+            "or give the container the device and CAP_SYS_ADMIN"
+        )
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        raise MountpointError("fusermount3: not found; install the package fuse3")
+
+
+def _require_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(PROBE_BYTES))  # finds a full disk too
+    except OSError as exc:
+        raise LocalStateError(f"{directory}: cannot be written: {exc.strerror}") from exc
+
+
+def _user_allow_other() -> bool:
+    try:
+        lines = FUSE_CONF.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
