@@ -1,9 +1,11 @@
 """The seam to the object store: what the layers above may ask of it. Owns no state.
 
-Every method awaits the network, has a deadline, and raises only `PhfsError`s:
-`NotFound` (ENOENT), `BucketNotFound` (ENOENT), `AccessDenied` (EACCES), `VersionChanged` (a condition failed),
-`StoreUnavailable`/`StoreTimeout` (retries are used up), `BadAnswer` (the answer contradicts the request),
-`IllegalName` (the key cannot be sent), `TooLarge`, `NotSupported`.
+Every method awaits the network, has a deadline, and raises only `PhfsError`s (besides what a `Sink` raises, and
+an OSError where a `FileRange` cannot be read): `NotFound` (ENOENT), `BucketNotFound` (ENOENT), `AccessDenied`
+(EACCES), `VersionChanged` (a condition failed), `StoreUnavailable`/`StoreTimeout` (retries are used up), `BadAnswer` (the answer contradicts the request),
+`IllegalName`/`NameTooLong` (the key cannot be sent), `TooLarge`, `NotSupported`, `InvalidArgument` (a wrong
+setting, part or upload), and where the store's own folder or quota gets in the way `NotADirectory`,
+`IsADirectory`, `NoSpace`, `QuotaExceeded`.
 """
 
 from __future__ import annotations
@@ -89,11 +91,17 @@ class ObjectStore(Protocol):
     async def head(self, key: ObjectKey) -> ObjectInfo: ...
 
     async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
-        """Send bytes [start, end) of version `etag` (None: any) to `sink` while they arrive; exactly these or an
-        error. A retry within goes on where the last try ended. VersionChanged if the version is gone."""
+        """Send bytes [start, end) of version `etag` (None: any) to `sink` while they arrive; exactly these or
+        an error. A retry within goes on where the last try ended. VersionChanged if the version is gone."""
 
     async def list(
-        self, prefix: str, *, delimiter: bool, token: str | None = None, start_after: str = "", count_max: int = 1000
+        self,
+        prefix: str,
+        *,
+        delimiter: bool,
+        token: str | None = None,
+        start_after: str = "",
+        count_max: int = 1000,
     ) -> Listing:
         """A page of the keys under `prefix`; with `delimiter` those beyond the next "/" are rolled up."""
 
@@ -112,8 +120,8 @@ class ObjectStore(Protocol):
         *,
         expect: Expect | None,
     ) -> ObjectInfo:
-        """Server-side copy with new metadata (the source may be `key`). Any size. VersionChanged if the source
-        is not `source_etag` or `expect` fails."""
+        """Server-side copy with new metadata (the source may be `key`). Any size. VersionChanged if the
+        source is not `source_etag` or `expect` fails."""
 
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
         """Remove; a key that is not there is a success."""
@@ -126,7 +134,14 @@ class ObjectStore(Protocol):
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part: ...
 
     async def upload_part_copy(
-        self, key: ObjectKey, upload_id: str, part_no: int, source: ObjectKey, source_etag: ETag, start: int, end: int
+        self,
+        key: ObjectKey,
+        upload_id: str,
+        part_no: int,
+        source: ObjectKey,
+        source_etag: ETag,
+        start: int,
+        end: int,
     ) -> Part: ...
 
     async def complete_multipart(

@@ -1,0 +1,123 @@
+"""What cannot be asked of a store, and what its answers mean: S3 codes to `PhfsError`s. Pure; owns no state.
+
+Decided on codes and statuses alone. The store's message text is dropped: it may name credentials.
+Source: S3 API reference, "List of error codes"; MinIO's `XMinio` codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from phfs_fuse.errors import (
+    AccessDenied,
+    BadAnswer,
+    BucketNotFound,
+    IllegalName,
+    InvalidArgument,
+    IsADirectory,
+    NameTooLong,
+    NoSpace,
+    NotADirectory,
+    NotFound,
+    NotSupported,
+    PhfsError,
+    QuotaExceeded,
+    StoreTimeout,
+    StoreUnavailable,
+    TooLarge,
+    VersionChanged,
+)
+from phfs_fuse.types import KEY_BYTES_MAX
+
+
+class OutOfRange(BadAnswer):
+    """The store has no such bytes (416): asking again is of no use."""
+
+
+NO_SUCH_KEY: Final = "NoSuchKey"
+NO_SUCH_UPLOAD: Final = "NoSuchUpload"
+
+_BY_CODE: Final[Mapping[str, type[PhfsError]]] = {
+    "AccessDenied": AccessDenied,
+    "AuthorizationHeaderMalformed": AccessDenied,
+    "ExpiredToken": AccessDenied,
+    "InvalidAccessKeyId": AccessDenied,
+    "InvalidToken": AccessDenied,
+    "RequestTimeTooSkewed": AccessDenied,
+    "SignatureDoesNotMatch": AccessDenied,
+    "TokenRefreshRequired": AccessDenied,
+    "NoSuchBucket": BucketNotFound,
+    NO_SUCH_KEY: NotFound,
+    NO_SUCH_UPLOAD: NotFound,
+    "ConditionalRequestConflict": VersionChanged,
+    "PreconditionFailed": VersionChanged,
+    "InvalidRange": OutOfRange,
+    "BadDigest": BadAnswer,
+    "IncompleteBody": BadAnswer,
+    "XAmzContentSHA256Mismatch": BadAnswer,
+    "OperationAborted": StoreUnavailable,
+    "RequestTimeout": StoreTimeout,
+    "EntityTooLarge": TooLarge,
+    "MetadataTooLarge": TooLarge,
+    "KeyTooLong": NameTooLong,
+    "KeyTooLongError": NameTooLong,
+    "InvalidURI": IllegalName,
+    "XMinioInvalidObjectName": IllegalName,
+    "XMinioObjectExistsAsDirectory": IsADirectory,
+    "XMinioParentIsObject": NotADirectory,
+    "XMinioStorageFull": NoSpace,
+    "XMinioAdminBucketQuotaExceeded": QuotaExceeded,
+    "QuotaExceeded": QuotaExceeded,
+    "InvalidObjectState": NotSupported,  # archived
+    "NotImplemented": NotSupported,
+}
+
+_BY_STATUS: Final[Mapping[int, type[PhfsError]]] = {
+    401: AccessDenied,
+    403: AccessDenied,
+    404: NotFound,
+    408: StoreTimeout,
+    409: StoreUnavailable,
+    412: VersionChanged,
+    416: OutOfRange,
+    429: StoreUnavailable,
+    501: NotSupported,
+    504: StoreTimeout,
+}
+
+_REMEDY: Final[Mapping[str, str]] = {
+    "ExpiredToken": "the session token has expired",
+    "InvalidAccessKeyId": "the store does not know this access key",
+    "RequestTimeTooSkewed": "the clock of this machine is off",
+    "SignatureDoesNotMatch": "the secret key is not that of the access key",
+}
+
+
+def error_of(op: str, subject: str, code: str, status: int) -> PhfsError:
+    """The error for an answer. `code` is "" or the status again where it had no body, as with HEAD."""
+    kind = _BY_CODE.get(code) or _BY_STATUS.get(status)
+    if kind is None:
+        kind = StoreUnavailable if status >= 500 else InvalidArgument
+    reason = f"{code} ({_REMEDY[code]})" if code in _REMEDY else code or f"HTTP {status}"
+    return kind(op, subject, reason)
+
+
+def check_text(op: str, key: str) -> bytes:
+    """`key` as it is sent. Raises: IllegalName for half surrogates."""
+    try:
+        return key.encode()
+    except UnicodeEncodeError as exc:
+        raise IllegalName(op, ascii(key), "not Unicode") from exc
+
+
+def check_key(op: str, key: str) -> None:
+    """Refuse keys that cannot reach the store as they are. Raises: IllegalName, NameTooLong.
+
+    HTTP clients and servers resolve `.` and `..` in a path: such a request would touch another object.
+    """
+    length = len(check_text(op, key))
+    if not key or "\0" in key or any(part in (".", "..") for part in key.split("/")):
+        raise IllegalName(op, key, "empty, or with NUL, '.' or '..' in it")
+    if length > KEY_BYTES_MAX:
+        raise NameTooLong(op, key, f"{length} bytes, {KEY_BYTES_MAX} at most")

@@ -1,0 +1,315 @@
+"""One try of each call to the store, by boto3 on a bounded thread. Owns the clients and the limiters.
+
+Answers are checked, nothing is repeated (that is `store.s3`). Reads may be abandoned when cancelled; a write
+goes on until its thread ends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import trio
+
+from phfs_fuse.config import StoreConfig
+from phfs_fuse.store.base import Body, Expect, FileRange, Listing, ObjectInfo, Part, Upload
+from phfs_fuse.store.headers import (
+    SECOND_NS,
+    content_type,
+    etag_of,
+    info_of,
+    quoted,
+    stored_info,
+)
+from phfs_fuse.store.session import DEFAULT_REGION, PAGE, Clients, open_clients, translated
+from phfs_fuse.store.transfer import FileBody, Receiver, body_length
+from phfs_fuse.types import ETag, ObjectKey
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+T = TypeVar("T")
+
+CONTROL_MAX: Final = 16  # calls that move no data, at a time
+CHUNK_BYTES: Final = 256 * 1024
+XML_ILLEGAL: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # Source: XML 1.0, 2.2 Characters
+
+
+def answer_headers(answer: Mapping[str, Any]) -> Mapping[str, str]:
+    """The HTTP headers of boto3's answer, names in lower case."""
+    headers: Mapping[str, str] = answer["ResponseMetadata"]["HTTPHeaders"]
+    return headers
+
+
+class BotoCalls:
+    """Opened by its first call."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        self.config = config
+        self._bucket = config.bucket
+        self._opened: Clients | None = None
+        self._open_lock = trio.Lock()
+        self._reads = trio.CapacityLimiter(config.reads_max)
+        self._writes = trio.CapacityLimiter(config.writes_max)
+        self._control = trio.CapacityLimiter(CONTROL_MAX)
+
+    async def clients(self) -> Clients:
+        async with self._open_lock:
+            if self._opened is None:
+                self._opened = await trio.to_thread.run_sync(open_clients, self.config)
+        return self._opened
+
+    async def aclose(self) -> None:
+        if self._opened is not None:
+            await trio.to_thread.run_sync(self._opened.close)
+
+    async def create_bucket(self) -> None:
+        clients = await self.clients()
+        extra: dict[str, Any] = {}
+        if clients.is_aws and clients.region != DEFAULT_REGION:
+            extra["CreateBucketConfiguration"] = {"LocationConstraint": clients.region}
+        await self._run(
+            "create bucket",
+            self._bucket,
+            lambda: clients.plain.create_bucket(Bucket=self._bucket, **extra),
+            self._control,
+        )
+
+    async def head(self, key: ObjectKey) -> ObjectInfo:
+        s3 = (await self.clients()).plain
+        answer = await self._run(
+            "head",
+            key,
+            lambda: s3.head_object(Bucket=self._bucket, Key=key),
+            self._control,
+            is_read=True,
+        )
+        return info_of(key, answer_headers(answer))
+
+    async def get(self, receiver: Receiver) -> None:
+        """Bytes from where `receiver` stands to its end."""
+        s3 = (await self.clients()).plain
+        await self._run("get", receiver.key, lambda: self._get(s3, receiver), self._reads, is_read=True)
+
+    def _get(self, s3: S3Client, receiver: Receiver) -> None:
+        condition: dict[str, Any] = {} if receiver.etag is None else {"IfMatch": quoted(receiver.etag)}
+        answer = s3.get_object(
+            Bucket=self._bucket, Key=receiver.key, Range=receiver.range_header, **condition
+        )
+        with closing(answer["Body"]) as body:
+            receiver.begin(answer_headers(answer))
+            while chunk := body.read(CHUNK_BYTES):
+                if not receiver.feed(chunk):
+                    return
+        receiver.finish()
+
+    async def list_page(
+        self, prefix: str, count_max: int, options: Mapping[str, Any], *, metadata: bool
+    ) -> tuple[Listing, str]:
+        """A page, and the name of the server's software. `options` as of ListObjectsV2."""
+        clients = await self.clients()
+        s3 = clients.listing if metadata else clients.plain
+        answer: Mapping[str, Any] = await self._run(
+            "list",
+            prefix,
+            lambda: s3.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=count_max, **options),
+            self._control,
+            is_read=True,
+        )
+        return answer[PAGE], answer_headers(answer).get("server", "")
+
+    async def put(
+        self, key: ObjectKey, body: Body, metadata: Mapping[str, str], expect: Expect | None
+    ) -> ObjectInfo:
+        """`expect` is sent as a condition and nothing else is done about it."""
+        s3 = (await self.clients()).plain
+        answer = await self._run(
+            "put",
+            key,
+            lambda: s3.put_object(
+                Bucket=self._bucket,
+                Key=key,
+                Body=_payload(body),
+                ContentLength=body_length(body),
+                ContentType=content_type(key),
+                Metadata=dict(metadata),
+                **_condition(expect),
+            ),
+            self._writes,
+        )
+        return stored_info(key, body_length(body), metadata, answer_headers(answer))
+
+    async def copy(
+        self, source: ObjectKey, source_etag: ETag, key: ObjectKey, size: int, metadata: Mapping[str, str]
+    ) -> ObjectInfo:
+        s3 = (await self.clients()).plain
+        answer = await self._run(
+            "copy",
+            key,
+            lambda: s3.copy_object(
+                Bucket=self._bucket,
+                Key=key,
+                CopySource={"Bucket": self._bucket, "Key": source},
+                CopySourceIfMatch=quoted(source_etag),
+                MetadataDirective="REPLACE",
+                ContentType=content_type(key),
+                Metadata=dict(metadata),
+            ),
+            self._control,
+        )
+        headers = answer_headers(answer)
+        result = answer.get("CopyObjectResult", {})
+        return stored_info(key, size, metadata, {**headers, "etag": result.get("ETag", "")})
+
+    async def delete(self, key: ObjectKey, expect: Expect | None) -> None:
+        """`expect` is sent to AWS only: no other store is known to keep it."""
+        clients = await self.clients()
+        condition = _condition(expect) if clients.is_aws else {}
+        await self._run(
+            "delete",
+            key,
+            lambda: clients.plain.delete_object(Bucket=self._bucket, Key=key, **condition),
+            self._control,
+        )
+
+    async def delete_many(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, str]:
+        """Keys that failed, with the store's code."""
+        s3 = (await self.clients()).plain
+        objects: Any = [{"Key": key} for key in keys]
+        answer = await self._run(
+            "delete",
+            f"{len(keys)} objects",
+            lambda: s3.delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True}),
+            self._control,
+        )
+        failed = {ObjectKey(error["Key"]): error.get("Code", "") for error in answer.get("Errors", ())}
+        return {key: code for key, code in failed.items() if code != "NoSuchKey"}
+
+    async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
+        s3 = (await self.clients()).plain
+        answer = await self._run(
+            "create multipart",
+            key,
+            lambda: s3.create_multipart_upload(
+                Bucket=self._bucket, Key=key, ContentType=content_type(key), Metadata=dict(metadata)
+            ),
+            self._control,
+        )
+        return answer["UploadId"]
+
+    async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
+        s3 = (await self.clients()).plain
+        answer = await self._run(
+            "upload part",
+            key,
+            lambda: s3.upload_part(
+                Bucket=self._bucket,
+                Key=key,
+                UploadId=upload_id,
+                PartNumber=part_no,
+                Body=_payload(body),
+                ContentLength=body_length(body),
+            ),
+            self._writes,
+        )
+        return Part(part_no, etag_of(answer.get("ETag"), "upload part", key))
+
+    async def upload_part_copy(
+        self,
+        key: ObjectKey,
+        upload_id: str,
+        part_no: int,
+        source: ObjectKey,
+        source_etag: ETag,
+        start: int,
+        end: int,
+    ) -> Part:
+        s3 = (await self.clients()).plain
+        answer = await self._run(
+            "copy part",
+            key,
+            lambda: s3.upload_part_copy(
+                Bucket=self._bucket,
+                Key=key,
+                UploadId=upload_id,
+                PartNumber=part_no,
+                CopySource={"Bucket": self._bucket, "Key": source},
+                CopySourceIfMatch=quoted(source_etag),
+                CopySourceRange=f"bytes={start}-{end - 1}",
+            ),
+            self._control,
+        )
+        return Part(part_no, etag_of(answer.get("CopyPartResult", {}).get("ETag"), "copy part", key))
+
+    async def complete_multipart(
+        self, key: ObjectKey, upload_id: str, parts: Sequence[Part], expect: Expect | None
+    ) -> ETag:
+        s3 = (await self.clients()).plain
+        listed: Any = [{"PartNumber": part.part_no, "ETag": quoted(part.etag)} for part in parts]
+        answer = await self._run(
+            "complete multipart",
+            key,
+            lambda: s3.complete_multipart_upload(
+                Bucket=self._bucket,
+                Key=key,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": listed},
+                **_condition(expect),
+            ),
+            self._control,
+        )
+        return etag_of(answer.get("ETag"), "complete multipart", key)
+
+    async def abort_multipart(self, key: ObjectKey, upload_id: str) -> None:
+        s3 = (await self.clients()).plain
+        await self._run(
+            "abort multipart",
+            key,
+            lambda: s3.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload_id),
+            self._control,
+        )
+
+    async def list_multipart(self, prefix: str) -> Sequence[Upload]:
+        s3 = (await self.clients()).plain
+        return await self._run(
+            "list multipart", prefix, lambda: self._list_multipart(s3, prefix), self._control, is_read=True
+        )
+
+    def _list_multipart(self, s3: S3Client, prefix: str) -> Sequence[Upload]:
+        pages = s3.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix)
+        return [
+            Upload(
+                key=ObjectKey(upload["Key"]),
+                upload_id=upload["UploadId"],
+                started_ns=int(upload["Initiated"].timestamp()) * SECOND_NS,
+            )
+            for page in pages
+            for upload in page.get("Uploads", ())
+        ]
+
+    async def _run(
+        self,
+        op: str,
+        subject: str,
+        call: Callable[[], T],
+        limiter: trio.CapacityLimiter,
+        *,
+        is_read: bool = False,
+    ) -> T:
+        def work() -> T:
+            with translated(op, subject):
+                return call()
+
+        return await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=is_read)
+
+
+def _payload(body: Body) -> Any:
+    return FileBody(body) if isinstance(body, FileRange) else body
+
+
+def _condition(expect: Expect | None) -> dict[str, Any]:
+    if expect is None:
+        return {}
+    return {"IfNoneMatch": "*"} if expect.etag is None else {"IfMatch": quoted(expect.etag)}

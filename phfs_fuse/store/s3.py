@@ -1,0 +1,388 @@
+"""The object store over S3: checks, retries, conditions. Owns what was learned of the store (whether it lists
+metadata, which conditions it keeps); the single tries are those of `store.calls`.
+
+A lost answer is made good: a conditional write whose first try reached the store meets itself at the second.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import trio
+
+from phfs_fuse.config import StoreConfig
+from phfs_fuse.errors import AccessDenied, BadAnswer, BucketNotFound, NotFound, PhfsError, VersionChanged
+from phfs_fuse.store.answers import NO_SUCH_KEY, NO_SUCH_UPLOAD, check_key, check_text
+from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Sink, Upload
+from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
+from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
+from phfs_fuse.store.retry import retrying
+from phfs_fuse.store.transfer import Receiver, holds, multipart_etag
+from phfs_fuse.types import GIB, MIB, S3_PARTS_MAX, ETag, ObjectKey
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CHECK_ATTEMPTS: Final = 2  # a wrong endpoint must show soon
+COPY_BYTES_MAX: Final = 256 * MIB  # in one request: more may take longer than the time without a byte
+COPY_ONTO_ITSELF_BYTES_MAX: Final = 5 * GIB  # Source: S3 API reference, CopyObject
+COPY_PART_BYTES: Final = 128 * MIB
+CLEANUP_SECONDS: Final = 30.0
+
+
+class S3Store:
+    """See `ObjectStore`. Opened by the first call, which should be `check_bucket`."""
+
+    def __init__(self, config: StoreConfig, calls: BotoCalls | None = None) -> None:
+        self._config = config
+        self._calls = calls or BotoCalls(config)
+        self._lists_metadata = False
+        self._conditions: Conditions | None = None
+        self._probe_lock = trio.Lock()
+
+    @property
+    def lists_metadata(self) -> bool:
+        return self._lists_metadata
+
+    async def aclose(self) -> None:
+        await self._calls.aclose()
+
+    # -- the bucket
+
+    async def check_bucket(self, *, create: bool = False) -> None:
+        try:
+            await self._probe_listing()
+        except BucketNotFound:
+            if not create:
+                raise
+            await self._calls.create_bucket()
+            await self._probe_listing()
+
+    async def _probe_listing(self) -> None:
+        """List one key, which proves access; where the store is not AWS, once more with its metadata."""
+        prefix = self._config.prefix
+        await retrying(CHECK_ATTEMPTS, lambda _: self._calls.list_page(prefix, 1, {}, metadata=False))
+        if (await self._calls.clients()).is_aws:
+            return
+        try:
+            page, server = await self._calls.list_page(prefix, 1, {}, metadata=True)
+        except PhfsError as exc:
+            log.info("listings come without metadata: %s", exc)
+            return
+        known = [info.metadata is not None for info in page.objects]
+        self._lists_metadata = all(known) if known else server.startswith("MinIO")
+
+    # -- reading
+
+    async def head(self, key: ObjectKey) -> ObjectInfo:
+        check_key("head", key)
+        return await self._retrying(lambda _: self._calls.head(key))
+
+    async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
+        check_key("get", key)
+        if start >= end:
+            return
+        receiver = Receiver(key, start, end, etag, sink)
+        try:
+            await self._retrying(lambda _: self._calls.get(receiver))
+        except NotFound as exc:
+            if receiver.etag is None or isinstance(exc, BucketNotFound):
+                raise
+            raise VersionChanged("get", key, "the object is gone") from exc
+        finally:
+            receiver.close()
+
+    async def list(
+        self,
+        prefix: str,
+        *,
+        delimiter: bool,
+        token: str | None = None,
+        start_after: str = "",
+        count_max: int = 1000,
+    ) -> Listing:
+        check_text("list", prefix + start_after)
+        options: dict[str, Any] = {"Delimiter": "/"} if delimiter else {}
+        if token is not None:
+            options["ContinuationToken"] = token
+        elif start_after:
+            options["StartAfter"] = start_after
+        return await self._retrying(lambda _: self._list_page(prefix, count_max, options))
+
+    async def _list_page(self, prefix: str, count_max: int, options: Mapping[str, Any]) -> Listing:
+        if self._lists_metadata:
+            try:
+                return (await self._calls.list_page(prefix, count_max, options, metadata=True))[0]
+            except (AccessDenied, BadAnswer) as exc:  # bad: a name in the metadata that XML cannot carry
+                log.info("listing again without metadata: %s", exc)
+        return (await self._calls.list_page(prefix, count_max, options, metadata=False))[0]
+
+    # -- whole objects
+
+    async def put(
+        self, key: ObjectKey, body: Body, metadata: Mapping[str, str], *, expect: Expect | None
+    ) -> ObjectInfo:
+        check_key("put", key)
+        conditions = await self._kept(expect)
+
+        async def write() -> ObjectInfo:
+            if conditions.needs_head(expect):
+                await self._confirm("put", key, expect)
+            return await self._calls.put(key, body, metadata, conditions.sends(expect))
+
+        async def is_ours(found: ObjectInfo) -> bool:
+            return await trio.to_thread.run_sync(holds, found, body, metadata)
+
+        return await self._conditional("put", key, write, is_ours)
+
+    async def copy(
+        self,
+        source: ObjectKey,
+        source_etag: ETag,
+        key: ObjectKey,
+        size: int,
+        metadata: Mapping[str, str],
+        *,
+        expect: Expect | None,
+    ) -> ObjectInfo:
+        check_key("copy", source)
+        check_key("copy", key)
+        if size > (COPY_ONTO_ITSELF_BYTES_MAX if source == key else COPY_BYTES_MAX):
+            return await self._copy_in_parts(source, source_etag, key, size, metadata, expect)
+
+        async def write() -> ObjectInfo:
+            await self._confirm("copy", key, expect)
+            return await self._calls.copy(source, source_etag, key, size, metadata)
+
+        async def is_ours(found: ObjectInfo) -> bool:
+            return found.size == size and found.metadata == dict(metadata)
+
+        return await self._conditional("copy", key, write, is_ours)
+
+    async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
+        check_key("delete", key)
+
+        async def attempt(_: int) -> None:
+            if expect is not None:
+                found = await self._etag_now(key)
+                if found is None:
+                    return
+                if found != expect.etag:
+                    raise VersionChanged("delete", key, f"the store has version {found}")
+            await self._calls.delete(key, expect)
+
+        try:
+            await self._retrying(attempt)
+        except NotFound as exc:
+            if isinstance(exc, BucketNotFound):
+                raise
+
+    async def delete_many(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, str]:
+        for key in keys:
+            check_key("delete", key)
+        odd = [key for key in keys if XML_ILLEGAL.search(key)]  # the request is XML
+        plain = [key for key in keys if not XML_ILLEGAL.search(key)]
+        failed = dict(await self._retrying(lambda _: self._calls.delete_many(plain))) if plain else {}
+        for key in odd:
+            try:
+                await self.delete(key)
+            except PhfsError as exc:
+                failed[key] = exc.reason
+        return failed
+
+    # -- in parts
+
+    async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
+        check_key("create multipart", key)
+        return await self._retrying(lambda _: self._calls.create_multipart(key, metadata))
+
+    async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
+        return await self._retrying(lambda _: self._calls.upload_part(key, upload_id, part_no, body))
+
+    async def upload_part_copy(
+        self,
+        key: ObjectKey,
+        upload_id: str,
+        part_no: int,
+        source: ObjectKey,
+        source_etag: ETag,
+        start: int,
+        end: int,
+    ) -> Part:
+        check_key("copy part", source)
+        try:
+            return await self._retrying(
+                lambda _: self._calls.upload_part_copy(
+                    key, upload_id, part_no, source, source_etag, start, end
+                )
+            )
+        except NotFound as exc:
+            if isinstance(exc, BucketNotFound) or exc.reason == NO_SUCH_UPLOAD:
+                raise
+            raise VersionChanged("copy part", source, "the source is gone") from exc
+
+    async def complete_multipart(
+        self, key: ObjectKey, upload_id: str, parts: Sequence[Part], *, expect: Expect | None
+    ) -> ObjectInfo:
+        conditions = await self._kept(expect)
+        ordered = sorted(parts, key=lambda part: part.part_no)
+
+        async def write() -> ObjectInfo:
+            await self._confirm("complete multipart", key, expect)  # also where put alone keeps conditions
+            etag = await self._calls.complete_multipart(key, upload_id, ordered, conditions.sends(expect))
+            return await self._completed(key, etag)
+
+        async def is_ours(found: ObjectInfo) -> bool:
+            return found.etag == multipart_etag(ordered)
+
+        return await self._conditional("complete multipart", key, write, is_ours, at_once=True)
+
+    async def _completed(self, key: ObjectKey, etag: ETag) -> ObjectInfo:
+        """The object just completed: its size and metadata are known to the store alone.
+
+        Raises: VersionChanged if another write came in between, so that the caller keeps its bytes.
+        """
+        found = await self.head(key)
+        if found.etag != etag:
+            raise VersionChanged("complete multipart", key, f"replaced at once by version {found.etag}")
+        return found
+
+    async def abort_multipart(self, key: ObjectKey, upload_id: str) -> None:
+        try:
+            await self._retrying(lambda _: self._calls.abort_multipart(key, upload_id))
+        except NotFound as exc:
+            if isinstance(exc, BucketNotFound):
+                raise
+
+    async def list_multipart(self, prefix: str) -> Sequence[Upload]:
+        check_text("list multipart", prefix)
+        return await self._retrying(lambda _: self._calls.list_multipart(prefix))
+
+    async def _copy_in_parts(
+        self,
+        source: ObjectKey,
+        source_etag: ETag,
+        key: ObjectKey,
+        size: int,
+        metadata: Mapping[str, str],
+        expect: Expect | None,
+    ) -> ObjectInfo:
+        await self._confirm("copy", key, expect)  # before gigabytes are moved in vain
+        upload_id = await self.create_multipart(key, metadata)
+        try:
+            parts = await self._copy_parts(source, source_etag, key, size, upload_id)
+            return await self.complete_multipart(key, upload_id, parts, expect=expect)
+        except BaseException:
+            with trio.move_on_after(CLEANUP_SECONDS, shield=True):
+                await self._quietly(lambda: self.abort_multipart(key, upload_id))
+            raise
+
+    async def _copy_parts(
+        self, source: ObjectKey, source_etag: ETag, key: ObjectKey, size: int, upload_id: str
+    ) -> Sequence[Part]:
+        step = max(COPY_PART_BYTES, -(-size // S3_PARTS_MAX))
+        parts: list[Part] = []
+        failed: list[PhfsError] = []
+
+        async def copy_part(start: int) -> None:
+            part_no, end = start // step + 1, min(start + step, size)
+            try:
+                part = await self.upload_part_copy(key, upload_id, part_no, source, source_etag, start, end)
+                parts.append(part)
+            except PhfsError as exc:
+                failed.append(exc)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for start in range(0, size, step):
+                nursery.start_soon(copy_part, start)
+        if failed:
+            raise failed[0]
+        return parts
+
+    # -- retries and conditions
+
+    async def _retrying(self, attempt: Callable[[int], Awaitable[T]]) -> T:
+        return await retrying(self._config.attempts_max, attempt)
+
+    async def _conditional(
+        self,
+        op: str,
+        key: ObjectKey,
+        write: Callable[[], Awaitable[ObjectInfo]],
+        is_ours: Callable[[ObjectInfo], Awaitable[bool]],
+        *,
+        at_once: bool = False,
+    ) -> ObjectInfo:
+        """`write`, repeated; when a repetition loses, look whether it lost against its own first try.
+
+        `at_once`: look at the first try already, which may follow a try of a process that died.
+        """
+
+        async def attempt(attempt_no: int) -> ObjectInfo:
+            try:
+                return await write()
+            except (VersionChanged, NotFound) as exc:
+                if isinstance(exc, BucketNotFound):
+                    raise
+                if at_once or attempt_no:
+                    found = await self._found(key)
+                    if found and await is_ours(found):
+                        return found
+                if isinstance(exc, VersionChanged) or exc.reason != NO_SUCH_KEY:
+                    raise
+                raise VersionChanged(op, key, "the object is gone") from exc
+
+        return await self._retrying(attempt)
+
+    async def _found(self, key: ObjectKey) -> ObjectInfo | None:
+        try:
+            return await self._calls.head(key)
+        except NotFound:
+            return None
+
+    async def _etag_now(self, key: ObjectKey) -> ETag | None:
+        found = await self._found(key)
+        return found.etag if found else None
+
+    async def _confirm(self, op: str, key: ObjectKey, expect: Expect | None) -> None:
+        """Raises: VersionChanged if `expect` does not hold now."""
+        if expect is not None and (found := await self._etag_now(key)) != expect.etag:
+            raise VersionChanged(op, key, f"the store has version {found}, not {expect.etag}")
+
+    async def _kept(self, expect: Expect | None) -> Conditions:
+        """Which conditions the store keeps; tried out before the first conditional write."""
+        if expect is None:
+            return NONE_KEPT  # none is needed
+        async with self._probe_lock:
+            if self._conditions is None:
+                self._conditions = await self._probe_conditions()
+                log.info("the store keeps conditional writes: %s", self._conditions)
+        return self._conditions
+
+    async def _probe_conditions(self) -> Conditions:
+        if (await self._calls.clients()).is_aws:
+            return ALL_KEPT
+        try:
+            return await self._retrying(lambda _: self._probe_once())
+        except AccessDenied as exc:  # the policy may allow some keys only
+            log.info("conditions are kept by HEAD: %s", exc)
+            return NONE_KEPT
+
+    async def _probe_once(self) -> Conditions:
+        key = ObjectKey(f"{self._config.prefix}.phfs-probe-{secrets.token_hex(8)}")
+        try:
+            return await probe_conditions(lambda expect: self._calls.put(key, b"", {}, expect))
+        finally:
+            with trio.move_on_after(CLEANUP_SECONDS, shield=True):
+                await self._quietly(lambda: self.delete(key))
+
+    async def _quietly(self, call: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await call()
+        except PhfsError as exc:
+            log.info("clean-up failed: %s", exc)

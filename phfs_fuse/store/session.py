@@ -1,0 +1,181 @@
+"""boto3 clients for one bucket, and botocore's exceptions to `PhfsError`s. Owns no state.
+
+Creating a client reads files and may ask a metadata service: always on a thread.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+import boto3
+import botocore.exceptions as bexc
+import urllib3.exceptions
+from botocore.config import Config
+from botocore.parsers import ResponseParserError
+
+from phfs_fuse.config import StoreConfig
+from phfs_fuse.errors import (
+    AccessDenied,
+    BadAnswer,
+    InvalidArgument,
+    PhfsError,
+    StoreTimeout,
+    StoreUnavailable,
+)
+from phfs_fuse.store.answers import error_of
+from phfs_fuse.store.listing import parse_listing
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+DEFAULT_REGION: Final = "us-east-1"
+PAGE: Final = "PhfsListing"  # name of the parsed page in the answer of list_objects_v2
+
+_NO_CREDENTIALS: Final = (
+    "no usable credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile"
+)
+_CREDENTIAL_ERRORS: Final = (
+    bexc.NoCredentialsError,
+    bexc.PartialCredentialsError,
+    bexc.CredentialRetrievalError,
+    bexc.ProfileNotFound,
+    bexc.ConfigNotFound,
+    bexc.ConfigParseError,
+    bexc.SSOError,
+    bexc.TokenRetrievalError,
+    bexc.InvalidConfigError,
+    bexc.UnknownCredentialError,
+    bexc.RefreshWithMFAUnsupportedError,
+)
+_BY_TYPE: Final[Sequence[tuple[tuple[type[Exception], ...], type[PhfsError], str]]] = (  # the first that fits
+    (_CREDENTIAL_ERRORS, AccessDenied, _NO_CREDENTIALS),
+    ((bexc.ConnectTimeoutError, bexc.ReadTimeoutError, urllib3.exceptions.TimeoutError), StoreTimeout, ""),
+    ((bexc.IncompleteReadError, ResponseParserError), BadAnswer, ""),
+    ((bexc.HTTPClientError, bexc.ConnectionError, urllib3.exceptions.HTTPError), StoreUnavailable, ""),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Clients:
+    """`listing` asks for user metadata in listings, `plain` does not. Both may be used by many threads."""
+
+    session: boto3.Session
+    plain: S3Client
+    listing: S3Client
+
+    @property
+    def endpoint_url(self) -> str:
+        return self.plain.meta.endpoint_url
+
+    @property
+    def region(self) -> str:
+        return self.plain.meta.region_name
+
+    @property
+    def is_aws(self) -> bool:
+        return _is_aws(self.endpoint_url)
+
+    def close(self) -> None:
+        self.plain.close()
+        self.listing.close()
+
+
+def open_clients(config: StoreConfig) -> Clients:
+    """Blocks. Raises: AccessDenied without credentials, InvalidArgument for a wrong endpoint or profile."""
+    name = endpoint_name(config)
+    try:
+        with translated("connect", name):
+            return _open_clients(config, name)
+    except ValueError as exc:  # botocore's for a wrong endpoint
+        raise InvalidArgument("connect", name, str(exc)) from exc
+
+
+def _open_clients(config: StoreConfig, name: str) -> Clients:
+    session = boto3.Session(profile_name=config.profile, region_name=config.region)
+    if session.get_credentials() is None:
+        raise AccessDenied("connect", name, _NO_CREDENTIALS)
+    style = "auto" if config.path_style is None else "path" if config.path_style else "virtual"
+    plain = _client(session, config, style)
+    if config.path_style is None and not _is_aws(plain.meta.endpoint_url):
+        style = "path"  # known only now: the endpoint may come from a profile or a variable
+        plain = _client(session, config, style)
+    listing = _client(session, config, style)
+    listing.meta.events.register("before-call.s3.ListObjectsV2", _ask_for_metadata)
+    return Clients(session, plain, listing)
+
+
+def endpoint_name(config: StoreConfig) -> str:
+    """The endpoint for messages: without user and password."""
+    parts = urlsplit(config.endpoint_url or "")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else "the S3 endpoint"
+
+
+def _is_aws(endpoint_url: str) -> bool:
+    host = urlsplit(endpoint_url).hostname or ""
+    return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def _client(session: boto3.Session, config: StoreConfig, style: str) -> S3Client:
+    settings = Config(
+        connect_timeout=config.connect_seconds,
+        read_timeout=config.read_seconds,
+        max_pool_connections=config.reads_max + config.writes_max,
+        retries={"total_max_attempts": 1, "mode": "standard"},  # ours are in store.retry
+        # GCS and older stores refuse trailing checksums (`aws-chunked`). Over HTTP the signature covers the
+        # SHA-256 of the body, over HTTPS the channel protects it.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"addressing_style": style},  # type: ignore[arg-type]
+        tcp_keepalive=True,
+        user_agent_extra="phfs-fuse",
+    )
+    region = session.region_name or DEFAULT_REGION
+    client = session.client("s3", endpoint_url=config.endpoint_url, region_name=region, config=settings)
+    client.meta.events.register("before-parse.s3.ListObjectsV2", _parse_listing)
+    client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
+    return client
+
+
+def _ask_for_metadata(params: dict[str, Any], **_: object) -> None:
+    params["url"] += "&metadata=true"
+
+
+def _add_md5(params: dict[str, Any], **_: object) -> None:
+    """Older stores ask for Content-MD5 and do not know the CRC32 that botocore sends."""
+    digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
+
+
+def _parse_listing(
+    response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
+) -> None:
+    """Parse the page here; botocore gets an empty one in its place."""
+    if response_dict["status_code"] == 200:
+        customized_response_dict[PAGE] = parse_listing("page", response_dict["body"])
+        response_dict["body"] = b"<ListBucketResult/>"
+
+
+@contextmanager
+def translated(op: str, subject: str) -> Iterator[None]:
+    """Let only `PhfsError`s, and errors that are none of botocore's, leave the block."""
+    try:
+        yield
+    except (bexc.BotoCoreError, bexc.ClientError, ResponseParserError, urllib3.exceptions.HTTPError) as exc:
+        raise _error_of(exc, op, subject) from exc
+
+
+def _error_of(exc: Exception, op: str, subject: str) -> PhfsError:
+    if isinstance(exc, bexc.ClientError):
+        status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+        return error_of(op, subject, exc.response.get("Error", {}).get("Code", ""), status)
+    name = type(exc).__name__  # the text of some names secrets (the output of a credential process)
+    for types, kind, reason in _BY_TYPE:
+        if isinstance(exc, types):
+            return kind(op, subject, f"{reason} ({name})" if reason else name)
+    return InvalidArgument(op, subject, str(exc))  # of the settings: the text says which
