@@ -1,11 +1,11 @@
 """The seam to the object store: what the layers above may ask of it. Owns no state.
 
-Every method awaits the network, has a deadline, and raises only `PhfsError`s (besides what a `Sink` raises, and
-an OSError where a `FileRange` cannot be read): `NotFound` (ENOENT), `BucketNotFound` (ENOENT), `AccessDenied`
-(EACCES), `VersionChanged` (a condition failed), `StoreUnavailable`/`StoreTimeout` (retries are used up), `BadAnswer` (the answer contradicts the request),
-`IllegalName`/`NameTooLong` (the key cannot be sent), `TooLarge`, `NotSupported`, `InvalidArgument` (a wrong
-setting, part or upload), and where the store's own folder or quota gets in the way `NotADirectory`,
-`IsADirectory`, `NoSpace`, `QuotaExceeded`.
+Every method awaits the network, has a deadline, and raises only `PhfsError`s (besides what a `Sink` raises,
+and an OSError where a `FileRange` cannot be read): `NotFound` (ENOENT), `BucketNotFound` (ENOENT),
+`AccessDenied` (EACCES), `VersionChanged` (a condition failed), `StoreUnavailable`/`StoreTimeout` (retries are
+used up), `BadAnswer` (the answer contradicts the request), `IllegalName`/`NameTooLong` (the key cannot be
+sent), `TooLarge`, `NotSupported`, `InvalidArgument` (a wrong setting, part or upload), and where a limit of the
+store is in the way `NotADirectory`, `IsADirectory`, `NoSpace`, `QuotaExceeded`.
 """
 
 from __future__ import annotations
