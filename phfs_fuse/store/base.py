@@ -4,8 +4,8 @@ Every method awaits the network, has a deadline, and raises only `PhfsError`s (b
 and an OSError where a `FileRange` cannot be read): `NotFound` (ENOENT), `BucketNotFound` (ENOENT),
 `AccessDenied` (EACCES), `VersionChanged` (a condition failed), `StoreUnavailable`/`StoreTimeout` (retries are
 used up), `BadAnswer` (the answer contradicts the request), `IllegalName`/`NameTooLong` (the key cannot be
-sent), `TooLarge`, `NotSupported`, `InvalidArgument` (a wrong setting, part or upload), and where a limit of the
-store is in the way `NotADirectory`, `IsADirectory`, `NoSpace`, `QuotaExceeded`.
+sent), `TooLarge`, `NotSupported`, `InvalidArgument` (a wrong setting, part or upload), and where a limit of
+the store is in the way `NotADirectory`, `IsADirectory`, `NoSpace`, `QuotaExceeded`.
 """
 
 from __future__ import annotations
