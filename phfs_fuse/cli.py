@@ -20,7 +20,7 @@ from phfs_fuse.errors import MountpointError, NotDrained, StartupError, UsageErr
 from phfs_fuse.mountpoint import locate, mount_table
 from phfs_fuse.options import SETTINGS, Setting
 from phfs_fuse.registry import MountRecord
-from phfs_fuse.settings import Layer
+from phfs_fuse.settings import Given, Layer
 from phfs_fuse.values import Raw
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    no_args_is_help=True,
     help="Mount a prefix of an S3 bucket as a POSIX tree.",
 )
 _PARSE_ERROR: Any = typer.BadParameter.__bases__[0]  # UsageError of click, wherever this typer keeps it
@@ -56,9 +55,7 @@ def mount(
     given = settings.gather(settings.from_flags(flags), options)
     resolved = settings.resolve(arguments[0] if len(arguments) == 2 else None, Path(mountpoint), given)
     logs.setup(resolved.config.log_level, resolved.config.log_format)
-    config, notice = prepare.permitted(prepare.export_credentials(resolved))
-    if notice:
-        _say(notice)
+    config = prepare.export_credentials(resolved)
     prepare.check(config)
     if fake:
         return 0
@@ -238,12 +235,15 @@ def _seconds(flag: str, raw: str | None) -> float | None:
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
-) -> int | None:
+) -> None:
     if version:
         print(f"phfs {__version__}")
         raise typer.Exit(0)
-    return None
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(UsageError.exit_code)
 
 
 def main() -> None:
@@ -269,8 +269,9 @@ def _help_mount(argv: Sequence[str]) -> int:
         raise UsageError("usage: mount.phfs SOURCE MOUNTPOINT [-sfnv] [-o options]")
     names = [name for name, _ in flags]
     options = settings.from_options([text for name, text in flags if name == "-o"], sloppy="-s" in names)
+    options = {"fs-name": Given(arguments[0], "-o fs-name"), **options}  # mount -a compares it with fstab
     if "group" in options and not arguments[0].startswith("s3:"):
-        arguments = arguments[1:]  # fstab asks for a source, the group names it
+        arguments = arguments[1:]  # the group says what to mount
     return mount(arguments, options, {}, foreground=False, fake="-f" in names)
 
 

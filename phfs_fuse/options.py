@@ -256,7 +256,7 @@ SETTINGS: Final = (
         "1M",
     ),
     _tuning("noexec", "kernel.noexec", "kernel.noexec", SWITCH, "Run no program from the mount.", "false"),
-    _tuning("fs-name", "kernel.fs-name", "kernel.fs_name", NAME, "Source shown by mount(8).", "phfs"),
+    _tuning("fs-name", "kernel.fs-name", "kernel.fs_name", NAME, "Source shown by mount(8).", "the volume"),
 )
 BY_NAME: Final[Mapping[str, Setting]] = {setting.name: setting for setting in SETTINGS}
 BY_KEY: Final[Mapping[str, Setting]] = {setting.key: setting for setting in SETTINGS if setting.key}

@@ -19,7 +19,6 @@ from phfs_fuse.mountpoint import mount_table, require_free
 from phfs_fuse.settings import Resolved, dump_config
 
 FUSE_DEVICE: Final = Path("/dev/fuse")
-FUSE_CONF: Final = Path("/etc/fuse.conf")
 PROBE_BYTES: Final = 4096
 
 
@@ -32,14 +31,6 @@ def check(config: MountConfig) -> None:
     _require_fuse()
     for directory in (config.writeback.directory, config.cache.directory):
         _require_writable(directory)
-
-
-def permitted(config: MountConfig) -> tuple[MountConfig, str | None]:
-    """`config` without what this user may not ask for, and a line that says so."""
-    if config.kernel.allow_other and os.geteuid() != 0 and not _user_allow_other():
-        line = f"only you will see the mount: allow-other needs user_allow_other in {FUSE_CONF}"
-        return replace(config, kernel=replace(config.kernel, allow_other=False)), line
-    return config, None
 
 
 def export_credentials(resolved: Resolved) -> MountConfig:
@@ -82,11 +73,3 @@ def _require_writable(directory: Path) -> None:
             file.write(bytes(PROBE_BYTES))  # finds a full disk too
     except OSError as exc:
         raise LocalStateError(f"{directory}: cannot be written: {exc.strerror}") from exc
-
-
-def _user_allow_other() -> bool:
-    try:
-        lines = FUSE_CONF.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    return any(line.strip() == "user_allow_other" for line in lines)

@@ -109,7 +109,9 @@ def _is_standard(name: str, has_value: bool) -> bool:
 def _option(name: str, value: str | None) -> Given:
     if name not in BY_NAME:
         if _SECRET.search(name):
-            raise UsageError(f"-o {name}: no credentials in options, use profile= or credentials-file=")
+            raise UsageError(
+                f"-o {name} is refused, credentials are not for options: use profile= or credentials-file="
+            )
         raise UsageError(f"-o {name}: no such option{values.nearest(name, BY_NAME)}")
     if value is None and not BY_NAME[name].is_switch:
         raise UsageError(f"-o {name}: needs a value, as in {name}={BY_NAME[name].kind.metavar}")
@@ -212,7 +214,7 @@ def _build(bucket: str, prefix: str, mountpoint: Path, parsed: Mapping[str, Any]
         cache=CacheConfig(directory=cache_dir / store.volume_id, **fields["cache"]),
         writeback=WritebackConfig(directory=state_dir / store.volume_id, **fields["writeback"]),
         tree=TreeConfig(**fields["tree"]),
-        kernel=KernelConfig(mountpoint=mountpoint, **fields["kernel"]),
+        kernel=KernelConfig(mountpoint=mountpoint, **{"fs_name": store.url, **fields["kernel"]}),
         **fields[""],
     )
 
