@@ -29,8 +29,8 @@ from phfs_fuse.messages import Kind, Message
 
 log = logging.getLogger(__name__)
 
-# One task serves one request until it is answered, so this many may wait for the store before answers that need
-# no store wait too. An idle task holds 1 MiB of address space, of which it touches a page or two.
+# One task serves one request until it is answered: so many may wait for the store before answers that need no
+# store wait too. An idle task holds 1 MiB of address space, of which it touches a page or two.
 TASKS_MIN: Final = 10
 TASKS_MAX: Final = 1000
 
@@ -80,13 +80,13 @@ class KeeperLink:
         await self._send(Message(kind=Kind.READY))
 
     async def failed(self, reason: str, exit_code: int) -> None:
-        """Hand the keeper the line that the user sees and the exit code of the command. The caller then ends."""
+        """Give the keeper the line for the user and the exit code of the command. The caller then ends."""
         await self._send(Message(kind=Kind.FAILED, reason=reason, exit_code=exit_code))
 
     async def unmount(self, *, lazy: bool) -> None:
-        """Have the keeper unmount. Returns when the mount point is free; requests have to be served until then,
-        since the kernel writes its dirty pages first. With `lazy` it returns at once, and the session ends with
-        the last open file.
+        """Have the keeper unmount. Returns when the mount point is free; until then requests have to be
+        served, since the kernel writes its dirty pages first. With `lazy` it returns at once, and the session
+        ends with the last open file.
 
         Raises:
             MountpointError: not `lazy`, and files are open; the mount stays as it is.
@@ -100,8 +100,9 @@ class KeeperLink:
     async def run(self, *, on_drain: Callable[[bool], None], on_gone: Callable[[], None]) -> None:
         """Service: hear the keeper until it is gone, or until cancelled.
 
-        `on_drain(now)` asks for upload and unmount, a second time with `now`: without further uploads. `on_gone`
-        says that nobody would restart this worker or unmount for it: it has to end, and the mount stays broken.
+        `on_drain(now)` asks for upload and unmount, a second time with `now`: without further uploads.
+        `on_gone` says that nobody would restart this worker or unmount for it: it has to end, and the mount
+        stays broken.
         """
         while packet := await self._receive():
             message = messages.decode(packet)
@@ -157,7 +158,7 @@ class Session:
 
     def _take_over(self) -> None:
         # Here and not later: afterwards the loop waits on the descriptor already. libfuse's answer to our
-        # FUSE_INIT goes to the living connection, which knows no such request and says ENOENT: libfuse ignores it.
+        # FUSE_INIT goes to the living connection, which knows no such request: ENOENT, which libfuse ignores.
         os.dup2(self._fd, self._session_fd, inheritable=False)
         os.close(self._fd)
         self._fd = self._session_fd

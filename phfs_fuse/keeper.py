@@ -1,0 +1,461 @@
+"""The process that holds a mount while its server, the worker, may die or be replaced.
+
+State: the /dev/fuse descriptor, the worker's process and the socket to it, the record in the registry.
+
+The worker first checks the store, then the keeper mounts and hands the descriptor over: a mount that cannot
+work never appears. A worker that dies is started again on the same connection, and open files go on. When
+that does not help the keeper gives up and ends; the mount point then stays broken (ENOTCONN), never empty.
+SIGTERM, SIGINT and SIGHUP upload and unmount, a second one unmounts without waiting for uploads.
+
+Nothing here touches a file of the mount: the call would wait for a worker that waits for the keeper.
+Standard library only, one thread, no event loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from phfs_fuse import fusemount, logs, messages, registry
+from phfs_fuse.config import MountConfig
+from phfs_fuse.errors import LocalStateError, MountpointError, StartupError, startup_error
+from phfs_fuse.messages import Kind, Message
+from phfs_fuse.mountpoint import mount_table, require_free
+from phfs_fuse.registry import MountRecord
+from phfs_fuse.types import MIB
+
+log = logging.getLogger("phfs_fuse.keeper")
+
+RESTART_DELAYS: Final = (0.0, 0.2, 1.0, 3.0, 8.0)  # seconds before the n-th restart within RESTARTS_SECONDS
+RESTARTS_SECONDS: Final = 60.0  # with one more death in this time than there are delays the keeper gives up
+UNMOUNT_SECONDS: Final = 60.0  # for the kernel's dirty pages to reach the worker
+END_SECONDS: Final = 5.0  # for a child that has nothing left to do
+LOG_BYTES_MAX: Final = 10 * MIB  # a longer one is put aside at the next start
+NO_ALLOW_OTHER: Final = "allow-other is left out: /etc/fuse.conf has no line user_allow_other"
+END_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+# --- what the commands call
+
+
+def start(config: MountConfig, config_path: Path, *, foreground: bool, worker: Sequence[str] = ()) -> int:
+    """Mount. In the background: returns 0 when the mount is ready. In the foreground: does not return, this
+    process becomes the keeper and ends with its exit code.
+
+    `config_path` holds `config` for the keeper and its workers; it is theirs from now on and removed at the
+    end.
+    `worker` is the command to serve with in place of this package's.
+
+    Raises:
+        StartupError: the class says why not, and there is no mount. In the foreground: what shows at once.
+    """
+    try:
+        require_free(config.kernel.mountpoint, mount_table())
+        if config.kernel.allow_other and not fusemount.allows_other(config):
+            log.warning(NO_ALLOW_OTHER)
+        command = [*fusemount.python(), "phfs_fuse.keeper", f"--config={config_path.absolute()}"]
+        if foreground:
+            _become(command, worker)
+        _start_in_background(config.writeback.directory / "log", command, worker)
+    except BaseException:
+        config_path.unlink(missing_ok=True)
+        raise
+    return 0
+
+
+def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
+    """Unmount without asking for uploads first (they go on after the unmount). Removes dead mounts too.
+
+    Raises:
+        MountpointError: in use, not ours, or not there.
+    """
+    fusemount.unmount(mountpoint, lazy=lazy, timeout_seconds=UNMOUNT_SECONDS)
+    if (record := registry.find(str(mountpoint))) is not None and not record.alive:
+        registry.remove(record.mountpoint, record.keeper_pid)
+
+
+def _become(command: Sequence[str], worker: Sequence[str]) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [*command, "--", *worker], fusemount.environment())
+
+
+def _start_in_background(log_path: Path, command: Sequence[str], worker: Sequence[str]) -> None:
+    ours, theirs = os.pipe()
+    with open(ours, "rb") as answers:
+        try:
+            _spawn_detached([*command, f"--report-fd={theirs}", "--", *worker], log_path, theirs)
+        finally:
+            os.close(theirs)
+        answer = answers.read()
+    if not answer:
+        raise StartupError(f"the mount ended before it was ready; the reason is in {log_path}")
+    report = json.loads(answer)
+    if report["exit_code"]:
+        raise startup_error(report["exit_code"], report["reason"])
+
+
+def _spawn_detached(command: Sequence[str], log_path: Path, report_fd: int) -> None:
+    """Returns when the process has forked itself into the background (`_main`) and is no child of ours."""
+    with _open_log(log_path) as output:
+        subprocess.run(
+            command,
+            env=fusemount.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=[report_fd],
+            start_new_session=True,
+            cwd="/",
+            check=False,
+        )
+
+
+@contextlib.contextmanager
+def _open_log(path: Path) -> Iterator[int]:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size > LOG_BYTES_MAX:
+            path.replace(path.with_suffix(".1"))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise LocalStateError(f"{path}: {exc.strerror}: choose a writable --state-dir") from exc
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+# --- the keeper itself
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    process: subprocess.Popen[bytes]
+    link: socket.socket
+    pidfd: int
+
+
+class Keeper:
+    """One mount from its start to its end. `report(exit_code, reason)` is called once: 0 when it is ready."""
+
+    def __init__(
+        self,
+        config: MountConfig,
+        config_path: Path,
+        command: Sequence[str],
+        report: Callable[[int, str], None],
+    ) -> None:
+        self._config = config
+        self._command = [*command, "--config", str(config_path)]
+        self._report = report
+        self._selector = selectors.DefaultSelector()
+        self._device: int | None = None
+        self._worker: Worker | None = None
+        self._unmounting: subprocess.Popen[bytes] | None = None
+        self._due: dict[Callable[[], None], float] = {}
+        self._restarts: deque[float] = deque()
+        self._serving = False  # this worker has said READY
+        self._was_ready = False  # one of them has
+        self._failure = Message(kind=Kind.FAILED)
+        self._drain: Message | None = None  # what was asked, of this worker and of those after it
+        self._exit_code: int | None = None
+
+    def run(self) -> int:
+        """Keep the mount until its end; returns the exit code."""
+        with self._hearing_signals():
+            self._start_worker()
+            while self._exit_code is None:
+                self._step()
+        self._end_worker()
+        return self._exit_code
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        for action in [action for action, due in self._due.items() if due <= now]:
+            del self._due[action]
+            action()
+        if self._exit_code is not None:
+            return
+        wait = min((due - time.monotonic() for due in self._due.values()), default=None)
+        # One event at a time: what it does may close the descriptor of the next.
+        for key, _events in self._selector.select(wait)[:1]:
+            key.data()
+
+    @contextlib.contextmanager
+    def _hearing_signals(self) -> Iterator[None]:
+        heard, wakeup = socket.socketpair()
+        with heard, wakeup:
+            wakeup.setblocking(False)
+            signal.set_wakeup_fd(wakeup.fileno())
+            for number in END_SIGNALS:
+                signal.signal(number, lambda _number, _frame: None)
+            self._selector.register(heard, selectors.EVENT_READ, lambda: self._on_signal(heard.recv(1)))
+            yield
+            signal.set_wakeup_fd(-1)
+
+    def _on_signal(self, number: bytes) -> None:
+        if number[0] not in END_SIGNALS:
+            return
+        if self._was_ready:
+            self._ask_for_drain()
+        elif self._worker is not None:
+            self._failure = Message(kind=Kind.FAILED, reason="interrupted before it was ready", exit_code=1)
+            self._worker.process.kill()  # it has served nothing
+
+    def _ask_for_drain(self) -> None:
+        self._drain = Message(kind=Kind.DRAIN, now=self._drain is not None)
+        if self._serving:
+            self._send(self._drain)
+
+    # --- the worker
+
+    def _start_worker(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        resume = ["--resume"] if self._was_ready else []
+        with theirs:
+            try:
+                process = subprocess.Popen(
+                    [*self._command, "--fd", str(theirs.fileno()), *resume],
+                    env=fusemount.environment(),
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # Ctrl-C at a terminal is for the keeper alone
+                )
+            except OSError as exc:  # no memory, or the program is being replaced
+                ours.close()
+                self._failure = Message(kind=Kind.FAILED, reason=f"no worker: {exc}", exit_code=1)
+                self._without_worker(1)
+                return
+        self._worker = Worker(process, ours, os.pidfd_open(process.pid))
+        self._selector.register(ours, selectors.EVENT_READ, self._on_packet)
+        self._selector.register(self._worker.pidfd, selectors.EVENT_READ, self._on_worker_end)
+
+    def _end_worker(self) -> None:
+        if self._worker is None:
+            return
+        self._worker.link.close()
+        try:
+            self._worker.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._worker.process.kill()
+
+    def _on_packet(self) -> None:
+        """Handle one message, or stop listening at the end of file: the end of the process is seen apart."""
+        assert self._worker is not None
+        handlers: Mapping[Kind, Callable[[Message], None]] = {
+            Kind.CHECKED: self._on_checked,
+            Kind.FAILED: self._on_failed,
+            Kind.READY: self._on_ready,
+            Kind.UNMOUNT: self._on_unmount,
+        }
+        if not (packet := self._receive(self._worker.link)):
+            self._selector.unregister(self._worker.link)
+            return
+        try:
+            message = messages.decode(packet)
+            handler = handlers[message.kind]
+        except (ValueError, TypeError, KeyError):  # from a newer worker: not a reason to lose the mount
+            log.error("not understood, ignored: %r", packet)
+        else:
+            handler(message)
+
+    def _receive(self, link: socket.socket) -> bytes:
+        try:
+            return link.recv(messages.PACKET_BYTES_MAX)
+        except (ConnectionError, BlockingIOError):
+            return b""
+
+    def _send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        if self._worker is not None:
+            with contextlib.suppress(OSError):  # its end is seen apart
+                socket.send_fds(self._worker.link, [messages.encode(message)], fds)
+
+    def _on_checked(self, _message: Message) -> None:
+        if self._device is None:
+            try:
+                self._device = fusemount.mount(self._config)
+            except MountpointError as exc:
+                self._finish(exc.exit_code, str(exc))
+                return
+        self._send(Message(kind=Kind.DESCRIPTOR), [self._device])
+
+    def _on_failed(self, message: Message) -> None:
+        self._failure = message
+
+    def _on_ready(self, _message: Message) -> None:
+        self._serving = True
+        if self._was_ready:
+            log.info("resumed mountpoint=%s", self._config.kernel.mountpoint)
+        else:
+            self._was_ready = True
+            self._announce()
+        if self._drain is not None:
+            self._send(self._drain)
+
+    def _on_worker_end(self) -> None:
+        assert self._worker is not None
+        worker, links = self._worker, self._selector.get_map()
+        while worker.link in links:
+            self._on_packet()  # its last words
+        self._selector.unregister(worker.pidfd)
+        os.close(worker.pidfd)
+        worker.link.close()
+        code = worker.process.wait()
+        self._worker, self._serving = None, False
+        self._without_worker(code)
+
+    def _without_worker(self, code: int) -> None:
+        if self._exit_code is not None:
+            return
+        if not self._was_ready:
+            self._fail_to_start(code)
+        elif self._device is not None and fusemount.is_connected(self._device):
+            self._plan_restart(code)
+        else:
+            self._end_cleanly(code)
+
+    def _fail_to_start(self, code: int) -> None:
+        if self._device is not None:
+            try:
+                fusemount.unmount(self._config.kernel.mountpoint, lazy=True, timeout_seconds=END_SECONDS)
+            except MountpointError as exc:
+                log.error("the mount that failed to start stays: %s", exc)
+        reason = self._failure.reason or f"the worker ended with {_ending(code)} before the mount was ready"
+        self._finish(self._failure.exit_code or max(code, 1), reason)
+
+    def _plan_restart(self, code: int) -> None:
+        now = time.monotonic()
+        while self._restarts and self._restarts[0] < now - RESTARTS_SECONDS:
+            self._restarts.popleft()
+        reason = self._failure.reason or _ending(code)
+        if len(self._restarts) == len(RESTART_DELAYS):
+            log.error("gave up, the mount is broken: the worker ended with %s", reason)
+            self._exit_code = 1
+            return
+        delay = RESTART_DELAYS[len(self._restarts)]
+        log.error("the worker ended with %s; starting it again in %.1f s", reason, delay)
+        self._failure = Message(kind=Kind.FAILED)
+        self._restarts.append(now)
+        self._due[self._start_worker] = now + delay
+
+    def _end_cleanly(self, code: int) -> None:
+        if self._unmounting is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._unmounting.wait(END_SECONDS)
+        registry.remove(str(self._config.kernel.mountpoint), os.getpid())
+        self._exit_code = code if code >= 0 else 1
+        log.info("ended mountpoint=%s exit_code=%d", self._config.kernel.mountpoint, self._exit_code)
+
+    def _finish(self, exit_code: int, reason: str) -> None:
+        self._exit_code = exit_code
+        self._report(exit_code, reason)
+
+    # --- the mount
+
+    def _announce(self) -> None:
+        kernel = self._config.kernel
+        if (device := fusemount.device_of(kernel.mountpoint)) is not None:
+            fusemount.tune(device, kernel.read_ahead_bytes)
+        record = MountRecord(
+            mountpoint=str(kernel.mountpoint),
+            control_socket=str(self._config.control_socket),
+            keeper_pid=os.getpid(),
+            url=self._config.store.url,
+        )
+        try:
+            registry.write(record)
+        except OSError as exc:
+            log.warning("phfs status will not find this mount: %s", exc)
+        log.info("ready mountpoint=%s device=%s url=%s", kernel.mountpoint, device, record.url)
+        try:
+            self._report(0, "")
+        except BrokenPipeError:
+            log.warning("unmounting: the command that asked for the mount was interrupted")
+            self._ask_for_drain()
+
+    def _on_unmount(self, message: Message) -> None:
+        if self._unmounting is not None:
+            return  # asked by a worker that died; its answer serves this one
+        try:
+            child = fusemount.start_unmount(self._config.kernel.mountpoint, lazy=message.lazy)
+        except MountpointError as exc:
+            self._send(Message(kind=Kind.BUSY, reason=str(exc)))
+            return
+        self._unmounting = child
+        pidfd = os.pidfd_open(child.pid)
+        self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._on_unmount_end(child, pidfd))
+        self._due[child.kill] = time.monotonic() + UNMOUNT_SECONDS
+
+    def _on_unmount_end(self, child: subprocess.Popen[bytes], pidfd: int) -> None:
+        self._selector.unregister(pidfd)
+        os.close(pidfd)
+        self._due.pop(child.kill, None)
+        self._unmounting = None
+        try:
+            fusemount.check_unmounted(child, self._config.kernel.mountpoint)
+        except MountpointError as exc:
+            self._send(Message(kind=Kind.BUSY, reason=str(exc)))
+        else:
+            self._send(Message(kind=Kind.UNMOUNTED))
+
+
+def _ending(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"status {code}"
+
+
+# --- the process
+
+
+def _main(arguments: Sequence[str]) -> int:
+    from phfs_fuse.settings import load_config
+
+    parser = argparse.ArgumentParser(prog="python -m phfs_fuse.keeper")
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--report-fd", type=int)
+    parser.add_argument("worker", nargs="*")
+    options = parser.parse_args(arguments)
+    if options.report_fd is not None:
+        os.set_inheritable(options.report_fd, False)
+        if os.fork():
+            os._exit(0)
+    os.chdir("/")  # hold no directory that somebody wants to unmount
+    config = load_config(options.config.read_text(encoding="utf-8"))
+    logs.setup(config.log_level, config.log_format)
+    command = options.worker or [*fusemount.python(), "phfs_fuse.mount"]
+    try:
+        return Keeper(config, options.config, command, _reporter(options.report_fd)).run()
+    finally:
+        options.config.unlink(missing_ok=True)
+
+
+def _reporter(fd: int | None) -> Callable[[int, str], None]:
+    def to_command(exit_code: int, reason: str) -> None:
+        assert fd is not None
+        with open(fd, "w", encoding="utf-8") as pipe:
+            json.dump({"exit_code": exit_code, "reason": reason}, pipe)
+
+    def to_user(exit_code: int, reason: str) -> None:
+        if exit_code:
+            print(f"phfs: {reason}", file=sys.stderr, flush=True)
+
+    return to_user if fd is None else to_command
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))
