@@ -1,0 +1,126 @@
+"""Where a test of the mount runs, and how it starts other programs there. Owns no state.
+
+A `Place` is a real mount, or with PHFS_TEST_DIR=/some/dir a local directory: a test of what POSIX says that
+fails on a local disk is a wrong test.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tests.mount.trees import pull, tree
+
+LOCAL_ROOT = os.environ.get("PHFS_TEST_DIR", "")
+SECONDS = 90.0  # for one program
+
+
+class Place(Protocol):
+    @property
+    def path(self) -> Path: ...
+
+    def pull(self, folder: Path, to: Path) -> Path:
+        """Wait until all is stored, then make `to` what the objects alone say of `folder`."""
+
+    def remount(self) -> None:
+        """Unmount cleanly and mount again with the caches of the kernel and of the process gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPlace:
+    path: Path
+
+    def pull(self, folder: Path, to: Path) -> Path:
+        run("cp", "-a", folder, to)
+        return to
+
+    def remount(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MountPlace:
+    mount: Any
+
+    @property
+    def path(self) -> Path:
+        return Path(self.mount.path)
+
+    def pull(self, folder: Path, to: Path) -> Path:
+        self.mount.sync()
+        prefix = f"{self.mount.prefix}{folder.relative_to(self.path)}/"
+        return pull(self.mount.s3, self.mount.bucket, prefix, to)
+
+    def remount(self) -> None:
+        self.mount.remount()
+
+
+def run(
+    *argv: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, seconds: float = SECONDS
+) -> str:
+    """Output of a program that must succeed, and in time."""
+    done = subprocess.run(
+        [str(arg) for arg in argv],
+        cwd=cwd,
+        env={**os.environ, "LC_ALL": "C.UTF-8", **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=seconds,
+    )
+    text = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, f"{argv[0]} ended with {done.returncode}:\n{text[-4000:]}"
+    return text
+
+
+def script(code: str, *argv: str | Path, cwd: Path | None = None, seconds: float = SECONDS) -> str:
+    """Output of a Python program of its own, which must succeed. For what could hang its process."""
+    return run(sys.executable, "-c", code, *argv, cwd=cwd, seconds=seconds)
+
+
+def together(code: str, *argvs: list[str | Path], seconds: float = SECONDS) -> list[str]:
+    """Outputs of one Python program run at the same time with each of `argvs`. All must succeed."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, argv)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for argv in argvs
+    ]
+    try:
+        outputs = [process.communicate(timeout=seconds)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait(10)
+    assert [process.returncode for process in running] == [0] * len(running), "\n".join(outputs)
+    return outputs
+
+
+def attempt(call: Callable[..., object], *args: object) -> str:
+    """Make the call; the name of its errno, or "" if it worked."""
+    try:
+        call(*args)
+    except OSError as exc:
+        return errno.errorcode[exc.errno or 0]
+    return ""
+
+
+def refused(code: int, call: Callable[..., object], *args: object) -> None:
+    """Assert that the call fails with this errno."""
+    assert attempt(call, *args) == errno.errorcode[code]
+
+
+def saved(place: Place, folder: Path, to: Path) -> Path:
+    """A local copy of `folder` made from the store alone, which is what the mount shows."""
+    copy = place.pull(folder, to)
+    assert tree(copy) == tree(folder)
+    return copy
