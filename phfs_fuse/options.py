@@ -242,7 +242,7 @@ SETTINGS: Final = (
     _tuning(
         "drain-timeout",
         "writeback.drain-timeout",
-        "drain_seconds",
+        "writeback.drain_seconds",
         TIME,
         "Longest wait for uploads at the end of the mount; 0: as long as it takes.",
         "0",
