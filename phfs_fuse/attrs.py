@@ -17,7 +17,9 @@ TYPES: Final = frozenset(
     (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 )
 GEESEFS_TARGET: Final = "--symlink-target"
-XATTR: Final = "xattr-"  # + the name of a user.* attribute in hex (metadata names have no case); the value in unpadded base64
+XATTR: Final = (
+    "xattr-"  # + the name of a user.* attribute in hex (metadata names have no case); the value in unpadded base64
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -225,7 +225,7 @@ class Inodes:
 
     def forget(self, ino: int, count: int) -> None:
         """The kernel gives `count` references back."""
-        if (node := self._nodes.get(ino)) is None or node.parent is None and not node.detached:
+        if (node := self._nodes.get(ino)) is None or (node.parent is None and not node.detached):
             return
         node.lookups = max(0, node.lookups - count)
         self.drop_unused(node)

@@ -222,8 +222,8 @@ class StagingArea:
         try:
             return self._files[path]
         except KeyError:
-            append = os.O_APPEND if path.suffix == ".ext" else 0
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | append, 0o600)
+            extra = os.O_APPEND | os.O_CREAT if path.suffix == ".ext" else 0
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | extra, 0o600)
             self._files[path] = fd
             return fd
 

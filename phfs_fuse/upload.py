@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -19,6 +20,7 @@ from phfs_fuse.inodes import Base
 from phfs_fuse.journal import Journal
 from phfs_fuse.staging import Layer
 from phfs_fuse.store.base import Expect, FileRange, ObjectInfo, ObjectStore, Part
+from phfs_fuse.tasks import gather
 from phfs_fuse.types import ObjectKey
 
 log = logging.getLogger(__name__)
@@ -54,9 +56,7 @@ class Uploader:
             if snap.base is None:
                 return await self._store.put(snap.key, b"", snap.metadata, expect=snap.expect)
             base = snap.base
-            return await self._store.copy(
-                base.key, base.etag, snap.key, base.size, snap.metadata, expect=snap.expect
-            )
+            return await self._store.copy(base.key, base.etag, snap.key, base.size, snap.metadata, expect=snap.expect)
         layer = snap.layer
         if layer.size < self._config.multipart_bytes_min:
             await self._fill(snap, layer, 0, layer.size)
@@ -68,9 +68,7 @@ class Uploader:
             return await self._store.put(snap.key, b"", snap.metadata, expect=snap.expect)
         fd = os.open(layer.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return await self._store.put(
-                snap.key, FileRange(fd, 0, layer.size), snap.metadata, expect=snap.expect
-            )
+            return await self._store.put(snap.key, FileRange(fd, 0, layer.size), snap.metadata, expect=snap.expect)
         finally:
             os.close(fd)
 
@@ -97,15 +95,13 @@ class Uploader:
         self._journal.put_upload(upload_id, snap.key)
         fd = os.open(layer.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            parts: list[Part | None] = [None] * len(plans)
-            try:
-                async with trio.open_nursery() as nursery:
-                    for index, plan in enumerate(plans):
-                        nursery.start_soon(self._part, snap, layer, fd, upload_id, index, plan, parts)
-            except* (PhfsError, OSError) as group:
-                raise _first(group) from group
-            done = [part for part in parts if part is not None]
-            info = await self._store.complete_multipart(snap.key, upload_id, done, expect=snap.expect)
+            parts = await gather(
+                [
+                    partial(self._part, snap, layer, fd, upload_id, part_no, plan)
+                    for part_no, plan in enumerate(plans, 1)
+                ]
+            )
+            info = await self._store.complete_multipart(snap.key, upload_id, parts, expect=snap.expect)
         except BaseException:
             await self._abort(snap.key, upload_id)
             raise
@@ -115,25 +111,17 @@ class Uploader:
         return info
 
     async def _part(
-        self,
-        snap: Snapshot,
-        layer: Layer,
-        fd: int,
-        upload_id: str,
-        index: int,
-        plan: PartPlan,
-        parts: list[Part | None],
-    ) -> None:
+        self, snap: Snapshot, layer: Layer, fd: int, upload_id: str, part_no: int, plan: PartPlan
+    ) -> Part:
         async with self._parts:
             if plan.is_copy:
                 assert snap.base is not None
-                parts[index] = await self._store.upload_part_copy(
-                    snap.key, upload_id, index + 1, snap.base.key, snap.base.etag, plan.start, plan.end
+                return await self._store.upload_part_copy(
+                    snap.key, upload_id, part_no, snap.base.key, snap.base.etag, plan.start, plan.end
                 )
-                return
             await self._fill(snap, layer, plan.start, plan.end)
             body = FileRange(fd, plan.start, plan.length)
-            parts[index] = await self._store.upload_part(snap.key, upload_id, index + 1, body)
+            return await self._store.upload_part(snap.key, upload_id, part_no, body)
 
     async def _abort(self, key: ObjectKey, upload_id: str) -> None:
         with trio.CancelScope(shield=True), trio.move_on_after(10):
@@ -148,10 +136,3 @@ class Uploader:
         """Abort the uploads that an earlier process of this state directory left behind; no others."""
         for upload_id, key in self._journal.uploads():
             await self._abort(key, upload_id)
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    exc: BaseException = group
-    while isinstance(exc, BaseExceptionGroup):
-        exc = exc.exceptions[0]
-    return exc

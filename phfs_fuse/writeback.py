@@ -19,8 +19,10 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -39,6 +41,7 @@ from phfs_fuse.errors import (
     PhfsError,
     StaleVersion,
     StoreTimeout,
+    StoreUnavailable,
     TooLarge,
     VersionChanged,
 )
@@ -48,13 +51,19 @@ from phfs_fuse.inodes import Base, Inodes, Node
 from phfs_fuse.journal import Journal, LayerRow, PresentRow
 from phfs_fuse.staging import Layer, Staged, StagingArea
 from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
+from phfs_fuse.tasks import gather
 from phfs_fuse.types import MIB, ETag, Ino, ObjectKey
-from phfs_fuse.upload import Snapshot, Uploader
+from phfs_fuse.upload import Fill, Snapshot, Uploader
 
 log = logging.getLogger(__name__)
 
 FINAL = (AccessDenied, TooLarge, NameTooLong, IllegalName, NotSupported)  # asking again soon does not help
 Work = Node | Gone
+
+
+def _folder_of(key: str) -> str:
+    """The key of the directory that has `key` (a file's or a directory's) as a name."""
+    return key[: key.rstrip("/").rfind("/") + 1]
 
 
 def _local(key: str, exc: OSError) -> PhfsError:
@@ -101,6 +110,7 @@ class Writeback:
         self._seq = 0
         self._wake = trio.Event()
         self._settled = trio.Event()
+        self._waiters: dict[Ino, trio.Event] = {}
         self._draining = False
         self._nursery: trio.Nursery | None = None
         self._materialising: set[Node] = set()
@@ -123,14 +133,13 @@ class Writeback:
     def created(self, node: Node) -> None:
         """`node` has just got a name that nothing had. A file starts empty and is not in the store."""
         key = self._inodes.key(node)
-        over = self._take_gone(key)
         if node.is_dir:
-            node.marker = over
+            node.marker = self._take_gone(key)
             self.review_marker(node, changed=True)
             return
-        dirty = self._make_dirty(node, over)
-        dirty.content = True
         layer = self._area.new(seen=0, size=0)
+        dirty = self._make_dirty(node, self._take_gone(key))
+        dirty.content = True
         node.staged = Staged([layer])
         dirty.on(Event.CHANGE)
         with self._journal.batch():
@@ -242,7 +251,7 @@ class Writeback:
             self._save(node)
         self._changed(node, dirty)
 
-    def batch(self) -> object:
+    def batch(self) -> AbstractContextManager[None]:
         """One transaction of the journal for several changes; a context manager, not to be held over an await."""
         return self._journal.batch()
 
@@ -309,10 +318,13 @@ class Writeback:
         node.dirty = None
         self._dirty.pop(node.ino, None)
         self._journal.drop(node.ino)
-        self._announce()
+        self._announce(node)
         self._inodes.drop_unused(node)
 
-    def _announce(self) -> None:
+    def _announce(self, node: Node | None = None) -> None:
+        """Something ended: wake who waits for `node`, and who waits for anything."""
+        if node is not None and (waiter := self._waiters.pop(node.ino, None)) is not None:
+            waiter.set()
         self._settled.set()
         self._settled = trio.Event()
 
@@ -471,10 +483,10 @@ class Writeback:
         self._busy.discard(key)
         self._unpark(key)
 
-    def _spawn(self, task: Callable[..., object], *args: object) -> None:
+    def _spawn(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
         assert self._nursery is not None
         self._running += 1
-        self._nursery.start_soon(task, *args)  # type: ignore[arg-type]
+        self._nursery.start_soon(task, *args)
 
     def _done(self) -> None:
         self._running -= 1
@@ -537,12 +549,12 @@ class Writeback:
         if self._blocked(key, node):
             return
         if node.is_dir:
-            task: Callable[..., object] = self._store_marker
+            task: Callable[..., Awaitable[None]] = self._store_marker
         else:
-            if not dirty.content and not dirty.attrs and node.base is not None:
-                if node.base.key == key and node.base.etag == dirty.over:  # renamed there and back
-                    self._clean(node)
-                    return
+            unchanged = not dirty.content and not dirty.attrs
+            if unchanged and node.base and (node.base.key, node.base.etag) == (key, dirty.over):
+                self._clean(node)  # renamed there and back
+                return
             task = self._store_file
         if node.staged is not None and len(node.staged.layers) > 1:  # the snapshot of a failed try, unchanged
             snapshot = dirty.snapshot
@@ -584,7 +596,7 @@ class Writeback:
             self._free(key)
             self._done()
 
-    def _filler(self, node: Node) -> Callable[[int, int, int], object]:
+    def _filler(self, node: Node) -> Fill:
         async def fill(fd: int, start: int, end: int) -> None:
             assert node.base is not None
             version = self._blocks.open(node.base.key, node.base.etag, node.base.size)
@@ -612,7 +624,7 @@ class Writeback:
             wait = self._backoff(dirty.attempts + (3 if isinstance(exc, FINAL) else 0))
             log.warning("upload of key=%s failed, next try in %.1f s: %s", key, wait, exc)
             self._enqueue(node, dirty, trio.current_time() + wait)
-        self._announce()
+        self._announce(node)
 
     def _backoff(self, attempts: int) -> float:
         return random.uniform(0.5, 1.0) * min(2.0 ** min(attempts, 16) / 2, self._config.retry_seconds_max)
@@ -644,7 +656,7 @@ class Writeback:
                 self._save(node)
                 self._schedule(node)
         log.debug("stored key=%s bytes=%d", key, info.size)
-        self._announce()
+        self._announce(node)
 
     def _uncover(self, node: Node, layer: Layer, info: ObjectInfo) -> None:
         """The bottom layer is the store's new version: its bytes become clean blocks."""
@@ -728,7 +740,7 @@ class Writeback:
             self.review_marker(node)  # a child may have come or gone meanwhile
         else:
             self._schedule(node)
-        self._announce()
+        self._announce(node)
 
     async def _is_empty(self, key: ObjectKey) -> bool:
         """Whether the store has nothing below the directory but what is deleted here."""
@@ -771,7 +783,7 @@ class Writeback:
         dirty.error = exc
         log.error("upload of key=%s waits: %s", self._inodes.key(node), exc)
         self._enqueue(node, dirty, trio.current_time() + self._backoff(dirty.attempts + 3))
-        self._announce()
+        self._announce(node)
 
     def _keep_both(self, node: Node, dirty: DirtyFile, key: ObjectKey) -> None:
         """Our version goes on under another name beside the winner's."""
@@ -794,7 +806,9 @@ class Writeback:
         with self._journal.batch():
             self._journal.put_conflict(path, self._inodes.path(node))
             self._save(node)
-        log.warning("conflict: %s was changed by somebody else, ours is kept as %s", path, name.decode(errors="replace"))
+        log.warning(
+            "conflict: %s was changed by somebody else, ours is kept as %s", path, name.decode(errors="replace")
+        )
 
     def _materialise_soon(self, node: Node) -> None:
         """Fetch the stored bytes that `node` needs, so that their key is free to change."""
@@ -858,6 +872,10 @@ class Writeback:
             self._changed(node, dirty)
             self._track(node)
 
+    async def abort_stale_uploads(self) -> None:
+        """Multipart uploads that an earlier process of this state directory began and did not end."""
+        await self._uploader.abort_stale()
+
     # ---- waiting ----
 
     def _waiting(self) -> list[Node]:
@@ -876,6 +894,10 @@ class Writeback:
             for node in self._waiting()
             if node.dirty and node.dirty.error
         ]
+
+    @property
+    def store_is_away(self) -> bool:
+        return any(isinstance(node.dirty.error, StoreUnavailable) for node in self._waiting() if node.dirty)
 
     def has_room(self, size: int) -> bool:
         return self._area.held_bytes + size <= self._config.dirty_bytes_max
@@ -904,29 +926,34 @@ class Writeback:
         dirty = node.dirty
         if dirty is None or node.detached:
             return
-        goal = dirty.changes
-        tries = dirty.attempts
+        goal, tries = dirty.changes, dirty.attempts
         self._hurry(node)
         limit = self._config.fsync_seconds or math.inf
         with trio.move_on_after(limit):
             while node.dirty is dirty and dirty.stored < goal and not node.detached:
                 if dirty.attempts > tries and (error := self.take_error(node)) is not None:
                     raise error
-                await self._settled.wait()
+                await self._waiters.setdefault(node.ino, trio.Event()).wait()
             return
         raise StoreTimeout("fsync", self._inodes.path(node), f"not in the store after {limit:g} s")
 
-    async def settle_below(self, node: Node | None = None) -> None:
-        """Return when the store has all changes so far at and below `node` (None: everything), deletes included."""
-        root = node or self._inodes.root
-        prefix = self._inodes.key(root)
-        nodes = [n for n in self._waiting() if n is root or node is None or self._inodes.key(n).startswith(prefix)]
-        deletes = [gone for gone in self.gone.all() if gone.key.startswith(prefix)]
+    async def settle_names(self, folder: Node) -> None:
+        """Return when the store has the changes so far of the names in `folder`, deletes included."""
+        prefix = self._inodes.key(folder)
+        nodes = [node for node in self._waiting() if node is folder or node.parent is folder]
+        deletes = [gone for gone in self.gone.all() if _folder_of(gone.key) == prefix]
+        await self._settle_all(nodes, deletes)
+
+    async def settle_below(self, folder: Node) -> None:
+        """Return when the store has all changes so far at and below `folder`, deletes included."""
+        prefix = self._inodes.key(folder)
+        nodes = [n for n in self._waiting() if n is folder or self._inodes.key(n).startswith(prefix)]
+        await self._settle_all(nodes, [gone for gone in self.gone.all() if gone.key.startswith(prefix)])
+
+    async def _settle_all(self, nodes: list[Node], deletes: list[Gone]) -> None:
         for gone in deletes:
             self._push(gone, 0.0)
-        async with trio.open_nursery() as nursery:
-            for one in nodes:
-                nursery.start_soon(self.settle, one)
+        await gather([partial(self.settle, node) for node in nodes])
         while any(self.gone.get(gone.key) is gone for gone in deletes):
             await self._settled.wait()
 
@@ -935,10 +962,9 @@ class Writeback:
         self._draining = True
         for gone in self.gone.all():
             self._push(gone, 0.0)
+        for node in self._waiting():
+            self._hurry(node)
         with trio.move_on_after(self._config.drain_seconds or math.inf):
             while self._waiting() or len(self.gone):
-                for node in self._waiting():
-                    if node.dirty and not node.dirty.attempts:
-                        self._hurry(node)
-                await self._settled.wait()
+                await trio.sleep(0.02)
         return not self._waiting() and not len(self.gone)

@@ -1,0 +1,37 @@
+"""The state directory of one volume: one mount at a time may use it. Owns the lock."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from phfs_fuse.errors import LocalStateError
+
+
+class StateLock:
+    """Held as long as the object is open; the kernel lets go of it when the process ends, however it ends."""
+
+    def __init__(self, directory: Path, note: str) -> None:
+        """Makes the directory if need be. Raises: LocalStateError (in use, not writable)."""
+        path = directory / "lock"
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise LocalStateError(
+                f"state directory {directory} cannot be used ({exc.strerror}); choose another with --state-dir"
+            ) from exc
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            holder = os.pread(self._fd, 1000, 0).decode("utf-8", "replace").strip() or "another mount"
+            os.close(self._fd)
+            raise LocalStateError(
+                f"state directory {directory} is in use by {holder}; unmount that, or choose another with --state-dir"
+            ) from exc
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, note.encode(), 0)
+
+    def close(self) -> None:
+        os.close(self._fd)

@@ -1,0 +1,368 @@
+"""The worker: builds every object of one mount, runs the services, and ends them in the right order.
+
+One mount per process (pyfuse3 keeps global state). Start: lock the state, read the journal, ask the store, tell the
+keeper, take the descriptor, serve. End: upload what is pending, have the keeper unmount, upload what the kernel wrote
+on that occasion, close.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import logging
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import trio
+
+import phfs_fuse
+from phfs_fuse import logs
+from phfs_fuse.blocks import BlockCache
+from phfs_fuse.config import MountConfig
+from phfs_fuse.control import ControlServer
+from phfs_fuse.errors import (
+    MountpointError,
+    NotDrained,
+    NotFound,
+    PhfsError,
+    StartupError,
+    StoreUnavailable,
+    store_startup_error,
+)
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.journal import Journal
+from phfs_fuse.localstate import StateLock
+from phfs_fuse.namespace import Namespace
+from phfs_fuse.ops import operations
+from phfs_fuse.recovery import Recovery
+from phfs_fuse.session import KeeperLink, Session
+from phfs_fuse.settings import load_config
+from phfs_fuse.staging import StagingArea
+from phfs_fuse.store import open_store
+from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.vfs import Vfs
+from phfs_fuse.writeback import Writeback
+
+log = logging.getLogger(__name__)
+
+KERNEL_FLUSH_SECONDS: Final = 2.0  # how long the kernel may keep bytes of open files to itself (its default: 30)
+CHECKPOINT_SECONDS: Final = 5.0
+CHECKPOINT_BYTES: Final = 4 << 20
+BUSY_SECONDS: Final = 5.0  # for programs to let go of a mount that is asked to end
+EPOCH_INODES: Final = 1 << 28  # numbers of one process: none is given out twice over restarts
+
+
+class Mount:
+    """All objects of one mount, wired. `open` does what may fail before there is a mount."""
+
+    def __init__(self, config: MountConfig, store: ObjectStore) -> None:
+        directory = config.writeback.directory
+        self.config = config
+        self.store = store
+        self.started = time.monotonic()
+        self.lock = StateLock(directory, f"{config.kernel.mountpoint} (pid {os.getpid()})")
+        self.journal = Journal(directory, f"{config.store.endpoint_url or 'aws'} {config.store.url}")
+        if self.journal.saved_aside:
+            log.error(
+                "the journal was damaged; it is kept as %s, what was readable goes on", self.journal.saved_aside
+            )
+        epoch = self.journal.number("epoch", 0)
+        self.journal.set_number("epoch", epoch + 1)
+        self.area = StagingArea(directory / "staging", first_id=1)
+        self.blocks = BlockCache(store, config.cache)
+        self.inodes = Inodes(
+            config.store.prefix,
+            Namespace.root_attrs(config.tree),
+            now_ns=time.time_ns(),
+            first_ino=epoch * EPOCH_INODES + 2,
+        )
+        self.writeback = Writeback(
+            store=store,
+            inodes=self.inodes,
+            blocks=self.blocks,
+            journal=self.journal,
+            area=self.area,
+            config=config.writeback,
+        )
+        self.namespace = Namespace(store=store, inodes=self.inodes, writeback=self.writeback, config=config.tree)
+        self.vfs = Vfs(
+            inodes=self.inodes,
+            namespace=self.namespace,
+            blocks=self.blocks,
+            writeback=self.writeback,
+            config=config.tree,
+            write_through=config.writeback.write_through,
+        )
+
+    async def check(self) -> None:
+        """Ask the store for the bucket and the root's attributes. Raises: StartupError."""
+        config = self.config.store
+        try:
+            await self.store.check_bucket(create=config.create_bucket)
+            if config.prefix:
+                with contextlib.suppress(NotFound):
+                    self.namespace.set_root(await self.store.head(self.inodes.key(self.inodes.root)))
+        except PhfsError as exc:
+            raise store_startup_error(exc, config.url) from exc
+
+    def recover(self) -> None:
+        """Take up what an earlier process left. Says so."""
+        aside = self.config.writeback.directory / "saved"
+        recovery = Recovery(self.journal, self.area, self.inodes, aside, self.namespace.default_directory)
+        found = recovery.nodes()
+        self.writeback.recover(found)
+        for path in recovery.saved:
+            log.error("bytes that no file could be found for are saved as %s", path)
+        pending = self.writeback.pending()
+        if pending.files or pending.deletes:
+            log.info("found from before: files=%d deletes=%d bytes=%d", pending.files, pending.deletes, pending.bytes)
+
+    def close(self) -> None:
+        self.area.close()
+        self.journal.close()
+        self.lock.close()
+
+    # ---- what the control socket asks (see control.Controllable) ----
+
+    def pending(self) -> Mapping[str, int]:
+        now = self.writeback.pending()
+        return {
+            "files_pending": now.files + now.deletes,
+            "bytes_pending": now.bytes,
+            "bytes_done": self.writeback.uploaded_bytes,
+        }
+
+    def status(self) -> Mapping[str, object]:
+        config, writeback = self.config, self.writeback
+        pending, usage = writeback.pending(), self.blocks.usage()
+        asked = usage.hits + usage.misses
+        return {
+            "mountpoint": str(config.kernel.mountpoint),
+            "url": config.store.url,
+            "endpoint": config.store.endpoint_url,
+            "pid": os.getpid(),
+            "keeper_pid": os.getppid(),
+            "version": phfs_fuse.__version__,
+            "uptime_seconds": time.monotonic() - self.started,
+            "read_only": config.tree.read_only,
+            "pending": {
+                "files": pending.files,
+                "deletes": pending.deletes,
+                "bytes": pending.bytes,
+                "oldest_seconds": pending.oldest_seconds,
+            },
+            "cache": {
+                "bytes": usage.bytes,
+                "limit": usage.limit,
+                "hits": usage.hits,
+                "misses": usage.misses,
+                "hit_rate": usage.hits / asked if asked else None,
+            },
+            "dirty": {"bytes": pending.bytes, "limit": config.writeback.dirty_bytes_max},
+            "uploaded": {"files": writeback.uploaded_files, "bytes": writeback.uploaded_bytes},
+            "inodes": len(self.inodes),
+            "open_files": self.vfs.open_files,
+            "conflicts": len(self.journal.conflicts()),
+            "illegal_keys": self.namespace.illegal_keys,
+            "errors": [
+                {"path": path, "reason": reason, "count": count} for path, reason, count in writeback.errors()
+            ],
+            "store": {"state": "unavailable" if writeback.store_is_away else "ok"},
+        }
+
+    async def sync(self, path: str | None) -> None:
+        await flush_kernel(self.config.kernel.mountpoint)
+        await self.vfs.settle_path(path or "")
+
+
+async def flush_kernel(mountpoint: Path) -> None:
+    """Have the kernel hand over what programs wrote and it still caches. By another process: this one serves the
+    mount, and a process that waits for itself waits forever."""
+    with trio.move_on_after(60):
+        await trio.run_process(
+            ["sync", "--file-system", str(mountpoint)],
+            check=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+
+class Worker:
+    """The services of a mount and their end."""
+
+    def __init__(self, mount: Mount, link: KeeperLink, session: Session) -> None:
+        self._mount = mount
+        self._link = link
+        self._session = session
+        self._drain_now = trio.Event()
+        self._ending = trio.Event()
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, listener: ControlServer) -> None:
+        """Returns when the mount has ended and what was pending is in the store. Raises: NotDrained."""
+        mount = self._mount
+        async with trio.open_nursery() as services:
+            self._nursery = services
+            await services.start(mount.blocks.run)
+            await services.start(mount.writeback.run)
+            services.start_soon(partial(self._link.run, on_drain=self._on_drain, on_gone=self._on_gone))
+            services.start_soon(self._announce)
+            await services.start(listener.run)
+            services.start_soon(self._flush_kernel)
+            services.start_soon(self._checkpoint)
+            await self._session.serve()
+            log.info("unmounted mountpoint=%s", mount.config.kernel.mountpoint)
+            drained = await self._drain()
+            services.cancel_scope.cancel()
+        if not drained:
+            left = mount.writeback.pending()
+            raise NotDrained(
+                f"{mount.config.kernel.mountpoint}: {left.files} files and {left.bytes} bytes are not in the store "
+                f"yet; they stay in {mount.config.writeback.directory} and go up at the next mount"
+            )
+
+    async def _announce(self) -> None:
+        await self._session.established.wait()
+        await self._link.ready()
+        await self._mount.writeback.abort_stale_uploads()
+
+    def _on_drain(self, now: bool) -> None:
+        assert self._nursery is not None
+        if now:
+            self._drain_now.set()
+        if not self._ending.is_set():
+            self._ending.set()
+            self._nursery.start_soon(self._end)
+
+    def _on_gone(self) -> None:
+        log.error("the keeper is gone; the mount ends here and stays broken until it is mounted again")
+        os._exit(1)  # what was answered is in the journal
+
+    async def _end(self) -> None:
+        """Drain, then unmount; a mount that is in use is taken off the tree and ends with its last open file."""
+        await flush_kernel(self._mount.config.kernel.mountpoint)
+        await self._drain()
+        try:
+            await self._link.unmount(lazy=False)
+        except MountpointError as exc:
+            log.warning("%s; it is detached", exc)
+            await self._link.unmount(lazy=True)
+            await trio.sleep(BUSY_SECONDS)
+            self._session.stop()
+
+    async def shutdown(self, *, lazy: bool = False) -> None:
+        """Drain and unmount for `phfs umount`. Raises: MountpointError if files are open and not `lazy`."""
+        await flush_kernel(self._mount.config.kernel.mountpoint)
+        await self._drain()
+        await self._link.unmount(lazy=lazy)
+
+    async def _drain(self) -> bool:
+        done = False
+        async with trio.open_nursery() as nursery:
+
+            async def stop() -> None:
+                await self._drain_now.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(stop)
+            done = await self._mount.writeback.drain()
+            nursery.cancel_scope.cancel()
+        return done
+
+    async def _flush_kernel(self) -> None:
+        """Service: bytes of files that stay open become visible in time (P8)."""
+        while True:
+            await trio.sleep(KERNEL_FLUSH_SECONDS)
+            if self._mount.vfs.open_writers:
+                await flush_kernel(self._mount.config.kernel.mountpoint)
+
+    async def _checkpoint(self) -> None:
+        """Service: keep the journal's log short."""
+        while True:
+            await trio.sleep(CHECKPOINT_SECONDS)
+            if self._mount.journal.log_bytes > CHECKPOINT_BYTES:
+                await trio.to_thread.run_sync(self._mount.journal.checkpoint)
+
+
+@asynccontextmanager
+async def _opened(config: MountConfig) -> AsyncIterator[Mount]:
+    store = open_store(config.store)
+    try:
+        mount = Mount(config, store)
+        try:
+            yield mount
+        finally:
+            mount.close()
+    finally:
+        with trio.CancelScope(shield=True), trio.move_on_after(5):
+            await store.aclose()
+
+
+async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None:
+    async with _opened(config) as mount:
+        try:
+            await mount.check()
+        except StartupError as exc:
+            if not (resume and isinstance(exc.__cause__, StoreUnavailable)):
+                raise
+            log.warning("resuming without the store: %s", exc)
+        mount.recover()
+        fd = await link.receive_descriptor()
+        session = Session(operations(mount.vfs, config.tree), fd, resume=resume)
+        worker = Worker(mount, link, session)
+        try:
+            await worker.run(ControlServer(config.control_socket, mount, worker.shutdown))
+        finally:
+            session.close()
+
+
+async def _main(config: MountConfig, fd: int, *, resume: bool) -> int:
+    link = KeeperLink(fd)
+    try:
+        await _serve(config, link, resume=resume)
+    except* StartupError as group:
+        exc: BaseException = group
+        while isinstance(exc, BaseExceptionGroup):
+            exc = exc.exceptions[0]
+        assert isinstance(exc, StartupError)
+        log.error("%s", exc)
+        with contextlib.suppress(MountpointError):
+            await link.failed(str(exc), exc.exit_code)
+        code = exc.exit_code
+    else:
+        code = 0
+    return code
+
+
+def _raise_limits() -> None:
+    """As many open files as allowed: staging, cache and connections each hold some."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m phfs_fuse.mount")
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args(arguments)
+    config = load_config(options.config.read_text())
+    logs.setup(config.log_level, config.log_format)
+    _raise_limits()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    return trio.run(partial(_main, config, options.fd, resume=options.resume))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

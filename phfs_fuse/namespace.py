@@ -1,0 +1,397 @@
+"""What a name means: the store's listings and HEADs, merged with what was changed here and is not uploaded yet.
+
+Owns no files and no bytes: it brings nodes into the tree, refreshes them, and replaces a node by a new one when
+somebody else has stored a new version (the old one stays with those who have it open). An answer of the store never
+overrides a local change made after the question was asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import stat
+import time
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+
+import trio
+from cachetools import TTLCache
+
+from phfs_fuse import keys
+from phfs_fuse.attrs import Attrs, from_metadata
+from phfs_fuse.config import PosixAttrs, TreeConfig
+from phfs_fuse.errors import IllegalName, NotADirectory, NotFound, StoreUnavailable
+from phfs_fuse.inodes import NEVER, Base, Inodes, Node
+from phfs_fuse.store.base import ObjectInfo, ObjectStore
+from phfs_fuse.tasks import gather
+from phfs_fuse.types import ObjectKey
+from phfs_fuse.writeback import Writeback
+
+log = logging.getLogger(__name__)
+
+MISSES_MAX = 2  # names asked for one by one before the whole directory is listed
+HEADS_MAX = 32  # at a time, where a listing does not carry the metadata
+
+
+class Namespace:
+    def __init__(self, *, store: ObjectStore, inodes: Inodes, writeback: Writeback, config: TreeConfig) -> None:
+        self._store = store
+        self._inodes = inodes
+        self._writeback = writeback
+        self._config = config
+        self._ttl = config.attr_ttl_seconds
+        # what was just asked for and is not there; a little life even without a ttl: create follows lookup
+        self._missing: TTLCache[tuple[int, bytes], None] = TTLCache(
+            100_000, max(self._ttl, 0.5), timer=time.monotonic
+        )
+        self._heads = trio.CapacityLimiter(HEADS_MAX)
+        self.illegal_keys = 0
+
+    # ---- defaults ----
+
+    @staticmethod
+    def root_attrs(config: TreeConfig) -> Attrs:
+        mode = stat.S_IFDIR | config.dir_mode
+        return Attrs(mode=mode, uid=config.uid, gid=config.gid, mtime_ns=time.time_ns())
+
+    def set_root(self, marker: ObjectInfo) -> None:
+        """The root has a marker with attributes of its own."""
+        self._set_marker(self._inodes.root, marker)
+
+    def default_file(self, modified_ns: int) -> Attrs:
+        config = self._config
+        return Attrs(mode=stat.S_IFREG | config.file_mode, uid=config.uid, gid=config.gid, mtime_ns=modified_ns)
+
+    def default_directory(self, modified_ns: int | None = None) -> Attrs:
+        config = self._config
+        at = time.time_ns() if modified_ns is None else modified_ns
+        return Attrs(mode=stat.S_IFDIR | config.dir_mode, uid=config.uid, gid=config.gid, mtime_ns=at)
+
+    def _attrs(self, info: ObjectInfo, default: Attrs) -> Attrs:
+        found = from_metadata(info.metadata or {}, info.modified_ns, default)
+        if self._config.posix_attrs is PosixAttrs.STORE:
+            return found
+        return Attrs(
+            mode=stat.S_IFMT(found.mode) | stat.S_IMODE(default.mode),
+            uid=default.uid,
+            gid=default.gid,
+            mtime_ns=found.mtime_ns,
+            rdev=found.rdev,
+            xattrs=found.xattrs,
+        )
+
+    # ---- one name ----
+
+    def _fresh(self, node: Node, now: float) -> bool:
+        return node.dirty is not None or now - node.checked_at < self._ttl
+
+    def _complete(self, parent: Node, now: float) -> bool:
+        return now - parent.complete_at < self._ttl
+
+    def known(self, parent: Node, name: bytes) -> Node | None:
+        """The child if what is known of it is recent enough. Raises: NotFound if it is known not to be there."""
+        kids = parent.kids
+        if kids is None:
+            raise NotADirectory("lookup", self._inodes.path(parent))
+        now = trio.current_time()
+        node = kids.get(name)
+        if node is not None:
+            if self._fresh(node, now) or self._complete(parent, now):
+                return node
+        elif self._complete(parent, now) or (parent.ino, name) in self._missing:
+            raise NotFound("lookup", name.decode(errors="replace"))
+        return None
+
+    async def child(self, parent: Node, name: bytes) -> Node:
+        """What `name` in `parent` means now. Returns without awaiting anything after the last look at the tree.
+
+        Raises: NotFound, NotADirectory, NameTooLong, IllegalName, StoreUnavailable. While the store is away, what
+        was known last is taken for true.
+        """
+        node = self.known(parent, name)
+        if node is not None:
+            return node
+        keys.join(self._inodes.key(parent), keys.segment_of(name))  # its length
+        try:
+            if parent.misses >= MISSES_MAX and await self._list_once(parent):
+                pass
+            else:
+                parent.misses += 1
+                await self._ask(parent, name)
+        except StoreUnavailable as exc:
+            if (stale := (parent.kids or {}).get(name)) is None:
+                raise
+            log.debug("lookup of %r answered from memory: %s", name, exc)
+            return stale
+        if (node := (parent.kids or {}).get(name)) is not None:
+            return node
+        self._missing[parent.ino, name] = None
+        raise NotFound("lookup", name.decode(errors="replace"))
+
+    async def exists(self, parent: Node, name: bytes) -> Node | None:
+        try:
+            return await self.child(parent, name)
+        except NotFound:
+            return None
+
+    def appeared(self, parent: Node, name: bytes) -> None:
+        """`name` was made here."""
+        self._missing.pop((parent.ino, name), None)
+
+    async def _ask(self, parent: Node, name: bytes) -> None:
+        """HEAD for the file and LIST for the directory at once; then the names that stand for odd keys."""
+        segment = keys.segment_of(name)
+        prefix = self._inodes.key(parent)
+        seq = self._writeback.seq
+        folder: tuple[bool, ObjectInfo | None] = (False, None)
+        found: ObjectInfo | None = None
+
+        async def ask_folder() -> None:
+            nonlocal folder
+            folder = await self._probe_folder(ObjectKey(prefix + segment + "/"))
+
+        async def ask_file() -> None:
+            nonlocal found
+            found = await self._head(ObjectKey(prefix + segment))
+
+        await gather([ask_folder, ask_file])
+        if folder[0]:
+            self._merge_folder(parent, segment, folder[1], seq)
+        elif found is not None:
+            self._merge_object(parent, segment, name, found, seq)
+        else:
+            await self._ask_odd(parent, name, segment, prefix, seq)
+
+    async def _ask_odd(self, parent: Node, name: bytes, segment: str, prefix: str, seq: int) -> None:
+        if segment.endswith(keys.OBJECT_BESIDE):
+            plain = segment.removesuffix(keys.OBJECT_BESIDE)
+            info = await self._head(ObjectKey(prefix + plain)) if plain else None
+            if info is not None:
+                self._merge_object(parent, plain, name, info, seq)
+                return
+        else:
+            info = await self._head(ObjectKey(prefix + segment + keys.RCLONE_LINK))
+            if info is not None:
+                self._merge_object(parent, segment + keys.RCLONE_LINK, name, info, seq)
+                return
+        self._vanish(parent, name, seq)
+
+    async def _head(self, key: ObjectKey) -> ObjectInfo | None:
+        try:
+            async with self._heads:
+                return await self._store.head(key)
+        except NotFound:
+            return None
+
+    async def _probe_folder(self, key: ObjectKey) -> tuple[bool, ObjectInfo | None]:
+        """Whether anything is below `key`, and its marker with metadata if there is one."""
+        page = await self._store.list(key, delimiter=False, count_max=1)
+        if not page.objects or page.objects[0].key != key:
+            return bool(page.objects), None
+        marker = page.objects[0]
+        return True, marker if marker.metadata is not None else await self._head(key)
+
+    # ---- merging ----
+
+    def _vanish(self, parent: Node, name: bytes, seq: int) -> None:
+        """The store has nothing of that name."""
+        node = (parent.kids or {}).get(name)
+        if node is None or node.dirty is not None or node.seq > seq or self._holds_local(node):
+            return
+        self._inodes.detach(node)
+
+    def _holds_local(self, node: Node) -> bool:
+        """Whether a directory has something in it that exists only here."""
+        return node.is_dir and any(n.dirty is not None for n in self._inodes.descendants(node))
+
+    def _merge_object(self, parent: Node, segment: str, name: bytes, info: ObjectInfo, seq: int) -> Node | None:
+        """The store has object `info` for `name`; returns the node that shows it now, or what we have instead."""
+        assert parent.kids is not None
+        node = parent.kids.get(name)
+        if self._writeback.gone.hides(info.key, seq):
+            return node
+        if node is not None:
+            if node.dirty is not None or node.seq > seq:
+                return node
+            if not node.is_dir and node.base is not None and node.base.etag == info.etag:
+                node.checked_at = trio.current_time()
+                return node
+            if node.is_dir and self._holds_local(node):
+                return node
+            self._inodes.detach(node)
+        return self._new_file(parent, segment, name, info)
+
+    def _new_file(self, parent: Node, segment: str, name: bytes, info: ObjectInfo) -> Node:
+        attrs = self._attrs(info, self.default_file(info.modified_ns))
+        if segment.endswith(keys.RCLONE_LINK) and not name.endswith(keys.RCLONE_LINK.encode()):
+            attrs = Attrs(mode=stat.S_IFLNK | 0o777, uid=attrs.uid, gid=attrs.gid, mtime_ns=attrs.mtime_ns)
+        node = self._inodes.new(attrs, ctime_ns=info.modified_ns)
+        node.base = Base(info.key, info.etag, info.size)
+        node.size = info.size
+        node.checked_at = trio.current_time()
+        self._inodes.attach(parent, name, node, segment)
+        return node
+
+    def _merge_folder(self, parent: Node, segment: str, marker: ObjectInfo | None, seq: int) -> Node | None:
+        """The store has keys below `segment/`, and `marker` among them if that is not None."""
+        assert parent.kids is not None
+        name = keys.name_of(segment)
+        key = self._inodes.key(parent) + segment + "/"
+        node = parent.kids.get(name)
+        if self._writeback.gone.hides(key, seq):
+            return node
+        if node is not None and not node.is_dir:
+            if node.dirty is not None or node.seq > seq:
+                return node
+            self._inodes.detach(node)  # from now on shown as name + OBJECT_BESIDE
+            node = None
+        if node is None:
+            node = self._inodes.new(self.default_directory(), ctime_ns=time.time_ns())
+            self._inodes.attach(parent, name, node, segment)
+        if node.dirty is None and node.seq <= seq:
+            self._set_marker(node, marker)
+        node.checked_at = trio.current_time()
+        return node
+
+    def _set_marker(self, node: Node, marker: ObjectInfo | None) -> None:
+        if marker is None:
+            node.marker = None
+            return
+        if node.marker == marker.etag and node.checked_at != NEVER:
+            return
+        node.marker = marker.etag
+        node.set_attrs(self._attrs(marker, self.default_directory(marker.modified_ns)))
+        node.own_attrs = self.differs(node.attrs)
+
+    def differs(self, attrs: Attrs) -> bool:
+        """Whether a directory's mode or owner are not the defaults."""
+        default = self.default_directory()
+        return (attrs.mode, attrs.uid, attrs.gid) != (default.mode, default.uid, default.gid)
+
+    # ---- whole directories ----
+
+    async def _list_once(self, parent: Node) -> bool:
+        """List `parent` if one page is enough for it; returns whether all its names are known now."""
+        async for _ in self.pages(parent, pages_max=1):
+            pass
+        if (whole := self._complete(parent, trio.current_time())) is False:
+            parent.misses = -1000  # a big one: asking for single names is cheaper for long
+        return whole
+
+    async def pages(self, parent: Node, *, pages_max: int = 1 << 60) -> AsyncIterator[list[Node]]:
+        """The directory page by page, in the order of the store; then `kids` has all that is not forgotten
+        meanwhile, and what is not there any more has left it. Local names that the store lacks are not in
+        the pages. Raises: PhfsError."""
+        prefix = self._inodes.key(parent)
+        seq = self._writeback.seq
+        asked_at = trio.current_time()
+        before = set(parent.kids or ())
+        token: str | None = None
+        for _ in range(pages_max):
+            page = await self._store.list(prefix, delimiter=True, token=token)
+            nodes = await self._merge_page(parent, prefix, page.objects, page.prefixes, seq)
+            before.difference_update(node.name for node in nodes)
+            yield nodes
+            if (token := page.next_token) is None:
+                for name in before:
+                    self._vanish(parent, name, seq)
+                parent.complete_at = asked_at
+                parent.misses = 0
+                return
+
+    async def _merge_page(
+        self, parent: Node, prefix: str, objects: Sequence[ObjectInfo], prefixes: Sequence[str], seq: int
+    ) -> list[Node]:
+        infos = await self._with_metadata(parent, prefix, objects)
+        segments = [key[len(prefix) : -1] for key in prefixes if self._legal(key[len(prefix) : -1])]
+        markers = await gather([partial(self._head, ObjectKey(prefix + s + "/")) for s in segments])
+        nodes: list[Node] = []
+        folders = set(segments)
+        for segment, marker in zip(segments, markers, strict=True):
+            if (node := self._merge_folder(parent, segment, marker, seq)) is not None:
+                nodes.append(node)
+        for info in infos:
+            if info.key == prefix:
+                if parent.dirty is None and parent.seq <= seq:
+                    self._set_marker(parent, info)
+                continue
+            segment = info.key[len(prefix) :]
+            if not self._legal(segment):
+                continue
+            name = self._shown_name(segment, folders)
+            if (node := self._merge_object(parent, segment, name, info, seq)) is not None:
+                nodes.append(node)
+        return nodes
+
+    def _shown_name(self, segment: str, folders: set[str]) -> bytes:
+        if segment in folders:
+            return keys.name_of(segment + keys.OBJECT_BESIDE)
+        name = keys.name_of(segment)
+        if segment.endswith(keys.RCLONE_LINK) and segment != keys.RCLONE_LINK:
+            return keys.name_of(segment.removesuffix(keys.RCLONE_LINK))
+        return name
+
+    def _legal(self, segment: str) -> bool:
+        """Whether a key found in the store can be shown; if not it is counted."""
+        try:
+            keys.name_of(segment)
+        except IllegalName as exc:
+            self.illegal_keys += 1
+            log.info("left out: %s", exc)
+            return False
+        return True
+
+    async def _with_metadata(self, parent: Node, prefix: str, objects: Sequence[ObjectInfo]) -> Sequence[ObjectInfo]:
+        """The page with metadata; what the listing lacks is asked for, unless the version is known already."""
+        infos: list[ObjectInfo | None] = list(objects)
+
+        async def one(index: int) -> None:
+            infos[index] = await self._head(objects[index].key)
+
+        await gather(
+            [
+                partial(one, index)
+                for index, info in enumerate(objects)
+                if info.metadata is None and not self._same_version(parent, prefix, info)
+            ]
+        )
+        return [info for info in infos if info is not None]
+
+    def _same_version(self, parent: Node, prefix: str, info: ObjectInfo) -> bool:
+        try:
+            kid = (parent.kids or {}).get(keys.name_of(info.key[len(prefix) :]))
+        except IllegalName:
+            return True  # left out anyway
+        return kid is not None and kid.base is not None and kid.base.etag == info.etag
+
+    def complete_listing(self, parent: Node) -> list[Node] | None:
+        """All children, if they are known and recent enough."""
+        if not self._complete(parent, trio.current_time()):
+            return None
+        return list((parent.kids or {}).values())
+
+    def local_only(self, parent: Node) -> list[Node]:
+        """Children that a listing of the store may lack."""
+        return [kid for kid in (parent.kids or {}).values() if kid.dirty is not None or self._holds_local(kid)]
+
+    async def is_empty(self, node: Node) -> bool:
+        """Whether nothing is below the directory, here or in the store."""
+        if node.kids:
+            return False
+        if self._complete(node, trio.current_time()):
+            return True
+        key = self._inodes.key(node)
+        seq = self._writeback.seq
+        token: str | None = None
+        while True:
+            page = await self._store.list(key, delimiter=False, token=token)
+            if any(o.key != key and not self._writeback.gone.hides(o.key, seq) for o in page.objects):
+                return False
+            if (token := page.next_token) is None:
+                return not node.kids
+
+    async def load_below(self, node: Node) -> None:
+        """Bring all that the store has below `node` into the tree, so that it can be renamed as a whole."""
+        async for nodes in self.pages(node):
+            for kid in nodes:
+                if kid.is_dir and not kid.detached:
+                    await self.load_below(kid)

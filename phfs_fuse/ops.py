@@ -1,0 +1,263 @@
+"""The kernel's requests: bytes and flags <-> `Vfs` calls, and the boundary where every error becomes an errno.
+
+Decides nothing. An exception other than FUSEError that leaves a handler ends the whole mount, so each one is inside
+`_answers`. Owns no state.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
+
+from phfs_fuse.config import TreeConfig
+from phfs_fuse.errors import NotFound, PhfsError
+from phfs_fuse.inodes import Node
+from phfs_fuse.vfs import Change, Vfs
+
+log = logging.getLogger(__name__)
+
+BLOCK_BYTES: Final = 4096
+PASSED: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE))  # of the local disk
+F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+
+
+def errno_of(exc: Exception) -> int | None:
+    """The errno that answers a request which ended in `exc`; None: a bug."""
+    if isinstance(exc, PhfsError):
+        return exc.errno
+    if isinstance(exc, OSError):  # a lost cache file must not look like a lost user file
+        return exc.errno if exc.errno in PASSED else errno.EIO
+    return None
+
+
+def _answers(handler: F) -> F:
+    """Let only FUSEError (or a cancellation) leave a request handler."""
+
+    @functools.wraps(handler)
+    async def wrapped(self: Operations, *args: object) -> object:
+        try:
+            return await handler(self, *args)
+        except FUSEError:
+            raise
+        except Exception as exc:
+            code = errno_of(exc)
+            if code is None or code == errno.EIO:
+                log.log(
+                    logging.ERROR if code is None else logging.WARNING,
+                    "%s%r failed: %s",
+                    handler.__name__,
+                    tuple(a for a in args if isinstance(a, int)),
+                    exc,
+                    exc_info=exc if code is None else None,
+                )
+            raise FUSEError(code or errno.EIO) from exc
+
+    return wrapped  # type: ignore[return-value]
+
+
+class Operations(pyfuse3.Operations):
+    """Handlers of one mount."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = True
+    enable_acl = False
+
+    def __init__(self, vfs: Vfs, config: TreeConfig) -> None:
+        super().__init__()
+        self._vfs = vfs
+        self._ttl = config.attr_ttl_seconds
+        # the kernel may believe what it was told of directories' attributes no longer than we do
+
+    def _entry(self, node: Node) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = node.ino
+        entry.generation = 0
+        entry.entry_timeout = self._ttl
+        entry.attr_timeout = self._ttl
+        entry.st_mode = node.mode
+        entry.st_nlink = node.nlink
+        entry.st_uid = node.uid
+        entry.st_gid = node.gid
+        entry.st_rdev = node.rdev
+        entry.st_size = node.size
+        entry.st_blksize = BLOCK_BYTES
+        entry.st_blocks = (node.size + 511) >> 9
+        entry.st_atime_ns = node.atime_ns
+        entry.st_mtime_ns = node.mtime_ns
+        entry.st_ctime_ns = node.ctime_ns
+        return entry
+
+    def _counted(self, node: Node) -> EntryAttributes:
+        """The entry for an answer that hands out a reference to the node."""
+        node.lookups += 1
+        return self._entry(node)
+
+    @_answers
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        try:
+            node = await self._vfs.lookup(parent_inode, name)
+        except NotFound:
+            missing = EntryAttributes()  # inode 0: the kernel remembers that there is nothing
+            missing.st_ino = pyfuse3.InodeT(0)
+            missing.entry_timeout = self._ttl
+            return missing
+        return self._counted(node)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for ino, count in inode_list:
+            self._vfs.forget(ino, count)
+
+    @_answers
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(self._vfs.getattr(inode))
+
+    @_answers
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        change = Change(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
+        )
+        return self._entry(await self._vfs.setattr(inode, change))
+
+    @_answers
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return await self._vfs.readlink(inode)
+
+    @_answers
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._counted(await self._vfs.mknod(parent_inode, name, mode, rdev, ctx.uid, ctx.gid))
+
+    @_answers
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._counted(await self._vfs.mkdir(parent_inode, name, mode, ctx.uid, ctx.gid))
+
+    @_answers
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._vfs.unlink(parent_inode, name)
+
+    @_answers
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._vfs.rmdir(parent_inode, name)
+
+    @_answers
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._counted(await self._vfs.symlink(parent_inode, name, target, ctx.uid, ctx.gid))
+
+    @_answers
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        await self._vfs.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    @_answers
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+        raise FUSEError(errno.EPERM)  # Source: link(2), the filesystem does not support hard links
+
+    @_answers
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        # a foreign version has a number of its own, so what the kernel has cached of this one is true
+        return FileInfo(fh=pyfuse3.FileHandleT(self._vfs.open(inode, flags)), keep_cache=True)
+
+    @_answers
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        node, fh = await self._vfs.create(parent_inode, name, mode, flags, ctx.uid, ctx.gid)
+        return FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=True), self._counted(node)
+
+    @_answers
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return await self._vfs.read(fh, off, size)
+
+    @_answers
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        return await self._vfs.write(fh, off, buf)
+
+    @_answers
+    async def flush(self, fh: int) -> None:
+        await self._vfs.flush(fh)
+
+    @_answers
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self._vfs.fsync(fh)
+
+    @_answers
+    async def release(self, fh: int) -> None:
+        self._vfs.release(fh)
+
+    @_answers
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return self._vfs.opendir(inode)
+
+    @_answers
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        for cookie, node in await self._vfs.readdir(fh, start_id):
+            name = pyfuse3.FileNameT(node.name)
+            if not pyfuse3.readdir_reply(token, name, self._entry(node), cookie):
+                return
+            node.lookups += 1
+
+    @_answers
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self._vfs.fsyncdir(fh)
+
+    @_answers
+    async def releasedir(self, fh: int) -> None:
+        await self._vfs.releasedir(fh)
+
+    @_answers
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        found = StatvfsData()
+        found.f_bsize = found.f_frsize = BLOCK_BYTES
+        found.f_blocks = found.f_bfree = found.f_bavail = (1 << 50) // BLOCK_BYTES  # a bucket has no size
+        found.f_files = found.f_ffree = found.f_favail = 1 << 40
+        found.f_namemax = 255
+        return found
+
+
+class XattrOperations(Operations):
+    """With extended attributes. A handler apart: only ENOSYS keeps the kernel from asking before each write."""
+
+    @_answers
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        return self._vfs.getxattr(inode, name)
+
+    @_answers
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        return self._vfs.listxattr(inode)
+
+    @_answers
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        self._vfs.setxattr(inode, name, value)
+
+    @_answers
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        self._vfs.removexattr(inode, name)
+
+
+def operations(vfs: Vfs, config: TreeConfig) -> Operations:
+    return XattrOperations(vfs, config) if config.xattrs else Operations(vfs, config)
+
+
+__all__ = ["Operations", "errno_of", "operations"]
