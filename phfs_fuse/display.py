@@ -15,6 +15,7 @@ from rich.table import Table
 from phfs_fuse import client
 
 PLAIN_SECONDS: Final = 5.0  # between two lines where no bar can be drawn
+PIPE_COLUMNS: Final = 10_000
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -53,12 +54,11 @@ def mounts(answers: Iterable[Mapping[str, Any]]) -> None:
     for answer in answers:
         table.add_row(*map(escape, _row(answer)))
         errors += [(answer["mountpoint"], error) for error in answer.get("errors", ())]
-    console = Console(highlight=False, soft_wrap=True)
+    # A pipe has no width: one line per mount for grep.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
     console.print(table)
     for mountpoint, error in errors:
-        console.print(
-            f"{mountpoint}: {error['path']}: {error['reason']} ({error['count']} times)", markup=False
-        )
+        console.print(f"{mountpoint}: {error['path']}: {error['reason']} ({error['count']} times)", markup=False)
 
 
 def _row(answer: Mapping[str, Any]) -> tuple[str, ...]:
