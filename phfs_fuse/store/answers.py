@@ -6,6 +6,7 @@ Source: S3 API reference, "List of error codes"; MinIO's `XMinio` codes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
@@ -37,6 +38,9 @@ class OutOfRange(BadAnswer):
 
 NO_SUCH_KEY: Final = "NoSuchKey"
 NO_SUCH_UPLOAD: Final = "NoSuchUpload"
+
+_TOKEN: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # Source: RFC 9110, 5.6.2
+_FIELD: Final = re.compile(r"(?:[!-~](?:[ -~]*[!-~])?)?")  # no blanks at the ends: they would be lost
 
 _BY_CODE: Final[Mapping[str, type[PhfsError]]] = {
     "AccessDenied": AccessDenied,
@@ -109,6 +113,13 @@ def check_text(op: str, key: str) -> bytes:
         return key.encode()
     except UnicodeEncodeError as exc:
         raise IllegalName(op, ascii(key), "not Unicode") from exc
+
+
+def check_metadata(op: str, key: str, metadata: Mapping[str, str]) -> None:
+    """Refuse what a header cannot carry as it is. Raises: InvalidArgument."""
+    for name, value in metadata.items():
+        if not _TOKEN.fullmatch(name) or not _FIELD.fullmatch(value):
+            raise InvalidArgument(op, key, f"metadata {name!r} is not one line of printable ASCII")
 
 
 def check_key(op: str, key: str) -> None:

@@ -95,9 +95,7 @@ class BotoCalls:
 
     def _get(self, s3: S3Client, receiver: Receiver) -> None:
         condition: dict[str, Any] = {} if receiver.etag is None else {"IfMatch": quoted(receiver.etag)}
-        answer = s3.get_object(
-            Bucket=self._bucket, Key=receiver.key, Range=receiver.range_header, **condition
-        )
+        answer = s3.get_object(Bucket=self._bucket, Key=receiver.key, Range=receiver.range_header, **condition)
         with closing(answer["Body"]) as body:
             receiver.begin(answer_headers(answer))
             while chunk := body.read(CHUNK_BYTES):
@@ -120,9 +118,7 @@ class BotoCalls:
         )
         return answer[PAGE], answer_headers(answer).get("server", "")
 
-    async def put(
-        self, key: ObjectKey, body: Body, metadata: Mapping[str, str], expect: Expect | None
-    ) -> ObjectInfo:
+    async def put(self, key: ObjectKey, body: Body, metadata: Mapping[str, str], expect: Expect | None) -> ObjectInfo:
         """`expect` is sent as a condition and nothing else is done about it."""
         s3 = (await self.clients()).plain
         answer = await self._run(

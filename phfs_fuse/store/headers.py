@@ -66,9 +66,7 @@ def info_of(key: ObjectKey, headers: Mapping[str, str]) -> ObjectInfo:
     )
 
 
-def stored_info(
-    key: ObjectKey, size: int, metadata: Mapping[str, str], headers: Mapping[str, str]
-) -> ObjectInfo:
+def stored_info(key: ObjectKey, size: int, metadata: Mapping[str, str], headers: Mapping[str, str]) -> ObjectInfo:
     """The object that an answered PUT has made; names of `headers` in lower case. Raises: BadAnswer."""
     return ObjectInfo(
         key=key,

@@ -15,7 +15,7 @@ import trio
 
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import AccessDenied, BadAnswer, BucketNotFound, NotFound, PhfsError, VersionChanged
-from phfs_fuse.store.answers import NO_SUCH_KEY, NO_SUCH_UPLOAD, check_key, check_text
+from phfs_fuse.store.answers import NO_SUCH_KEY, NO_SUCH_UPLOAD, check_key, check_metadata, check_text
 from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Sink, Upload
 from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
 from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
@@ -127,6 +127,7 @@ class S3Store:
         self, key: ObjectKey, body: Body, metadata: Mapping[str, str], *, expect: Expect | None
     ) -> ObjectInfo:
         check_key("put", key)
+        check_metadata("put", key, metadata)
         conditions = await self._kept(expect)
 
         async def write() -> ObjectInfo:
@@ -151,6 +152,7 @@ class S3Store:
     ) -> ObjectInfo:
         check_key("copy", source)
         check_key("copy", key)
+        check_metadata("copy", key, metadata)
         if size > (COPY_ONTO_ITSELF_BYTES_MAX if source == key else COPY_BYTES_MAX):
             return await self._copy_in_parts(source, source_etag, key, size, metadata, expect)
 
@@ -198,6 +200,7 @@ class S3Store:
 
     async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
         check_key("create multipart", key)
+        check_metadata("create multipart", key, metadata)
         return await self._retrying(lambda _: self._calls.create_multipart(key, metadata))
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
@@ -216,9 +219,7 @@ class S3Store:
         check_key("copy part", source)
         try:
             return await self._retrying(
-                lambda _: self._calls.upload_part_copy(
-                    key, upload_id, part_no, source, source_etag, start, end
-                )
+                lambda _: self._calls.upload_part_copy(key, upload_id, part_no, source, source_etag, start, end)
             )
         except NotFound as exc:
             if isinstance(exc, BucketNotFound) or exc.reason == NO_SUCH_UPLOAD:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions as bexc
+import botocore.session
 import urllib3.exceptions
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
@@ -37,9 +38,7 @@ if TYPE_CHECKING:
 DEFAULT_REGION: Final = "us-east-1"
 PAGE: Final = "PhfsListing"  # name of the parsed page in the answer of list_objects_v2
 
-_NO_CREDENTIALS: Final = (
-    "no usable credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile"
-)
+_NO_CREDENTIALS: Final = "no usable credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile"
 _CREDENTIAL_ERRORS: Final = (
     bexc.NoCredentialsError,
     bexc.PartialCredentialsError,
@@ -68,6 +67,7 @@ class Clients:
     session: boto3.Session
     plain: S3Client
     listing: S3Client
+    ca_bundle: str | None  # from AWS_CA_BUNDLE or the profile
 
     @property
     def endpoint_url(self) -> str:
@@ -97,7 +97,8 @@ def open_clients(config: StoreConfig) -> Clients:
 
 
 def _open_clients(config: StoreConfig, name: str) -> Clients:
-    session = boto3.Session(profile_name=config.profile, region_name=config.region)
+    core = botocore.session.get_session()
+    session = boto3.Session(profile_name=config.profile, region_name=config.region, botocore_session=core)
     if session.get_credentials() is None:
         raise AccessDenied("connect", name, _NO_CREDENTIALS)
     style = "auto" if config.path_style is None else "path" if config.path_style else "virtual"
@@ -107,7 +108,7 @@ def _open_clients(config: StoreConfig, name: str) -> Clients:
         plain = _client(session, config, style)
     listing = _client(session, config, style)
     listing.meta.events.register("before-call.s3.ListObjectsV2", _ask_for_metadata)
-    return Clients(session, plain, listing)
+    return Clients(session, plain, listing, core.get_config_variable("ca_bundle"))
 
 
 def endpoint_name(config: StoreConfig) -> str:
@@ -152,9 +153,7 @@ def _add_md5(params: dict[str, Any], **_: object) -> None:
     params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
 
 
-def _parse_listing(
-    response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
-) -> None:
+def _parse_listing(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object) -> None:
     """Parse the page here; botocore gets an empty one in its place."""
     if response_dict["status_code"] == 200:
         customized_response_dict[PAGE] = parse_listing("page", response_dict["body"])

@@ -24,6 +24,11 @@ def body_length(body: Body) -> int:
     return body.length if isinstance(body, FileRange) else len(body)
 
 
+def read_body(body: Body) -> bytes:
+    """All of it, in memory. Raises: OSError (EIO) if the file is shorter."""
+    return body if isinstance(body, bytes) else FileBody(body).readall()
+
+
 class FileBody(io.RawIOBase):
     """A `FileRange` as a readable, seekable file; read by pread, so that many can share one descriptor."""
 

@@ -21,7 +21,7 @@ from phfs_fuse.errors import (
     NotFound,
     VersionChanged,
 )
-from phfs_fuse.store.answers import check_key, check_text
+from phfs_fuse.store.answers import check_key, check_metadata, check_text
 from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Sink, Upload
 from phfs_fuse.store.transfer import md5_etag, multipart_etag
 from phfs_fuse.types import S3_PART_BYTES_MIN, ETag, ObjectKey
@@ -150,6 +150,7 @@ class FakeStore:
         self, key: ObjectKey, body: Body, metadata: Mapping[str, str], *, expect: Expect | None
     ) -> ObjectInfo:
         await self._request("put", key)
+        check_metadata("put", key, metadata)
         data = body_bytes(body)
         self._require("put", key, expect)
         return self._info(key, self._store(key, data, md5_etag(data), metadata))
@@ -165,6 +166,7 @@ class FakeStore:
         expect: Expect | None,
     ) -> ObjectInfo:
         await self._request("copy", key)
+        check_metadata("copy", key, metadata)
         found = self._version("copy", source, source_etag)
         self._require("copy", key, expect)
         return self._info(key, self._store(key, found.data, found.etag, metadata))
@@ -185,6 +187,7 @@ class FakeStore:
 
     async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
         await self._request("create_multipart", key)
+        check_metadata("create_multipart", key, metadata)
         self._upload_count += 1
         upload_id = f"upload-{self._upload_count}"
         self.uploads[upload_id] = OpenUpload(key, dict(metadata), self._clock())

@@ -1,0 +1,254 @@
+"""HTTP/1.1 over awscrt, awaited from trio without a thread hop. Owns the connections to one endpoint.
+
+Callbacks run on the one event-loop thread of the CRT and touch nothing but the exchange that they belong to;
+trio is told by `run_sync_soon`. An await here ends only after the last callback of its exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Final, Protocol
+
+import trio
+from awscrt.auth import AwsCredentialsProvider, AwsSignedBodyHeaderType, AwsSigningAlgorithm, AwsSigningConfig
+from awscrt.auth import aws_sign_request as sign_request
+from awscrt.exceptions import AwsCrtError
+from awscrt.http import HttpClientConnection, HttpHeaders, HttpRequest
+from awscrt.io import (
+    ClientBootstrap,
+    ClientTlsContext,
+    DefaultHostResolver,
+    EventLoopGroup,
+    SocketOptions,
+    TlsConnectionOptions,
+    TlsContextOptions,
+)
+
+from phfs_fuse.errors import BadAnswer, PhfsError, StoreTimeout, StoreUnavailable
+
+ERROR_BODY_BYTES_MAX: Final = 64 * 1024
+CLOSE_SECONDS: Final = 5.0
+
+_KINDS: Final[Mapping[str, type[PhfsError]]] = {
+    "AWS_IO_SOCKET_TIMEOUT": StoreTimeout,
+    "AWS_IO_TLS_NEGOTIATION_TIMEOUT": StoreTimeout,
+    "AWS_ERROR_HTTP_PROTOCOL_ERROR": BadAnswer,
+    "AWS_ERROR_HTTP_PARSE": BadAnswer,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the bucket is. `path` leads to its objects and ends in "/"."""
+
+    is_tls: bool
+    host: str
+    port: int
+    path: str
+    region: str
+    ca_bundle: str | None
+
+    @property
+    def host_header(self) -> str:
+        return self.host if self.port == (443 if self.is_tls else 80) else f"{self.host}:{self.port}"
+
+
+class Consumer(Protocol):
+    """Takes a good answer, on the event-loop thread; what it raises ends the exchange."""
+
+    def begin(self, headers: Mapping[str, str]) -> None: ...
+
+    def feed(self, chunk: memoryview) -> bool: ...
+
+
+class Exchange:
+    """One request under way. `progress` grows with each sign of life from the store."""
+
+    def __init__(self, consumer: Consumer | None) -> None:
+        self.status = 0
+        self.headers: Mapping[str, str] = {}
+        self.error_body = b""
+        self.failure: Exception | None = None
+        self.progress = 0
+        self._consumer = consumer
+
+    @property
+    def is_good(self) -> bool:
+        return 200 <= self.status < 300
+
+    def on_response(self, status_code: int, headers: Sequence[tuple[str, str]], **_: object) -> None:
+        self.progress += 1
+        self.status = status_code
+        self.headers = {name.lower(): value for name, value in headers}
+        if self.is_good and self._consumer is not None:
+            self._guarded(self._consumer.begin, self.headers)
+
+    def on_body(self, chunk: bytes, **_: object) -> None:
+        self.progress += 1
+        if not self.is_good:
+            self.error_body = (self.error_body + chunk)[:ERROR_BODY_BYTES_MAX]
+        elif self._consumer is not None and self.failure is None:
+            self._guarded(self._consumer.feed, memoryview(chunk))
+
+    def _guarded(self, call: Any, argument: object) -> None:
+        """awscrt prints what a callback raises; keep it for the task that waits instead."""
+        try:
+            call(argument)
+        except Exception as exc:
+            self.failure = exc
+
+
+class HttpClient:
+    """Keeps connections for reuse; how many are open at a time is up to the callers' limits."""
+
+    def __init__(self, endpoint: Endpoint, *, connect_seconds: float, read_seconds: float) -> None:
+        self.endpoint = endpoint
+        self._read_seconds = read_seconds
+        self._connect_seconds = connect_seconds
+        self._idle: list[HttpClientConnection] = []
+        group = EventLoopGroup(1)
+        self._bootstrap = ClientBootstrap(group, DefaultHostResolver(group))
+        self._socket = SocketOptions()
+        self._socket.connect_timeout_ms = int(connect_seconds * 1000)
+        self._tls = _tls_options(endpoint) if endpoint.is_tls else None
+
+    async def send(
+        self,
+        op: str,
+        subject: str,
+        request: HttpRequest,
+        consumer: Consumer | None = None,
+    ) -> Exchange:
+        """The answer, whole. Raises: StoreUnavailable, StoreTimeout, BadAnswer, or what `consumer` raised."""
+        connection = await self._connection(op, subject)
+        exchange = Exchange(consumer)
+        stream = connection.request(request, on_response=exchange.on_response, on_body=exchange.on_body)
+        stream.activate()
+        try:
+            await self._completion(op, subject, stream.completion_future, exchange, connection)
+        except AwsCrtError as exc:
+            connection.close()
+            if exchange.failure is None:
+                raise _error_of(exc, op, subject) from exc
+        if exchange.failure is not None:
+            connection.close()
+            raise exchange.failure
+        if connection.is_open():
+            self._idle.append(connection)
+        return exchange
+
+    async def aclose(self) -> None:
+        closing = [connection.close() for connection in self._idle]
+        self._idle.clear()
+        with trio.move_on_after(CLOSE_SECONDS):
+            for future in closing:
+                await _done(future).wait()
+
+    async def _connection(self, op: str, subject: str) -> HttpClientConnection:
+        while self._idle:
+            if (connection := self._idle.pop()).is_open():
+                return connection
+        future = HttpClientConnection.new(
+            self.endpoint.host,
+            self.endpoint.port,
+            self._bootstrap,
+            self._socket,
+            self._tls,
+        )
+        try:
+            with trio.fail_after(self._connect_seconds):  # of the name look-up and TLS too
+                await _done(future).wait()
+            return future.result()
+        except AwsCrtError as exc:
+            raise _error_of(exc, op, subject) from exc
+        except BaseException as exc:
+            future.add_done_callback(_close_late)
+            if isinstance(exc, trio.TooSlowError):
+                raise StoreTimeout(op, subject, "no connection in time") from exc
+            raise
+
+    async def _completion(
+        self,
+        op: str,
+        subject: str,
+        future: Future[int],
+        exchange: Exchange,
+        connection: HttpClientConnection,
+    ) -> None:
+        """Wait for the end of an exchange; end it ourselves when nothing moves, or when cancelled."""
+        done = _done(future)
+        try:
+            while not done.is_set():
+                seen = exchange.progress
+                with trio.move_on_after(self._read_seconds):
+                    await done.wait()
+                if not done.is_set() and exchange.progress == seen:
+                    raise StoreTimeout(op, subject, f"nothing came for {self._read_seconds:g} s")
+        finally:
+            if not done.is_set():
+                connection.close()
+                with trio.CancelScope(shield=True):  # short: the connection is closed
+                    await done.wait()
+        future.result()
+
+
+def _done(future: Future[Any]) -> trio.Event:
+    """Set, on the trio thread, when `future` is done."""
+    event = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+
+    def tell(_: object) -> None:
+        try:
+            token.run_sync_soon(event.set)
+        except trio.RunFinishedError:
+            return  # nobody waits any more
+
+    future.add_done_callback(tell)
+    return event
+
+
+def _close_late(future: Future[HttpClientConnection]) -> None:
+    if future.exception() is None:
+        future.result().close()
+
+
+def _tls_options(endpoint: Endpoint) -> TlsConnectionOptions:
+    context = TlsContextOptions()
+    if endpoint.ca_bundle:
+        context.override_default_trust_store_from_path(None, endpoint.ca_bundle)
+    options = ClientTlsContext(context).new_connection_options()
+    options.set_server_name(endpoint.host)
+    return options
+
+
+def _error_of(exc: AwsCrtError, op: str, subject: str) -> PhfsError:
+    return _KINDS.get(exc.name, StoreUnavailable)(op, subject, exc.name)
+
+
+def build_request(method: str, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes | None) -> Any:
+    """A request that is not signed yet; `path` is encoded."""
+    pairs = [("Host", endpoint.host_header), *headers.items()]
+    if body is not None:
+        pairs.append(("Content-Length", str(len(body))))
+    return HttpRequest(method, path, HttpHeaders(pairs), None if body is None else BytesIO(body))
+
+
+async def sign(request: HttpRequest, provider: AwsCredentialsProvider, region: str, payload_hash: str) -> None:
+    """Add a Signature Version 4. `payload_hash` as in `x-amz-content-sha256`."""
+    config = AwsSigningConfig(
+        algorithm=AwsSigningAlgorithm.V4,
+        credentials_provider=provider,
+        region=region,
+        service="s3",
+        signed_body_value=payload_hash,
+        signed_body_header_type=AwsSignedBodyHeaderType.X_AMZ_CONTENT_SHA_256,
+        use_double_uri_encode=False,
+        should_normalize_uri_path=False,
+    )
+    future = sign_request(request, config)
+    if not future.done():  # with known credentials it is
+        await _done(future).wait()
+    future.result()
