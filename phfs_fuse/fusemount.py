@@ -33,9 +33,6 @@ log = logging.getLogger(__name__)
 
 FS_TYPE: Final = "phfs"
 READ_BYTES_MAX: Final = 1 * MIB  # of one request; the kernel's limit is 256 pages
-BACKGROUND_MAX: Final = (
-    64  # read-ahead and write-back requests under way at a time; the kernel's default is 12
-)
 HELPER_SECONDS: Final = 30.0
 
 # Source: mount(2), umount(2)
@@ -97,9 +94,7 @@ def _mount_as_root(config: MountConfig) -> int:
     if libc.mount(source, target, f"fuse.{FS_TYPE}".encode(), flags, ",".join(options).encode()):
         os.close(fd)
         reason = os.strerror(ctypes.get_errno())
-        raise MountpointError(
-            f"{config.kernel.mountpoint}: mount failed: {reason}: is CAP_SYS_ADMIN missing?"
-        )
+        raise MountpointError(f"{config.kernel.mountpoint}: mount failed: {reason}: is CAP_SYS_ADMIN missing?")
     return fd
 
 
@@ -107,9 +102,7 @@ def _open_device() -> int:
     try:
         return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as exc:
-        raise MountpointError(
-            f"/dev/fuse: {exc.strerror}: load the fuse module or pass the device in"
-        ) from exc
+        raise MountpointError(f"/dev/fuse: {exc.strerror}: load the fuse module or pass the device in") from exc
 
 
 def _mount_as_user(config: MountConfig) -> int:
@@ -200,18 +193,12 @@ def is_connected(fd: int) -> bool:
     return not any(event & select.POLLERR for _fd, event in poll.poll(0))
 
 
-def tune(device: str, read_ahead_bytes: int) -> None:
-    """Larger read-ahead and more requests in the background, where this user may."""
-    _major, _, minor = device.partition(":")
-    for path, value in (
-        (f"/sys/class/bdi/{device}/read_ahead_kb", read_ahead_bytes // KIB),
-        (f"/sys/fs/fuse/connections/{minor}/max_background", BACKGROUND_MAX),
-        (f"/sys/fs/fuse/connections/{minor}/congestion_threshold", BACKGROUND_MAX * 3 // 4),
-    ):
-        try:
-            Path(path).write_text(str(value))
-        except OSError as exc:
-            log.debug("the kernel's default stays: %s: %s", path, exc.strerror)
+def set_read_ahead(device: str, read_ahead_bytes: int) -> None:
+    """Set the kernel's read-ahead, where this user may."""
+    try:
+        Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(str(read_ahead_bytes // KIB))
+    except OSError as exc:
+        log.debug("the kernel's read-ahead stays at its default: %s", exc)
 
 
 def python() -> list[str]:
@@ -223,9 +210,7 @@ def environment() -> dict[str, str]:
     """That of this process, in which `python()` finds this package also where it runs from a checkout."""
     here = str(Path(__file__).resolve().parent.parent)
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if here in paths or here in (
-        path for path in sys.path if path.endswith(("site-packages", "dist-packages"))
-    ):
+    if here in paths or here in (path for path in sys.path if path.endswith(("site-packages", "dist-packages"))):
         return dict(os.environ)
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [here, *paths]))}
 
@@ -238,9 +223,7 @@ def _main(arguments: Sequence[str]) -> int:
         return 0
     code = ctypes.get_errno()
     with contextlib.suppress(BrokenPipeError):
-        print(
-            f"{target}: {'files are in use' if code == errno.EBUSY else os.strerror(code)}", file=sys.stderr
-        )
+        print(f"{target}: {'files are in use' if code == errno.EBUSY else os.strerror(code)}", file=sys.stderr)
     return 1
 
 

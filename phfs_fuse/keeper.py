@@ -371,7 +371,7 @@ class Keeper:
     def _announce(self) -> None:
         kernel = self._config.kernel
         if (device := fusemount.device_of(kernel.mountpoint)) is not None:
-            fusemount.tune(device, kernel.read_ahead_bytes)
+            fusemount.set_read_ahead(device, kernel.read_ahead_bytes)
         record = MountRecord(
             mountpoint=str(kernel.mountpoint),
             control_socket=str(self._config.control_socket),
