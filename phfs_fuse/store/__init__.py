@@ -1,1 +1,25 @@
 """Object stores: the seam (`base`) and what stands behind it."""
+
+from __future__ import annotations
+
+import logging
+
+from phfs_fuse.config import StoreConfig
+from phfs_fuse.store.base import ObjectStore
+
+log = logging.getLogger(__name__)
+
+
+def open_store(config: StoreConfig) -> ObjectStore:
+    """The fastest store that works here. Does no I/O: the first call, `check_bucket`, opens it.
+
+    Imported late: boto3 and awscrt take longer to load than the commands that need no store.
+    """
+    from phfs_fuse.store.s3 import S3Store
+
+    try:
+        from phfs_fuse.store.crt import CrtStore
+    except ImportError as exc:  # no build of awscrt for this machine
+        log.info("boto3 does all requests: %s", exc)
+        return S3Store(config)
+    return CrtStore(config)

@@ -26,7 +26,7 @@ from botocore.utils import get_environ_proxies
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import AccessDenied
 from phfs_fuse.store.answers import error_of
-from phfs_fuse.store.base import Body, Expect, ObjectInfo, ObjectStore, Part
+from phfs_fuse.store.base import Body, Expect, ObjectInfo, Part
 from phfs_fuse.store.calls import BotoCalls
 from phfs_fuse.store.crt_http import Consumer, Endpoint, Exchange, HttpClient, build_request, sign
 from phfs_fuse.store.headers import META_PREFIX, content_type, etag_of, info_of, quoted, stored_info
@@ -187,11 +187,6 @@ class CrtStore(S3Store):
 
     def __init__(self, config: StoreConfig) -> None:
         super().__init__(config, CrtCalls(config))
-
-
-def open_store(config: StoreConfig) -> ObjectStore:
-    """The store for `config`; does no I/O yet: call `check_bucket` first."""
-    return CrtStore(config)
 
 
 def _read_and_hash(crt: _Signed, body: Body) -> tuple[bytes, str]:

@@ -40,8 +40,9 @@ journal readahead cachedir
 cachefile
 tasks gone
 store
-store.s3 store.crt
-store.calls
+store.crt
+store.s3
+store.calls store.crt_http
 store.session store.transfer store.conditions
 store.listing store.retry
 store.headers store.answers
