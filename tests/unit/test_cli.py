@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -88,7 +89,7 @@ def phfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(logs, "setup", lambda *_: None)  # pytest's handlers stay
     monkeypatch.setattr(prepare, "FUSE_DEVICE", tmp_path)
-    monkeypatch.setattr(prepare.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     program = Phfs(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr(keeper, "start", program.keeper.start)
     monkeypatch.setattr(keeper, "unmount", program.keeper.unmount)

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,8 +43,8 @@ def resolved(
     return resolve(source, MOUNTPOINT, given)
 
 
-def config_of(source: str | None = "s3://bucket/prefix", **sources: object) -> MountConfig:
-    return resolved(source, **sources).config  # type: ignore[arg-type]
+def config_of(source: str | None = "s3://bucket/prefix", **sources: Any) -> MountConfig:
+    return resolved(source, **sources).config
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_a_url_wins_over_a_group_that_is_only_a_default() -> None:
 def test_flags_before_options_before_variables_before_file_before_defaults(tmp_path: Path) -> None:
     file = tmp_path / "phfs.toml"
     file.write_text("[cache]\nsize = '1G'\n")
-    sources: dict[str, object] = {}
+    sources: dict[str, Any] = {}
     assert config_of(**sources).cache.size_max == 10 * GIB
     sources["environ"] = {"PHFS_CONFIG": str(file)}
     assert config_of(**sources).cache.size_max == GIB
@@ -362,9 +363,7 @@ def test_a_credentials_file_that_is_not_there() -> None:
 
 
 def test_the_config_comes_back_from_json_as_it_was() -> None:
-    config = config_of(
-        options="ro,posix-attrs=ignore,on-conflict=fail,endpoint-url=http://h,noexec,attr-ttl=0"
-    )
+    config = config_of(options="ro,posix-attrs=ignore,on-conflict=fail,endpoint-url=http://h,noexec,attr-ttl=0")
     assert load_config(dump_config(config)) == config
 
 
@@ -381,9 +380,7 @@ def test_a_config_that_cannot_be_read(text: str) -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    rows = re.findall(
-        r"^\| `([^`]+)` \| (?:`([^`]+)`)?.*? \| `([^`]+)` \|", DOCUMENT.read_text(), re.MULTILINE
-    )
+    rows = re.findall(r"^\| `([^`]+)` \| (?:`([^`]+)`)?.*? \| `([^`]+)` \|", DOCUMENT.read_text(), re.MULTILINE)
     documented = {(name, key, variable) for name, key, variable in rows}
     settings = {
         (f"{'--' if setting.flag else ''}{setting.name}", _spelled(setting.key), setting.variable)
