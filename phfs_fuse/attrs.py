@@ -43,11 +43,9 @@ def _unb64(text: str) -> bytes:
 
 
 def to_metadata(attrs: Attrs) -> dict[str, str]:
-    seconds, ns = divmod(attrs.mtime_ns, 10**9)
-    if seconds < 0 and ns:  # -1.5 s is (-2, 5e8), but is written "-1.5"
-        mtime = f"-{-seconds - 1}.{10**9 - ns:09d}"
-    else:
-        mtime = f"{seconds}.{ns:09d}"
+    sign = "-" if attrs.mtime_ns < 0 else ""
+    seconds, ns = divmod(abs(attrs.mtime_ns), 10**9)
+    mtime = f"{sign}{seconds}.{ns:09d}"
     found = {"mode": f"0{attrs.mode:o}", "uid": str(attrs.uid), "gid": str(attrs.gid), "mtime": mtime}
     if attrs.rdev:
         found["rdev"] = str(attrs.rdev)

@@ -966,5 +966,6 @@ class Writeback:
             self._hurry(node)
         with trio.move_on_after(self._config.drain_seconds or math.inf):
             while self._waiting() or len(self.gone):
-                await trio.sleep(0.02)
+                await self._settled.wait()
+                await trio.sleep(0.01)  # many end at once
         return not self._waiting() and not len(self.gone)

@@ -1,0 +1,396 @@
+"""The tree and the write-back over a fake store: what reaches the store, with how many requests, after what."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from phfs_fuse.blocks import BlockCache
+from phfs_fuse.config import TreeConfig, WritebackConfig
+from phfs_fuse.errors import Exists, NotEmpty, NotFound, PhfsError
+from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.journal import Journal
+from phfs_fuse.namespace import Namespace
+from phfs_fuse.recovery import Recovery
+from phfs_fuse.staging import StagingArea
+from phfs_fuse.store.base import Expect
+from phfs_fuse.types import MIB, ObjectKey
+from phfs_fuse.vfs import Change, Vfs
+from phfs_fuse.writeback import Writeback
+from tests.support.fake_blocks import FakeBlocks
+from tests.support.fake_store import FakeStore
+
+PREFIX = "groups/a/"
+
+
+@dataclass
+class World:
+    store: FakeStore
+    blocks: FakeBlocks
+    journal: Journal
+    area: StagingArea
+    inodes: Inodes
+    writeback: Writeback
+    namespace: Namespace
+    vfs: Vfs
+
+    async def write(self, path: str, data: bytes) -> Node:
+        *folders, name = path.split("/")
+        at = 1
+        for folder in folders:
+            at = (await self.vfs.lookup(at, folder.encode())).ino
+        node, fh = await self.vfs.create(at, name.encode(), 0o644, os.O_RDWR, 0, 0)
+        node.lookups += 1
+        await self.vfs.write(fh, 0, data)
+        await self.vfs.flush(fh)
+        self.vfs.release(fh)
+        return node
+
+    async def read(self, path: str) -> bytes:
+        node = await self.node(path)
+        fh = self.vfs.open(node.ino, os.O_RDONLY)
+        try:
+            return await self.vfs.read(fh, 0, 1 << 30)
+        finally:
+            self.vfs.release(fh)
+
+    async def node(self, path: str) -> Node:
+        at = self.inodes.root
+        for part in path.split("/"):
+            at = await self.vfs.lookup(at.ino, part.encode())
+        at.lookups += 1
+        return at
+
+    async def names(self, ino: int = 1) -> list[str]:
+        fh = self.vfs.opendir(ino)
+        found: list[str] = []
+        offset = 0
+        while page := await self.vfs.readdir(fh, offset):
+            found += [node.name.decode() for _, node in page]
+            offset = page[-1][0]
+        await self.vfs.releasedir(fh)
+        return found
+
+    async def settle(self) -> None:
+        await self.writeback.settle_below(self.inodes.root)
+
+
+def keys(world: World) -> list[str]:
+    return sorted(str(key).removeprefix(PREFIX) for key in world.store.objects)
+
+
+def content(world: World, path: str) -> bytes:
+    return bytes(world.store.objects[ObjectKey(PREFIX + path)].data)
+
+
+def made(store: FakeStore, directory: Path) -> World:
+    config = WritebackConfig(directory=directory, delay_seconds=0.5, multipart_bytes_min=8 * MIB, part_bytes=5 * MIB)
+    tree = TreeConfig()
+    journal = Journal(directory, "volume")
+    area = StagingArea(directory / "staging", first_id=1)
+    blocks = FakeBlocks(store)
+    inodes = Inodes(PREFIX, Namespace.root_attrs(tree), now_ns=time.time_ns())
+    writeback = Writeback(
+        store=store,
+        inodes=inodes,
+        blocks=cast(BlockCache, blocks),
+        journal=journal,
+        area=area,
+        config=config,
+    )
+    namespace = Namespace(store=store, inodes=inodes, writeback=writeback, config=tree)
+    vfs = Vfs(
+        inodes=inodes,
+        namespace=namespace,
+        blocks=cast(BlockCache, blocks),
+        writeback=writeback,
+        config=tree,
+        write_through=False,
+    )
+    return World(store, blocks, journal, area, inodes, writeback, namespace, vfs)
+
+
+@asynccontextmanager
+async def running(world: World) -> AsyncIterator[World]:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(world.writeback.run)
+        yield world
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with running(made(FakeStore(), tmp_path)) as world:
+        yield world
+
+
+async def test_written_bytes_reach_the_store_with_attributes(world: World, autojump_clock: MockClock) -> None:
+    node = await world.write("f", b"hello")
+    await world.settle()
+    assert content(world, "f") == b"hello"
+    info = await world.store.head(ObjectKey(PREFIX + "f"))
+    assert info.metadata is not None
+    assert info.metadata["mode"] == "0100644"
+    assert node.dirty is None
+    assert node.staged is None
+    assert await world.read("f") == b"hello"
+
+
+async def test_temporary_file_renamed_over_costs_one_put(world: World, autojump_clock: MockClock) -> None:
+    await world.write("f", b"old")
+    await world.settle()
+    before = world.store.requests["put"]
+    await world.write("f.tmp", b"new")
+    await world.vfs.rename(1, b"f.tmp", 1, b"f", 0)
+    await world.settle()
+    assert keys(world) == ["f"]
+    assert content(world, "f") == b"new"
+    assert world.store.requests["put"] == before + 1
+    assert world.store.requests["copy"] == 0
+    assert world.store.requests["delete"] + world.store.requests["delete_many"] == 0
+
+
+async def test_file_removed_before_its_upload_costs_nothing(world: World, autojump_clock: MockClock) -> None:
+    await world.write("other", b"")
+    await world.settle()
+    counts = dict(world.store.requests)
+    await world.write("f", b"x")
+    await world.vfs.unlink(1, b"f")
+    await trio.sleep(5)
+    for method in ("put", "delete", "delete_many", "copy"):
+        assert world.store.requests[method] == counts.get(method, 0)
+
+
+async def test_chmod_after_close_is_in_the_same_put(world: World, autojump_clock: MockClock) -> None:
+    node = await world.write("f", b"x")
+    await world.vfs.setattr(node.ino, Change(mode=0o755))
+    await world.settle()
+    info = await world.store.head(ObjectKey(PREFIX + "f"))
+    assert info.metadata is not None
+    assert info.metadata["mode"] == "0100755"
+    assert world.store.requests["put"] == 1
+    assert world.store.requests["copy"] == 0
+
+
+async def test_rename_of_a_stored_file_is_a_copy_and_a_delete(world: World, autojump_clock: MockClock) -> None:
+    await world.write("a", b"x")
+    await world.settle()
+    await world.vfs.rename(1, b"a", 1, b"b", 0)
+    with pytest.raises(NotFound):
+        await world.vfs.lookup(1, b"a")
+    assert await world.read("b") == b"x"
+    await world.settle()
+    assert keys(world) == ["b"]
+    assert world.store.requests["put"] == 1
+    assert await world.read("b") == b"x"
+
+
+async def test_ring_of_renames(world: World, autojump_clock: MockClock) -> None:
+    await world.write("a", b"was a")
+    await world.write("b", b"was b")
+    await world.settle()
+    world.blocks.adopted.clear()
+    await world.vfs.rename(1, b"a", 1, b"t", 0)
+    await world.vfs.rename(1, b"b", 1, b"a", 0)
+    await world.vfs.rename(1, b"t", 1, b"b", 0)
+    with trio.fail_after(100):
+        await world.settle()
+    assert keys(world) == ["a", "b"]
+    assert content(world, "a") == b"was b"
+    assert content(world, "b") == b"was a"
+
+
+async def test_renamed_away_and_written_anew(world: World, autojump_clock: MockClock) -> None:
+    await world.write("log", b"one")
+    await world.settle()
+    world.blocks.adopted.clear()
+    await world.vfs.rename(1, b"log", 1, b"log.1", 0)
+    await world.write("log", b"two")
+    with trio.fail_after(100):
+        await world.settle()
+    assert content(world, "log") == b"two"
+    assert content(world, "log.1") == b"one"
+
+
+async def test_directory_rename_moves_everything(world: World, autojump_clock: MockClock) -> None:
+    await world.vfs.mkdir(1, b"d", 0o755, 0, 0)
+    folder = await world.node("d")
+    await world.vfs.mkdir(folder.ino, b"sub", 0o755, 0, 0)
+    for path in ("d/1", "d/2", "d/sub/3"):
+        await world.write(path, path.encode())
+    await world.settle()
+    await world.write("d/late", b"late")
+    await world.vfs.rename(1, b"d", 1, b"e", 0)
+    assert await world.names() == ["e"]
+    await world.settle()
+    assert keys(world) == ["e/1", "e/2", "e/late", "e/sub/3"]
+    assert content(world, "e/sub/3") == b"d/sub/3"
+    with pytest.raises(NotFound):
+        await world.vfs.lookup(1, b"d")
+
+
+async def test_markers_come_and_go(world: World, autojump_clock: MockClock) -> None:
+    await world.vfs.mkdir(1, b"d", 0o755, 0, 0)
+    folder = await world.node("d")
+    await world.settle()
+    assert keys(world) == ["d/"]
+    await world.write("d/f", b"x")
+    await world.settle()
+    assert keys(world) == ["d/f"]
+    await world.vfs.unlink(folder.ino, b"f")
+    await world.settle()
+    assert keys(world) == ["d/"]
+    await world.vfs.rmdir(1, b"d")
+    await world.settle()
+    await trio.sleep(2)
+    assert [key for key in keys(world) if key] == []
+    assert await world.names() == []
+
+
+async def test_folder_with_a_child_before_its_marker_costs_no_marker(world: World, autojump_clock: MockClock) -> None:
+    await world.vfs.mkdir(1, b"d", 0o755, 0, 0)
+    await world.write("d/f", b"x")
+    await world.settle()
+    assert keys(world) == ["d/f"]
+    assert world.store.requests["put"] == 1
+
+
+async def test_rename_onto_a_folder_that_is_not_empty(world: World, autojump_clock: MockClock) -> None:
+    await world.vfs.mkdir(1, b"a", 0o755, 0, 0)
+    await world.vfs.mkdir(1, b"b", 0o755, 0, 0)
+    await world.write("b/f", b"x")
+    with pytest.raises(NotEmpty):
+        await world.vfs.rename(1, b"a", 1, b"b", 0)
+    with pytest.raises(Exists):
+        await world.vfs.rename(1, b"a", 1, b"b", 1)
+
+
+async def test_unlinked_file_stays_readable_while_open(world: World, autojump_clock: MockClock) -> None:
+    node = await world.write("f", b"still here")
+    await world.settle()
+    world.blocks.adopted.clear()
+    fh = world.vfs.open(node.ino, os.O_RDWR)
+    await world.vfs.unlink(1, b"f")
+    await trio.sleep(5)
+    assert "f" not in keys(world)
+    assert await world.vfs.read(fh, 0, 100) == b"still here"
+    await world.vfs.write(fh, 0, b"STILL")
+    assert await world.vfs.read(fh, 0, 100) == b"STILL here"
+    world.vfs.release(fh)
+    node.lookups = 1
+    world.vfs.forget(node.ino, 1)
+    assert world.area.held_bytes == 0
+    with pytest.raises(PhfsError):
+        world.vfs.getattr(node.ino)
+
+
+async def test_write_during_the_upload_makes_a_second_one(world: World, autojump_clock: MockClock) -> None:
+    node, fh = await world.vfs.create(1, b"f", 0o644, os.O_RDWR, 0, 0)
+    await world.vfs.write(fh, 0, b"a" * 6 * MIB)
+    await world.vfs.write(fh, 6 * MIB, b"b" * 6 * MIB)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.vfs.fsync, fh)
+        while not (node.dirty and node.dirty.uploading):
+            await trio.lowlevel.checkpoint()
+        await world.vfs.write(fh, 0, b"X")
+    assert content(world, "f")[:1] in (b"a", b"X")
+    world.vfs.release(fh)
+    await world.settle()
+    assert content(world, "f") == b"X" + b"a" * (6 * MIB - 1) + b"b" * 6 * MIB
+
+
+async def test_small_change_in_a_big_object_sends_little(world: World, autojump_clock: MockClock) -> None:
+    body = os.urandom(1 << 20) * 40
+    await world.store.put(ObjectKey(PREFIX + "big"), body, {}, expect=None)
+    node = await world.node("big")
+    fh = world.vfs.open(node.ino, os.O_RDWR)
+    await world.vfs.write(fh, 20 * MIB, b"changed")
+    await world.vfs.setattr(node.ino, Change(size=40 * MIB - 3))
+    world.vfs.release(fh)
+    await world.settle()
+    assert content(world, "big") == (body[: 20 * MIB] + b"changed" + body[20 * MIB + 7 :])[:-3]
+    assert world.store.requests["upload_part_copy"] >= 1
+
+
+async def test_foreign_version_is_a_new_inode_and_the_old_one_keeps_its_bytes(world: World, autojump_clock: MockClock) -> None:
+    node = await world.write("f", b"ours")
+    await world.settle()
+    fh = world.vfs.open(node.ino, os.O_RDONLY)
+    await world.store.put(ObjectKey(PREFIX + "f"), b"theirs!", {}, expect=None)
+    await trio.sleep(6)
+    again = await world.node("f")
+    assert again.ino != node.ino
+    assert again.size == 7
+    assert await world.vfs.read(fh, 0, 100) == b"ours"
+
+
+async def test_conflict_keeps_both(world: World, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
+    await world.write("f", b"base")
+    await world.settle()
+    fh = world.vfs.open((await world.node("f")).ino, os.O_RDWR)
+    await world.vfs.write(fh, 0, b"ours")
+    await world.store.put(ObjectKey(PREFIX + "f"), b"theirs", {}, expect=None)
+    world.vfs.release(fh)
+    await world.settle()
+    await trio.sleep(100)
+    assert content(world, "f") == b"theirs"
+    (kept,) = [key for key in keys(world) if ".conflict-" in key]
+    assert content(world, kept) == b"ours"
+    assert len(world.journal.conflicts()) == 1
+    caplog.clear()
+
+
+async def test_restart_finds_everything(tmp_path: Path, autojump_clock: MockClock) -> None:
+    store = FakeStore()
+    async with running(made(store, tmp_path)) as one:
+        await one.write("stored", b"0123456789")
+        await one.write("gone", b"x")
+        await one.settle()
+        await one.vfs.mkdir(1, b"d", 0o700, 5, 5)
+        await one.write("d/new", b"new bytes")
+        fh = one.vfs.open((await one.node("stored")).ino, os.O_RDWR)
+        await one.vfs.write(fh, 3, b"ABC")
+        await one.vfs.unlink(1, b"gone")
+        one.journal.close()
+    async with running(made(store, tmp_path)) as two:
+        recovery = Recovery(
+            two.journal, two.area, two.inodes, tmp_path / "saved", two.namespace.default_directory
+        )
+        two.writeback.recover(recovery.nodes())
+        assert sorted(await two.names()) == ["d", "stored"]
+        assert await two.read("stored") == b"012ABC6789"
+        assert await two.read("d/new") == b"new bytes"
+        await two.settle()
+        assert keys(two) == ["d/", "d/new", "stored"]
+        assert content(two, "stored") == b"012ABC6789"
+        assert recovery.saved == []
+    assert not list((tmp_path / "staging").iterdir())
+
+
+async def test_listing_during_changes(world: World, autojump_clock: MockClock) -> None:
+    for number in range(2500):
+        await world.store.put(ObjectKey(f"{PREFIX}f{number:04d}"), b"", {}, expect=Expect(None))
+    fh = world.vfs.opendir(1)
+    found = []
+    offset = 0
+    page = await world.vfs.readdir(fh, 0)
+    await world.vfs.unlink(1, b"f2400")
+    while page:
+        found += [node.name for _, node in page]
+        offset = page[-1][0]
+        page = await world.vfs.readdir(fh, offset)
+    assert len(found) == len(set(found)) == 2499
+
+
+def test_errno_of_not_empty() -> None:
+    assert NotEmpty.errno == errno.ENOTEMPTY
