@@ -1,0 +1,30 @@
+# phfs in a container. To mount, it needs the device and the right:
+#   docker run --device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined \
+#     -v phfs-state:/var/lib/phfs -v /mnt/group:/mnt/group:rshared -e AWS_ACCESS_KEY_ID -e AWS_SECRET_ACCESS_KEY \
+#     phfs mount --foreground --group research /mnt/group
+# /var/lib/phfs holds bytes that are not uploaded yet: give it a volume.
+
+FROM python:3.12-slim-bookworm AS build
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev libfuse3-dev pkg-config \
+    && rm -rf /var/lib/apt/lists/*
+RUN python -m venv /opt/phfs
+WORKDIR /src
+COPY pyproject.toml README.md ./
+COPY phfs_fuse phfs_fuse
+RUN /opt/phfs/bin/pip install --no-cache-dir .
+
+FROM python:3.12-slim-bookworm
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates fuse3 libfuse3-3 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 phfs
+COPY --from=build /opt/phfs /opt/phfs
+RUN ln -s /opt/phfs/bin/phfs /usr/local/bin/phfs \
+    && ln -s /opt/phfs/bin/mount.phfs /sbin/mount.phfs \
+    && phfs --version
+# Root by default, as mounting for other containers needs it. The tools, and mounts of one's own through fusermount3,
+# work with --user phfs; its state is then in /home/phfs/.local/state/phfs.
+VOLUME ["/var/lib/phfs", "/var/cache/phfs"]
+ENTRYPOINT ["phfs"]
+CMD ["--help"]

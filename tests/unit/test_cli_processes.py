@@ -1,0 +1,58 @@
+"""The commands as processes: exit code and line as a shell sees them, where no mount is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HELPER = "from phfs_fuse.cli import mount_helper; mount_helper()"
+
+
+def run(*arguments: str, place: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PHFS_", "AWS_", "XDG_"))}
+    environ = kept | {"PHFS_RUNTIME_DIR": str(place), "PYTHONPATH": str(ROOT)} | variables
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["--version"], 0, ""),
+        (["status"], 0, ""),
+        (["mount", "s3://bucket", "/no/such/place"], 4, "phfs: /no/such/place: does not exist; mkdir makes it"),
+        (["mount", "s3://bucket", "/proc"], 4, "phfs: /proc: proc is mounted here already"),
+        (["mount", "--qqqq", "s3://bucket", "/mnt"], 2, "phfs: No such option: --qqqq"),
+        (["umount", "/no/such/place"], 4, "phfs: /no/such/place: no phfs mount is here"),
+        (["sync", "/"], 4, "phfs: /: is not in a phfs mount"),
+    ],
+)
+def test_exit_code_and_line(tmp_path: Path, arguments: list[str], code: int, line: str) -> None:
+    found = run("-m", "phfs_fuse", *arguments, place=tmp_path)
+    assert (found.returncode, found.stderr.strip()) == (code, line)
+
+
+def test_the_helper_of_mount(tmp_path: Path) -> None:
+    found = run("-c", HELPER, "s3://bucket", "/no/such/place", "-o", "rw", place=tmp_path)
+    assert (found.returncode, found.stdout) == (32, "")
+    assert found.stderr == "mount.phfs: /no/such/place: does not exist; mkdir makes it\n"
+
+
+def test_debug_shows_where_an_unexpected_error_came_from(tmp_path: Path) -> None:
+    script = "from phfs_fuse import cli, registry; registry.records = None; cli.main()"  # a bug
+    quiet = run("-c", script, "sync", place=tmp_path)
+    assert (quiet.returncode, quiet.stderr.count("\n")) == (1, 1)
+    assert quiet.stderr.startswith("phfs: unexpected TypeError: ")
+    loud = run("-c", script, "sync", place=tmp_path, PHFS_LOG_LEVEL="debug")
+    assert "Traceback" in loud.stderr
+
+
+def test_the_quick_commands_load_nothing_heavy(tmp_path: Path) -> None:
+    script = "import sys; import phfs_fuse.cli; print(*sys.modules)"
+    loaded = set(run("-c", script, place=tmp_path).stdout.split())
+    assert loaded & {"boto3", "botocore", "awscrt", "trio", "pyfuse3", "moto"} == set()
