@@ -10,7 +10,9 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +21,12 @@ from tests.mount.trees import pull, tree
 
 LOCAL_ROOT = os.environ.get("PHFS_TEST_DIR", "")
 SECONDS = 90.0  # for one program
+HANG_SECONDS = 600  # of one module
+WATCHDOG = """
+import select, sys
+if not select.select([sys.stdin], [], [], float(sys.argv[2]))[0]:
+    open(f"/sys/fs/fuse/connections/{sys.argv[1]}/abort", "w").write("1")
+"""
 
 
 class Place(Protocol):
@@ -28,8 +36,16 @@ class Place(Protocol):
     def pull(self, folder: Path, to: Path) -> Path:
         """Wait until all is stored, then make `to` what the objects alone say of `folder`."""
 
+    def sync(self) -> None:
+        """Return when the store has everything."""
+
     def remount(self) -> None:
         """Unmount cleanly and mount again with the caches of the kernel and of the process gone."""
+
+    def foreign_put(self, path: Path, body: bytes) -> None:
+        """Write the object of this path as another client of the store does."""
+
+    def foreign_delete(self, path: Path) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +56,17 @@ class LocalPlace:
         run("cp", "-a", folder, to)
         return to
 
+    def sync(self) -> None: ...
+
     def remount(self) -> None: ...
+
+    def foreign_put(self, path: Path, body: bytes) -> None:
+        beside = path.with_name(".foreign")
+        beside.write_bytes(body)
+        beside.rename(path)
+
+    def foreign_delete(self, path: Path) -> None:
+        path.unlink()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +79,47 @@ class MountPlace:
 
     def pull(self, folder: Path, to: Path) -> Path:
         self.mount.sync()
-        prefix = f"{self.mount.prefix}{folder.relative_to(self.path)}/"
-        return pull(self.mount.s3, self.mount.bucket, prefix, to)
+        return pull(self.mount.s3, self.mount.bucket, f"{self.key(folder)}/", to)
+
+    def sync(self) -> None:
+        self.mount.sync()
 
     def remount(self) -> None:
         self.mount.remount()
+
+    def key(self, path: Path) -> str:
+        return f"{self.mount.prefix}{path.relative_to(self.path)}"
+
+    def foreign_put(self, path: Path, body: bytes) -> None:
+        self.mount.s3.put_object(Bucket=self.mount.bucket, Key=self.key(path), Body=body)
+
+    def foreign_delete(self, path: Path) -> None:
+        self.mount.s3.delete_object(Bucket=self.mount.bucket, Key=self.key(path))
+
+
+@contextmanager
+def watchdog(path: Path) -> Iterator[None]:
+    """Abort the mount's connection if the body takes too long: each call that hangs then ends with an error.
+
+    In a process of its own: a hanging page fault stops every thread of this one.
+    """
+    minor = os.minor(os.stat(path).st_dev)
+    argv = [sys.executable, "-c", WATCHDOG, str(minor), str(HANG_SECONDS)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE):  # leaving closes its stdin, which ends it
+        yield
+
+
+@contextmanager
+def a_place() -> Iterator[Place]:
+    """A mount under the watchdog, or a folder in PHFS_TEST_DIR."""
+    if LOCAL_ROOT:
+        with tempfile.TemporaryDirectory(dir=LOCAL_ROOT) as path:
+            yield LocalPlace(Path(path))
+        return
+    from tests.support.mounts import mounted
+
+    with mounted() as mount, watchdog(mount.path):
+        yield MountPlace(mount)
 
 
 def run(
@@ -83,7 +145,7 @@ def script(code: str, *argv: str | Path, cwd: Path | None = None, seconds: float
     return run(sys.executable, "-c", code, *argv, cwd=cwd, seconds=seconds)
 
 
-def together(code: str, *argvs: list[str | Path], seconds: float = SECONDS) -> list[str]:
+def together(code: str, *argvs: Sequence[object], seconds: float = SECONDS) -> list[str]:
     """Outputs of one Python program run at the same time with each of `argvs`. All must succeed."""
     running = [
         subprocess.Popen(

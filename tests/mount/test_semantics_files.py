@@ -208,9 +208,7 @@ def test_posix_fallocate(place: Place, mnt: Path, tmp_path: Path) -> None:
     assert (saved(place, mnt, tmp_path / "stored") / "f").read_bytes() == b"kept" + bytes((1 << 20) - 4)
 
 
-@pytest.mark.parametrize(
-    "how", [["-l", "1M"], ["-p", "-o", "0", "-l", "4096"], ["-z", "-o", "0", "-l", "4096"]]
-)
+@pytest.mark.parametrize("how", [["-l", "1M"], ["-p", "-o", "0", "-l", "4096"], ["-z", "-o", "0", "-l", "4096"]])
 def test_fallocate_program_works_or_says_not_supported(mnt: Path, how: list[str]) -> None:
     (mnt / "f").write_bytes(b"x" * 8192)
     done = subprocess.run(

@@ -57,9 +57,7 @@ def test_names_come_back(place: Place, mnt: Path, tmp_path: Path, names: list[by
 
 
 @pytest.mark.parametrize("names", [ODD, NOT_UTF8, CONTROLS], ids=["odd", "not-utf8", "controls"])
-def test_folders_and_links_with_such_names(
-    place: Place, mnt: Path, tmp_path: Path, names: list[bytes]
-) -> None:
+def test_folders_and_links_with_such_names(place: Place, mnt: Path, tmp_path: Path, names: list[bytes]) -> None:
     for name in names:
         folder = os.path.join(os.fsencode(mnt), name)
         os.mkdir(folder)

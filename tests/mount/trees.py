@@ -52,17 +52,11 @@ def walk(root: bytes) -> Iterator[bytes]:
             yield from walk(found.path)
 
 
-def tree(
-    root: Path, *, times: bool = True, leave_out: Callable[[str], bool] | None = None
-) -> dict[str, Entry]:
+def tree(root: Path, *, times: bool = True, leave_out: Callable[[str], bool] | None = None) -> dict[str, Entry]:
     """Relative path -> entry of all that is under `root`; mtimes of files only."""
     top = os.fsencode(root)
     relative = {os.fsdecode(os.path.relpath(path, top)): path for path in walk(top)}
-    return {
-        name: entry(path, times=times)
-        for name, path in relative.items()
-        if not (leave_out and leave_out(name))
-    }
+    return {name: entry(path, times=times) for name, path in relative.items() if not (leave_out and leave_out(name))}
 
 
 def local_name(key: str) -> str:

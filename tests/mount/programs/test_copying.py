@@ -66,9 +66,7 @@ def test_mv_from_another_file_system(place: Place, mnt: Path, sample: Path, tmp_
     assert tree(saved(place, mnt, tmp_path / "stored") / "moved") == tree(sample)
 
 
-def test_rsync_transfers_nothing_the_second_time(
-    place: Place, mnt: Path, sample: Path, tmp_path: Path
-) -> None:
+def test_rsync_transfers_nothing_the_second_time(place: Place, mnt: Path, sample: Path, tmp_path: Path) -> None:
     def rsync() -> str:
         return run("rsync", "-a", "--itemize-changes", f"{sample}/", f"{mnt}/copy/")
 

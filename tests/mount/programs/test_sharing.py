@@ -37,9 +37,7 @@ def test_log_is_followed(place: Place, mnt: Path, tmp_path: Path) -> None:
     """
     path = mnt / "app.log"
     path.touch()
-    following = subprocess.Popen(
-        [sys.executable, "-c", follower, str(path)], stderr=subprocess.PIPE, text=True
-    )
+    following = subprocess.Popen([sys.executable, "-c", follower, str(path)], stderr=subprocess.PIPE, text=True)
     try:
         script(writer, path)
         _, errors = following.communicate(timeout=SECONDS)

@@ -43,9 +43,7 @@ def check(path: Path) -> None:
 def test_four_processes(place: Place, mnt: Path, tmp_path: Path, mode: str) -> None:
     path = mnt / "db.sqlite"
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.execute(
-            f"pragma journal_mode={mode}"
-        )  # where WAL is refused the mode stays "delete", which is fine
+        db.execute(f"pragma journal_mode={mode}")  # where WAL is refused the mode stays "delete", which is fine
         db.execute("create table account (id integer primary key, amount integer)")
         db.execute("create table log (who, number, filler)")
         db.execute(f"insert into account values (1, {TOTAL}), (2, 0)")
