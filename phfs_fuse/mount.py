@@ -127,6 +127,7 @@ class Mount:
             log.info("found from before: files=%d deletes=%d bytes=%d", pending.files, pending.deletes, pending.bytes)
 
     def close(self) -> None:
+        self.blocks.close()
         self.area.close()
         self.journal.close()
         self.lock.close()

@@ -187,7 +187,7 @@ class Operations(pyfuse3.Operations):
         return FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=True), self._counted(node)
 
     @_answers
-    async def read(self, fh: int, off: int, size: int) -> bytes:
+    async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:  # type: ignore[override]  # a buffer
         return await self._vfs.read(fh, off, size)
 
     @_answers

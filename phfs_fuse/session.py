@@ -171,6 +171,10 @@ class Session:
         """Service: answer requests until the mount has ended, by umount or by an abort of the connection."""
         await pyfuse3.main(min_tasks=TASKS_MIN, max_tasks=TASKS_MAX)
 
+    def stop(self) -> None:
+        """Have `serve` return although the mount has not ended: programs that hold on to it get ENOTCONN."""
+        pyfuse3.terminate()
+
     def close(self) -> None:
         """Free the session. Does not unmount: a mount without a server stays broken."""
         pyfuse3.close(unmount=False)

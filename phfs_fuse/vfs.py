@@ -165,7 +165,7 @@ class Vfs:
         node = self._inodes.get(ino)
         if not node.is_symlink:
             raise InvalidArgument("readlink", self._inodes.path(node), "is no symbolic link")
-        return await self._read(node, 0, node.size)
+        return bytes(await self._read(node, 0, node.size))
 
     async def unlink(self, parent_ino: int, name: bytes) -> None:
         self._writable()
@@ -335,11 +335,11 @@ class Vfs:
             raise Exists("create", self._inodes.path(node))
         return node, self.open(node.ino, flags)
 
-    async def read(self, fh: int, offset: int, length: int) -> bytes:
+    async def read(self, fh: int, offset: int, length: int) -> bytes | bytearray:
         node = self._inodes.get(fh >> 1)
         return await self._read(node, offset, offset + length)
 
-    async def _read(self, node: Node, start: int, end: int) -> bytes:
+    async def _read(self, node: Node, start: int, end: int) -> bytes | bytearray:
         end = min(end, node.size)
         if start >= end:
             return b""
@@ -355,7 +355,7 @@ class Vfs:
         node.version = self._blocks.open(base.key, base.etag, base.size)
         return node.version
 
-    async def _read_staged(self, node: Node, start: int, end: int) -> bytes:
+    async def _read_staged(self, node: Node, start: int, end: int) -> bytes | bytearray:
         """Layers first, in one go: after an await they may be gone, uploaded; the base's version stays open."""
         staged = node.staged
         assert staged is not None
@@ -377,7 +377,7 @@ class Vfs:
                     out[piece.start - start : piece.end - start] = await version.read(piece.start, piece.end)
             finally:
                 version.close()
-        return bytes(out)
+        return out
 
     async def write(self, fh: int, offset: int, data: bytes) -> int:
         """Returns len(data); what was answered is found again after a crash of this process.
