@@ -16,7 +16,7 @@ from phfs_fuse import cli, client, keeper, logs, prepare, registry
 from phfs_fuse.client import Progress
 from phfs_fuse.config import MountConfig
 from phfs_fuse.errors import MountpointError, NotDrained, StoreStartupError
-from phfs_fuse.mountpoint import MountEntry
+from phfs_fuse.mountpoint import mount_table
 from phfs_fuse.registry import MountRecord
 from phfs_fuse.settings import load_config
 
@@ -282,7 +282,7 @@ def mounted(phfs: Phfs, monkeypatch: pytest.MonkeyPatch) -> Mounted:
     place = str(phfs.mountpoint)
     record = MountRecord(mountpoint=place, control_socket="/no/socket", keeper_pid=os.getpid(), url="s3://bucket/")
     registry.write(record)
-    mounts = {place: MountEntry(mountpoint=place, kind="fuse.phfs", source="s3://bucket/", device="0:99")}
+    mounts = mount_table(f"1 0 0:99 / {place} rw - fuse.phfs s3://bucket/ rw")
     monkeypatch.setattr(cli, "mount_table", lambda: mounts)
     found = Mounted(record)
     monkeypatch.setattr(client, "sync", found.sync)
