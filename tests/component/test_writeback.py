@@ -322,7 +322,9 @@ async def test_small_change_in_a_big_object_sends_little(world: World, autojump_
     assert world.store.requests["upload_part_copy"] >= 1
 
 
-async def test_foreign_version_is_a_new_inode_and_the_old_one_keeps_its_bytes(world: World, autojump_clock: MockClock) -> None:
+async def test_foreign_version_is_a_new_inode_and_the_old_one_keeps_its_bytes(
+    world: World, autojump_clock: MockClock
+) -> None:
     node = await world.write("f", b"ours")
     await world.settle()
     fh = world.vfs.open(node.ino, os.O_RDONLY)
@@ -363,9 +365,7 @@ async def test_restart_finds_everything(tmp_path: Path, autojump_clock: MockCloc
         await one.vfs.unlink(1, b"gone")
         one.journal.close()
     async with running(made(store, tmp_path)) as two:
-        recovery = Recovery(
-            two.journal, two.area, two.inodes, tmp_path / "saved", two.namespace.default_directory
-        )
+        recovery = Recovery(two.journal, two.area, two.inodes, tmp_path / "saved", two.namespace.default_directory)
         two.writeback.recover(recovery.nodes())
         assert sorted(await two.names()) == ["d", "stored"]
         assert await two.read("stored") == b"012ABC6789"
