@@ -32,7 +32,7 @@ from typing import Final
 
 from phfs_fuse import fusemount, logs, messages, registry
 from phfs_fuse.config import MountConfig
-from phfs_fuse.errors import LocalStateError, MountpointError, StartupError, startup_error
+from phfs_fuse.errors import LocalStateError, MountpointError, NotDrained, StartupError, startup_error
 from phfs_fuse.messages import Kind, Message
 from phfs_fuse.mountpoint import mount_table, require_free
 from phfs_fuse.registry import MountRecord
@@ -173,6 +173,7 @@ class Keeper:
         self._was_ready = False  # one of them has
         self._failure = Message(kind=Kind.FAILED)
         self._drain: Message | None = None  # what was asked, of this worker and of those after it
+        self._detached = False  # unmounted, though perhaps still in use
         self._exit_code: int | None = None
 
     def run(self) -> int:
@@ -325,10 +326,17 @@ class Keeper:
             return
         if not self._was_ready:
             self._fail_to_start(code)
-        elif self._device is not None and fusemount.is_connected(self._device):
-            self._plan_restart(code)
-        else:
+        elif self._has_ended(code):
             self._end_cleanly(code)
+        else:
+            self._plan_restart(code)
+
+    def _has_ended(self, code: int) -> bool:
+        """Whether the mount, and not just its worker, is at its end."""
+        if self._device is None or not fusemount.is_connected(self._device):
+            return True
+        # Detached, and the worker did not wait for the last open file.
+        return self._detached and code in (0, NotDrained.exit_code)
 
     def _fail_to_start(self, code: int) -> None:
         if self._device is not None:
@@ -412,6 +420,7 @@ class Keeper:
         except MountpointError as exc:
             self._send(Message(kind=Kind.BUSY, reason=str(exc)))
         else:
+            self._detached = True
             self._send(Message(kind=Kind.UNMOUNTED))
 
 

@@ -92,7 +92,7 @@ class KeeperLink:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 (fd,) = _INT.unpack_from(data)
                 return int(fd)
-        raise MountpointError(f"no mount from the keeper, which said {packet!r}")
+        raise MountpointError(f"the keeper gave no mount{': ' if packet else ''}{packet.decode()}")
 
     async def ready(self) -> None:
         await self._send(Message(kind=Kind.READY))
