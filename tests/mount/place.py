@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import pytest
+from tests.support.mounts import mounted
+
 from tests.mount.trees import pull, tree
 
 LOCAL_ROOT = os.environ.get("PHFS_TEST_DIR", "")
@@ -110,16 +113,23 @@ def watchdog(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def a_mount(*flags: str) -> Iterator[MountPlace]:
+    """A mount with more flags of `phfs mount`, under the watchdog."""
+    if LOCAL_ROOT:
+        pytest.skip("needs a store")
+    with mounted(*flags) as mount, watchdog(mount.path):
+        yield MountPlace(mount)
+
+
+@contextmanager
 def a_place() -> Iterator[Place]:
-    """A mount under the watchdog, or a folder in PHFS_TEST_DIR."""
+    """A mount, or a folder in PHFS_TEST_DIR."""
     if LOCAL_ROOT:
         with tempfile.TemporaryDirectory(dir=LOCAL_ROOT) as path:
             yield LocalPlace(Path(path))
         return
-    from tests.support.mounts import mounted
-
-    with mounted() as mount, watchdog(mount.path):
-        yield MountPlace(mount)
+    with a_mount() as mount:
+        yield mount
 
 
 def run(

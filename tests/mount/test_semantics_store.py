@@ -1,0 +1,401 @@
+"""The tree against the objects: what other clients wrote shows up right, and what the mount writes is read right.
+
+Every test here needs the store; there is nothing to compare on a local disk.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from botocore.exceptions import ClientError
+
+from tests.mount.place import MountPlace, a_mount, attempt, run, saved
+from tests.mount.trees import tree
+
+pytestmark = [pytest.mark.fuse, pytest.mark.minio]
+TTL_SECONDS = 1.0
+LATE_SECONDS = 15.0  # when a change that has to be seen after TTL_SECONDS is given up
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[MountPlace]:
+    with a_mount("--attr-ttl", f"{TTL_SECONDS:g}s") as found:
+        yield found
+
+
+def put(place: MountPlace, path: Path, body: bytes = b"", metadata: Mapping[str, str] | None = None) -> None:
+    place.mount.s3.put_object(
+        Bucket=place.mount.bucket, Key=place.key(path), Body=body, Metadata=dict(metadata or {})
+    )
+
+
+def keys(place: MountPlace, folder: Path) -> list[str]:
+    """The keys under `folder`, relative to it, markers with their slash."""
+    prefix = f"{place.key(folder)}/"
+    pages = place.mount.s3.get_paginator("list_objects_v2").paginate(Bucket=place.mount.bucket, Prefix=prefix)
+    return [found["Key"][len(prefix) :] for page in pages for found in page.get("Contents", [])]
+
+
+def metadata(place: MountPlace, path: Path) -> dict[str, str]:
+    found: dict[str, str] = place.mount.s3.head_object(Bucket=place.mount.bucket, Key=place.key(path))["Metadata"]
+    return found
+
+
+def within(seconds: float, answer: Callable[[], object], wanted: object) -> None:
+    """Ask until the answer is the one that is wanted."""
+    deadline = time.monotonic() + seconds
+    while (got := answer()) != wanted:
+        assert time.monotonic() < deadline, f"still {got!r} instead of {wanted!r}"
+        time.sleep(0.05)
+
+
+# --- what others wrote
+
+
+def test_objects_without_metadata(place: MountPlace, mnt: Path) -> None:
+    put(place, mnt / "new/sub/console.bin", b"from the console")
+    found = (mnt / "new/sub/console.bin").stat()
+    assert (mnt / "new/sub/console.bin").read_bytes() == b"from the console"
+    assert (oct(found.st_mode), found.st_nlink, found.st_size) == ("0o100644", 1, 16)
+    assert (found.st_uid, found.st_gid) == (os.getuid(), os.getgid())
+    assert abs(found.st_mtime - time.time()) < 600
+    assert oct((mnt / "new").stat().st_mode) == "0o40755"
+    assert os.listdir(mnt / "new") == ["sub"]
+
+
+def test_markers_of_others(place: MountPlace, mnt: Path) -> None:
+    put(place, mnt / "empty/")
+    put(place, mnt / "full/")
+    put(place, mnt / "full/f", b"f")
+    assert sorted(tree(mnt)) == ["empty", "full", "full/f"]
+    (mnt / "empty").rmdir()
+    (mnt / "full/f").unlink()
+    (mnt / "full").rmdir()
+    place.sync()
+    assert [key for key in keys(place, mnt) if key] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "given", "mode", "mtime_ns"),
+    [
+        (
+            b"x",
+            {"mode": "0100750", "uid": "7", "gid": "8", "mtime": "1600000000.123456789"},
+            0o100750,
+            1600000000123456789,
+        ),
+        (b"x", {"mode": "100640", "uid": "7", "gid": "8", "mtime": "1600000000.5"}, 0o100640, 1600000000500000000),
+        (b"x", {"mode": str(0o100755), "uid": "7", "gid": "8", "mtime": "1600000000"}, 0o100755, 1600000000000000000),
+        (b"f", {"mode": "0120777", "uid": "7", "gid": "8", "mtime": "1600000000"}, 0o120777, 1600000000000000000),
+        (b"", {"mode": "010644", "uid": "7", "gid": "8", "mtime": "1600000000"}, 0o010644, 1600000000000000000),
+    ],
+    ids=["ours", "rclone", "s3fs-decimal", "symlink", "fifo"],
+)
+def test_attributes_of_others(
+    place: MountPlace, mnt: Path, body: bytes, given: dict[str, str], mode: int, mtime_ns: int
+) -> None:
+    put(place, mnt / "o", body, given)
+    found = os.lstat(mnt / "o")
+    assert oct(found.st_mode) == oct(mode)
+    assert (found.st_uid, found.st_gid, found.st_mtime_ns) == (7, 8, mtime_ns)
+    if stat.S_ISLNK(mode):
+        assert os.readlink(mnt / "o") == body.decode()
+
+
+def test_unreadable_attributes_are_defaults(place: MountPlace, mnt: Path) -> None:
+    put(place, mnt / "o", b"x", {"mode": "rwxr-xr-x", "uid": "-1", "gid": "staff", "mtime": "yesterday"})
+    found = (mnt / "o").stat()
+    assert (oct(found.st_mode), found.st_uid, found.st_gid) == ("0o100644", os.getuid(), os.getgid())
+    assert abs(found.st_mtime - time.time()) < 600
+
+
+def test_links_of_rclone_and_geesefs(place: MountPlace, mnt: Path) -> None:
+    put(place, mnt / "target", b"reached")
+    put(place, mnt / "one.rclonelink", b"target")
+    put(place, mnt / "two", b"", {"--symlink-target": "target"})
+    assert sorted(os.listdir(mnt)) == ["one", "target", "two"]
+    for name in ("one", "two"):
+        assert os.readlink(mnt / name) == "target"
+        assert (mnt / name).read_bytes() == b"reached"
+
+
+def test_a_directory_with_attributes(place: MountPlace, mnt: Path) -> None:
+    put(place, mnt / "d/", b"", {"mode": "040700", "uid": "5", "gid": "6", "mtime": "1500000000.25"})
+    found = (mnt / "d").stat()
+    assert (oct(found.st_mode), found.st_uid, found.st_gid) == ("0o40700", 5, 6)
+    assert found.st_mtime_ns == 1_500_000_000_250_000_000
+
+
+def test_keys_that_are_no_paths_are_left_out(place: MountPlace, mnt: Path) -> None:
+    put(place, mnt / "good", b"x")
+    prefix = place.key(mnt)
+    for bad in ("a//b", "./c", "x/../d", "n" * 256):
+        try:
+            place.mount.s3.put_object(Bucket=place.mount.bucket, Key=f"{prefix}/{bad}", Body=b"x")
+        except ClientError:
+            continue  # this store refuses such keys
+    for _ in range(2):
+        assert "good" in os.listdir(mnt)
+        for folder, folders, files in os.walk(mnt):
+            for name in folders + files:
+                assert name not in ("", ".", "..")
+                assert len(name) <= 255
+                os.lstat(os.path.join(folder, name))
+        place.remount()
+
+
+def test_a_file_and_a_folder_of_one_name(place: MountPlace, mnt: Path) -> None:
+    put(place, mnt / "x/y", b"below")
+    try:
+        put(place, mnt / "x", b"beside")
+    except ClientError:
+        pytest.skip("this store has no object beside a prefix of the same name")
+    assert (mnt / "x").is_dir()
+    assert (mnt / "x/y").read_bytes() == b"below"
+    assert (mnt / "x.phfs-file").read_bytes() == b"beside"
+
+
+def test_only_the_prefix_is_seen(place: MountPlace) -> None:
+    beside = place.mount.prefix.rstrip("/") + "b/secret"
+    place.mount.s3.put_object(Bucket=place.mount.bucket, Key=beside, Body=b"x")
+    assert "secret" not in run("find", place.path, "-name", "secret*")
+    assert attempt(os.stat, place.path / ".." / (place.path.name + "b") / "secret") == "ENOENT"
+
+
+# --- what the mount wrote
+
+
+def test_keys_and_metadata_that_are_written(place: MountPlace, mnt: Path) -> None:
+    (mnt / "d").mkdir()
+    (mnt / "d/f").write_bytes(b"content")
+    (mnt / "d/f").chmod(0o640)
+    os.utime(mnt / "d/f", ns=(0, 1_234_567_890_123_456_789))
+    (mnt / "link").symlink_to("d/f")
+    place.sync()
+    assert keys(place, mnt / "d") == ["f"]
+    found = metadata(place, mnt / "d/f")
+    assert (found["mode"], found["mtime"]) == ("0100640", "1234567890.123456789")
+    assert (found["uid"], found["gid"]) == (str(os.getuid()), str(os.getgid()))
+    link = place.mount.s3.get_object(Bucket=place.mount.bucket, Key=place.key(mnt / "link"))
+    assert (link["Body"].read(), link["Metadata"]["mode"]) == (b"d/f", "0120777")
+
+
+def test_markers_come_and_go(place: MountPlace, mnt: Path) -> None:
+    (mnt / "d").mkdir()
+    place.sync()
+    assert keys(place, mnt) == ["d/"]
+    (mnt / "d/f").write_bytes(b"x")
+    place.sync()
+    assert [key for key in keys(place, mnt) if key != "d/"] == ["d/f"]
+    assert "d/" not in keys(place, mnt), "a marker beside children shows as a nameless row in the console"
+    (mnt / "d/f").unlink()
+    place.sync()
+    assert keys(place, mnt) == ["d/"]
+
+
+def test_a_new_folder_is_in_the_store_without_being_asked_for(place: MountPlace, mnt: Path) -> None:
+    (mnt / "d").mkdir()
+    within(LATE_SECONDS, lambda: keys(place, mnt), ["d/"])
+
+
+def test_an_open_file_is_uploaded_by_age(place: MountPlace, mnt: Path) -> None:
+    def stored() -> bytes:
+        try:
+            found: bytes = place.mount.s3.get_object(Bucket=place.mount.bucket, Key=place.key(mnt / "log"))[
+                "Body"
+            ].read()
+        except ClientError:
+            return b""
+        return found
+
+    with (mnt / "log").open("wb", buffering=0) as log:
+        log.write(b"first line\n")
+        within(LATE_SECONDS, stored, b"first line\n")
+        log.write(b"second line\n")
+        within(LATE_SECONDS, stored, b"first line\nsecond line\n")
+
+
+def test_fsync_returns_when_the_store_has_the_bytes(place: MountPlace, mnt: Path) -> None:
+    fd = os.open(mnt / "f", os.O_CREAT | os.O_WRONLY)
+    try:
+        for number in range(5):
+            os.write(fd, b"%d" % number)
+            os.fsync(fd)
+            body = place.mount.s3.get_object(Bucket=place.mount.bucket, Key=place.key(mnt / "f"))["Body"].read()
+            assert body == b"01234"[: number + 1]
+    finally:
+        os.close(fd)
+
+
+def test_changes_in_a_big_file(place: MountPlace, mnt: Path, tmp_path: Path) -> None:
+    content = bytearray(os.urandom(24 << 20))
+    path = mnt / "big"
+    path.write_bytes(content)
+    place.sync()
+    place.remount()
+    with path.open("r+b", buffering=0) as file:
+        for offset in (0, 9_000_000, len(content) - 5):
+            file.seek(offset)
+            file.write(b"CHANGED")
+            content[offset : offset + 7] = b"CHANGED"
+    with path.open("ab") as file:
+        file.write(b"appended" * 1000)
+    content += b"appended" * 1000
+    assert (saved(place, mnt, tmp_path / "one") / "big").read_bytes() == content
+    os.truncate(path, 17_000_001)
+    place.remount()
+    stored = saved(place, mnt, tmp_path / "two") / "big"
+    assert stored.read_bytes() == content[:17_000_001]
+
+
+# --- other programs on both sides
+
+
+@pytest.fixture
+def rclone(place: MountPlace, tmp_path: Path) -> Callable[..., str]:
+    env = {
+        **place.mount.env,
+        "RCLONE_CONFIG": str(tmp_path / "rclone.conf"),
+        "RCLONE_CONFIG_S_TYPE": "s3",
+        "RCLONE_CONFIG_S_PROVIDER": "Minio",
+        "RCLONE_CONFIG_S_ENV_AUTH": "true",
+        "RCLONE_CONFIG_S_ENDPOINT": place.mount.endpoint_url,
+    }
+    (tmp_path / "rclone.conf").touch()
+    return lambda *argv: run("rclone", *argv, env=env)
+
+
+def local_sample(root: Path) -> Path:
+    (root / "d").mkdir(parents=True)
+    for name, mode in (("tool", 0o755), ("d/data", 0o640), ("d/été", 0o600)):
+        (root / name).write_bytes(name.encode() * 1000)
+        (root / name).chmod(mode)
+        os.utime(root / name, ns=(0, 1_234_567_890_123_456_789))
+    (root / "link").symlink_to("d/data")
+    return root
+
+
+def test_rclone_writes(place: MountPlace, mnt: Path, tmp_path: Path, rclone: Callable[..., str]) -> None:
+    sample = local_sample(tmp_path / "sample")
+    rclone("copy", "--metadata", "--links", sample, f"s:{place.mount.bucket}/{place.key(mnt)}")
+    shown = {name: entry for name, entry in tree(mnt).items() if name != "d"}
+    assert shown == {name: entry for name, entry in tree(sample).items() if name != "d"}
+
+
+def test_rclone_reads(place: MountPlace, mnt: Path, tmp_path: Path, rclone: Callable[..., str]) -> None:
+    sample = local_sample(tmp_path / "sample")
+    (sample / "link").unlink()
+    run("cp", "-a", f"{sample}/.", mnt)
+    place.sync()
+    rclone("copy", "--metadata", f"s:{place.mount.bucket}/{place.key(mnt)}", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(sample)
+
+
+# --- changes by others while mounted
+
+
+def test_foreign_changes_are_seen(place: MountPlace, mnt: Path) -> None:
+    put(place, mnt / "f", b"one")
+    assert (mnt / "f").read_bytes() == b"one"
+    put(place, mnt / "f", b"two and longer")
+    within(LATE_SECONDS, (mnt / "f").read_bytes, b"two and longer")
+    assert (mnt / "f").stat().st_size == 14
+    put(place, mnt / "g", b"new")
+    within(LATE_SECONDS, lambda: sorted(os.listdir(mnt)), ["f", "g"])
+    place.foreign_delete(mnt / "f")
+    within(LATE_SECONDS, lambda: (mnt / "f").exists(), False)
+    within(LATE_SECONDS, lambda: os.listdir(mnt), ["g"])
+
+
+def test_a_name_that_was_missed_appears(place: MountPlace, mnt: Path) -> None:
+    assert not (mnt / "late").exists()
+    put(place, mnt / "late", b"x")
+    within(LATE_SECONDS, lambda: (mnt / "late").exists(), True)
+
+
+def test_an_open_file_keeps_its_version(place: MountPlace, mnt: Path) -> None:
+    old = os.urandom(3 << 20)
+    put(place, mnt / "f", old)
+    with (mnt / "f").open("rb", buffering=0) as reader:
+        assert reader.read(len(old)) == old
+        put(place, mnt / "f", b"new")
+        within(LATE_SECONDS, (mnt / "f").read_bytes, b"new")
+        assert os.fstat(reader.fileno()).st_size == len(old)
+        assert os.pread(reader.fileno(), 1000, 2 << 20) == old[2 << 20 :][:1000]
+
+
+def test_the_loser_of_a_conflict_is_kept_beside(place: MountPlace, mnt: Path) -> None:
+    put(place, mnt / "f", b"base")
+    with (mnt / "f").open("r+b", buffering=0) as file:
+        put(place, mnt / "f", b"theirs")
+        file.write(b"ours")
+    within(LATE_SECONDS, lambda: len(keys(place, mnt)), 2)
+    place.sync()
+    (beside,) = (key for key in keys(place, mnt) if key != "f")
+    assert re.fullmatch(r"f\.conflict-.+-.+", beside)
+    within(LATE_SECONDS, (mnt / "f").read_bytes, b"theirs")
+    within(LATE_SECONDS, lambda: sorted(os.listdir(mnt)), ["f", beside])
+    assert (mnt / beside).read_bytes() == b"ours"
+
+
+# --- other mounts
+
+
+def test_each_open_asks_the_store_without_a_lifetime() -> None:
+    with a_mount("--attr-ttl", "0") as place:
+        for number in range(5):
+            put(place, place.path / "f", b"version %d" % number)
+            assert (place.path / "f").read_bytes() == b"version %d" % number
+
+
+def test_extended_attributes_as_an_option(tmp_path: Path) -> None:
+    with a_mount("--xattrs") as place:
+        path = place.path / "f"
+        path.write_text("x")
+        os.setxattr(path, "user.Colour", b"blue\0\xff")
+        os.setxattr(path, "user.other", b"")
+        for _ in range(2):
+            assert sorted(os.listxattr(path)) == ["user.Colour", "user.other"]
+            assert os.getxattr(path, "user.Colour") == b"blue\0\xff"
+            place.remount()
+        assert attempt(os.getxattr, path, "user.none") == "ENODATA"
+        assert attempt(os.setxattr, path, "user.other", b"", os.XATTR_CREATE) == "EEXIST"
+        os.removexattr(path, "user.Colour")
+        assert os.listxattr(path) == ["user.other"]
+        assert attempt(os.setxattr, path, "security.other", b"x") in ("ENOTSUP", "EPERM")
+
+
+def test_a_prefix_that_does_not_exist_is_an_empty_tree(place: MountPlace) -> None:
+    with a_mount() as other:
+        assert os.listdir(other.path) == []
+        (other.path / "f").write_text("x")
+        assert (other.path / "f").read_text() == "x"
+
+
+@pytest.mark.slow
+def test_a_directory_of_100_000_objects_lists_completely(place: MountPlace, mnt: Path) -> None:
+    """The objects come from one PUT of an archive that MinIO unpacks."""
+    count, archive = 100_000, io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for number in range(count):
+            info = tarfile.TarInfo(f"{place.key(mnt)}/many/f{number:06d}")
+            info.size = 6
+            tar.addfile(info, io.BytesIO(b"%06d" % number))
+    place.mount.s3.put_object(
+        Bucket=place.mount.bucket,
+        Key="archive.tar",
+        Body=archive.getvalue(),
+        Metadata={"snowball-auto-extract": "true"},
+    )
+    names = run("ls", "-f", mnt / "many").split()
+    assert len(names) == count + 2
+    assert set(names) == {".", "..", *(f"f{number:06d}" for number in range(count))}
+    assert (mnt / "many/f077777").read_bytes() == b"077777"
