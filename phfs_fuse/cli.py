@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from phfs_fuse import __version__, client, logs, prepare, registry, settings
-from phfs_fuse.errors import MountpointError, NotDrained, StartupError, UsageError
+from phfs_fuse.errors import MountpointError, StartupError, UsageError
 from phfs_fuse.mountpoint import locate, mount_table
 from phfs_fuse.options import SETTINGS, Setting
 from phfs_fuse.registry import MountRecord
@@ -31,6 +30,7 @@ app = typer.Typer(
     help="Mount a prefix of an S3 bucket as a POSIX tree.",
 )
 _PARSE_ERROR: Any = typer.BadParameter.__bases__[0]  # UsageError of click, wherever this typer keeps it
+END_SECONDS = 10.0  # for the processes of a mount to end after it
 INTERRUPTED = 130  # Source: bash(1), exit status of a command that SIGINT ended
 
 
@@ -82,9 +82,7 @@ def _mount_signature() -> inspect.Signature:
             list[str] | None,
             typer.Option("-o", metavar="OPT[,OPT]", help="Options as in fstab: name or name=value."),
         ],
-        "foreground": Annotated[
-            bool, typer.Option("--foreground", "-f", help="Stay, and log to standard error.")
-        ],
+        "foreground": Annotated[bool, typer.Option("--foreground", "-f", help="Stay, and log to standard error.")],
     }
     parameters |= {setting.name.replace("-", "_"): _flag(setting) for setting in SETTINGS if setting.flag}
     defaults = {"arguments": inspect.Parameter.empty, "foreground": False}
@@ -114,13 +112,11 @@ app.command("mount")(_mount_command)
 @app.command()
 def umount(
     mountpoint: str,
-    timeout: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Give up when uploads take longer.")
-    ] = None,
+    timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Give up when uploads take longer.")] = None,
     lazy: Annotated[bool, typer.Option("--lazy", help="Detach even while files are in use.")] = False,
 ) -> int:
     """Upload what is pending, then unmount."""
-    from phfs_fuse import keeper
+    from phfs_fuse import display, keeper
 
     table, seconds = mount_table(), _seconds("--timeout", timeout)
     place, entry = locate(mountpoint, table)
@@ -129,27 +125,18 @@ def umount(
     record = registry.find(place)
     if record is None or not record.alive:
         keeper.unmount(Path(place), lazy=True)
-        _say(
-            f"{place}: removed a dead mount; what was not uploaded goes up with the next mount of the volume"
-        )
+        _say(f"{place}: removed a dead mount; what was not uploaded goes up with the next mount of the volume")
         return 0
-    deadline = None if seconds is None else time.monotonic() + seconds
-    _drain(record, None, seconds)
-    keeper.unmount(Path(place), lazy=lazy)
-    left = None if deadline is None else max(0.0, deadline - time.monotonic())
-    if not lazy and not client.wait_for_end(record.keeper_pid, left):
-        raise NotDrained(f"{place}: unmounted, but its last uploads still go on after {seconds:g} s")
+    display.follow(place, client.umount(record, seconds, lazy=lazy))
+    if not lazy:  # what is in use lives on detached
+        client.wait_for_end(record.keeper_pid, END_SECONDS)
     return 0
 
 
 @app.command()
 def sync(
-    path: Annotated[
-        str | None, typer.Argument(help="A file or directory in a mount. Default: all mounts.")
-    ] = None,
-    timeout: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Give up when uploads take longer.")
-    ] = None,
+    path: Annotated[str | None, typer.Argument(help="A file or directory in a mount. Default: all mounts.")] = None,
+    timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Give up when uploads take longer.")] = None,
 ) -> int:
     """Wait until everything, or one path, is in the store."""
     seconds = _seconds("--timeout", timeout)
@@ -166,9 +153,7 @@ def sync(
 @app.command()
 def status(
     mountpoint: Annotated[str | None, typer.Argument(help="Default: all mounts.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="For programs: one object, or a list of all.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object, or a list of all.")] = False,
 ) -> int:
     """Show what is mounted, pending uploads, cache, conflicts, errors."""
     if mountpoint is not None:

@@ -61,9 +61,18 @@ def sync(record: MountRecord, path: str | None, timeout: float | None) -> Iterat
 
     Raises: NotDrained after `timeout` seconds; StartupError as the mount reports it.
     """
+    return _follow(record, {"op": "sync", "path": path}, timeout)
+
+
+def umount(record: MountRecord, timeout: float | None, *, lazy: bool) -> Iterator[Progress]:
+    """As `sync` of everything, and then unmount; the mount stays when this is given up earlier."""
+    return _follow(record, {"op": "umount", "lazy": lazy}, timeout)
+
+
+def _follow(record: MountRecord, request: Mapping[str, object], timeout: float | None) -> Iterator[Progress]:
     last = None
     try:
-        for answer in ask(record, {"op": "sync", "path": path}, timeout):
+        for answer in ask(record, request, timeout):
             if "progress" in answer:
                 last = Progress(**{name: int(answer["progress"].get(name, 0)) for name in Progress.__slots__})
                 yield last
@@ -83,9 +92,7 @@ def ask(record: MountRecord, request: Mapping[str, object], timeout: float | Non
         for line in _lines(channel, deadline):
             answer = json.loads(line)
             if "error" in answer:
-                raise startup_error(
-                    int(answer.get("exit_code", 1)), f"{record.mountpoint}: {answer['error']}"
-                )
+                raise startup_error(int(answer.get("exit_code", 1)), f"{record.mountpoint}: {answer['error']}")
             yield answer
             if "progress" not in answer:
                 return

@@ -79,6 +79,11 @@ def test_sync_follows_the_progress_to_its_end(mount: Mount) -> None:
     assert mount.requests == [{"op": "sync", "path": "a/b"}]
 
 
+def test_umount_is_one_request(mount: Mount) -> None:
+    assert list(client.umount(mount.answers(b'{"done": {}}\n'), None, lazy=True)) == []
+    assert mount.requests == [{"op": "umount", "lazy": True}]
+
+
 def test_an_error_of_the_mount_keeps_its_code(mount: Mount) -> None:
     record = mount.answers(b'{"error": "access denied", "exit_code": 3}\n')
     with pytest.raises(StoreStartupError, match="/mnt: access denied"):

@@ -15,7 +15,7 @@ import pytest
 from phfs_fuse import cli, client, keeper, logs, prepare, registry
 from phfs_fuse.client import Progress
 from phfs_fuse.config import MountConfig
-from phfs_fuse.errors import MountpointError, NotDrained, StoreStartupError
+from phfs_fuse.errors import MountpointError, NotDrained, StartupError, StoreStartupError
 from phfs_fuse.mountpoint import mount_table
 from phfs_fuse.registry import MountRecord
 from phfs_fuse.settings import load_config
@@ -268,13 +268,23 @@ class Mounted:
 
     record: MountRecord
     synced: list[tuple[str | None, float | None]] = field(default_factory=list)
+    unmounted: list[tuple[float | None, bool]] = field(default_factory=list)
+    waited: list[int] = field(default_factory=list)
     failure: Exception | None = None
 
     def sync(self, record: MountRecord, path: str | None, timeout: float | None) -> Iterator[Progress]:
         self.synced.append((path, timeout))
+        yield Progress(files_pending=1, bytes_pending=10, bytes_done=0)
+
+    def umount(self, record: MountRecord, timeout: float | None, *, lazy: bool) -> Iterator[Progress]:
+        self.unmounted.append((timeout, lazy))
         if self.failure is not None:
             raise self.failure
         yield Progress(files_pending=1, bytes_pending=10, bytes_done=0)
+
+    def wait_for_end(self, pid: int, timeout: float) -> bool:
+        self.waited.append(pid)
+        return True
 
 
 @pytest.fixture
@@ -286,37 +296,31 @@ def mounted(phfs: Phfs, monkeypatch: pytest.MonkeyPatch) -> Mounted:
     monkeypatch.setattr(cli, "mount_table", lambda: mounts)
     found = Mounted(record)
     monkeypatch.setattr(client, "sync", found.sync)
-    monkeypatch.setattr(client, "wait_for_end", lambda pid, timeout: True)
+    monkeypatch.setattr(client, "umount", found.umount)
+    monkeypatch.setattr(client, "wait_for_end", found.wait_for_end)
     return found
 
 
-def test_umount_uploads_first(phfs: Phfs, mounted: Mounted) -> None:
+def test_umount_asks_the_mount_and_waits_for_its_end(phfs: Phfs, mounted: Mounted) -> None:
     assert phfs("umount", str(phfs.mountpoint)) == Outcome(0, "", "")
-    assert mounted.synced == [(None, None)]
-    assert phfs.keeper.unmounted == [(phfs.mountpoint, False)]
+    assert mounted.unmounted == [(None, False)]
+    assert mounted.waited == [os.getpid()]
 
 
-def test_umount_gives_up_in_time_and_leaves_the_mount(phfs: Phfs, mounted: Mounted) -> None:
-    mounted.failure = NotDrained("2 files wait")
-    assert phfs("umount", "--timeout", "1m", str(phfs.mountpoint)) == Outcome(6, "", "phfs: 2 files wait\n")
-    assert mounted.synced == [(None, 60.0)]
-    assert phfs.keeper.unmounted == []
+def test_a_lazy_umount_does_not_wait_for_files_in_use(phfs: Phfs, mounted: Mounted) -> None:
+    assert phfs("umount", "--lazy", str(phfs.mountpoint)) == Outcome(0, "", "")
+    assert mounted.unmounted == [(None, True)]
+    assert mounted.waited == []
 
 
-def test_umount_says_when_the_last_uploads_go_on(
-    phfs: Phfs, mounted: Mounted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client, "wait_for_end", lambda pid, timeout: False)
-    found = phfs("umount", "--timeout", "5", str(phfs.mountpoint))
-    assert found.code == 6
-    assert "unmounted, but its last uploads still go on after 5 s" in found.err
-    assert phfs("umount", "--lazy", str(phfs.mountpoint)).code == 0
-    assert phfs.keeper.unmounted[-1] == (phfs.mountpoint, True)
-
-
-def test_umount_of_a_mount_in_use(phfs: Phfs, mounted: Mounted) -> None:
-    phfs.keeper.failure = MountpointError("/mnt: files are in use")
-    assert phfs("umount", str(phfs.mountpoint)) == Outcome(4, "", "phfs: /mnt: files are in use\n")
+@pytest.mark.parametrize(
+    ("failure", "code"), [(NotDrained("2 files wait"), 6), (MountpointError("/mnt: files are in use"), 4)]
+)
+def test_umount_passes_on_why_not(phfs: Phfs, mounted: Mounted, failure: StartupError, code: int) -> None:
+    mounted.failure = failure
+    assert phfs("umount", "--timeout", "1m", str(phfs.mountpoint)) == Outcome(code, "", f"phfs: {failure}\n")
+    assert mounted.unmounted == [(60.0, False)]
+    assert mounted.waited == []
 
 
 def test_umount_removes_a_dead_mount(phfs: Phfs, mounted: Mounted) -> None:
@@ -324,7 +328,7 @@ def test_umount_removes_a_dead_mount(phfs: Phfs, mounted: Mounted) -> None:
     found = phfs("umount", str(phfs.mountpoint))
     assert found.code == 0
     assert "removed a dead mount" in found.err
-    assert (mounted.synced, phfs.keeper.unmounted) == ([], [(phfs.mountpoint, True)])
+    assert (mounted.unmounted, phfs.keeper.unmounted) == ([], [(phfs.mountpoint, True)])
 
 
 @pytest.mark.parametrize("command", ["umount", "status", "sync"])
