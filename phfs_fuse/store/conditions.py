@@ -8,9 +8,9 @@ one request; that is the best that such a store allows.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from phfs_fuse.errors import InvalidArgument, NotFound, NotSupported, VersionChanged
 from phfs_fuse.store.base import Expect
@@ -18,8 +18,14 @@ from phfs_fuse.types import ETag
 
 NO_SUCH_ETAG: Final = ETag("00000000000000000000000000000000")
 
-ConditionalPut = Callable[[Expect | None], Awaitable[object]]
-"""Puts the probe object under a condition that is sent as headers."""
+
+class Probe(Protocol):
+    """Calls on an object that belongs to nobody; conditions are sent as headers and nothing else is done."""
+
+    async def put(self, expect: Expect | None) -> object: ...
+
+    async def copy(self, source_etag: ETag) -> object:
+        """Copy the object onto itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,7 @@ class Conditions:
     absent: bool  # If-None-Match: *
     match: bool  # If-Match
     match_absent: bool  # If-Match fails when no object is there
+    copy_source: bool  # x-amz-copy-source-if-match
 
     def sends(self, expect: Expect | None) -> Expect | None:
         """The part of `expect` that goes as a header."""
@@ -41,23 +48,26 @@ class Conditions:
         return not (self.absent if expect.etag is None else self.match and self.match_absent)
 
 
-ALL_KEPT: Final = Conditions(absent=True, match=True, match_absent=True)
-NONE_KEPT: Final = Conditions(absent=False, match=False, match_absent=False)
+ALL_KEPT: Final = Conditions(absent=True, match=True, match_absent=True, copy_source=True)
+NONE_KEPT: Final = Conditions(absent=False, match=False, match_absent=False, copy_source=False)
 
 
-async def probe_conditions(put: ConditionalPut) -> Conditions:
+async def probe_conditions(probe: Probe) -> Conditions:
     """Try each condition on a probe object that is not there at first and that the caller removes later."""
-    match_absent = await _is_refused(put, Expect(NO_SUCH_ETAG))
-    await put(None)
-    absent = await _is_refused(put, Expect(None))
-    match = await _is_refused(put, Expect(NO_SUCH_ETAG))
-    return Conditions(absent=absent, match=match, match_absent=match_absent)
+    match_absent = await _is_refused(probe.put(Expect(NO_SUCH_ETAG)))
+    await probe.put(None)
+    return Conditions(
+        absent=await _is_refused(probe.put(Expect(None))),
+        match=await _is_refused(probe.put(Expect(NO_SUCH_ETAG))),
+        match_absent=match_absent,
+        copy_source=await _is_refused(probe.copy(NO_SUCH_ETAG)),
+    )
 
 
-async def _is_refused(put: ConditionalPut, expect: Expect) -> bool:
-    """Whether the store refuses `expect`, which does not hold, for the right reason."""
+async def _is_refused(call: Awaitable[object]) -> bool:
+    """Whether the store refuses a condition that does not hold, and for that reason."""
     try:
-        await put(expect)
+        await call
     except (VersionChanged, NotFound):
         return True
     except (NotSupported, InvalidArgument):  # the store does not know the header, and says so

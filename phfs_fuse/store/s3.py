@@ -128,7 +128,7 @@ class S3Store:
     ) -> ObjectInfo:
         check_key("put", key)
         check_metadata("put", key, metadata)
-        conditions = await self._kept(expect)
+        conditions = await self._kept() if expect else NONE_KEPT
 
         async def write() -> ObjectInfo:
             if conditions.needs_head(expect):
@@ -153,11 +153,14 @@ class S3Store:
         check_key("copy", source)
         check_key("copy", key)
         check_metadata("copy", key, metadata)
+        conditions = await self._kept()
         if size > (COPY_ONTO_ITSELF_BYTES_MAX if source == key else COPY_BYTES_MAX):
             return await self._copy_in_parts(source, source_etag, key, size, metadata, expect)
 
         async def write() -> ObjectInfo:
             await self._confirm("copy", key, expect)
+            if not conditions.copy_source:
+                await self._confirm("copy", source, Expect(source_etag))
             return await self._calls.copy(source, source_etag, key, size, metadata)
 
         async def is_ours(found: ObjectInfo) -> bool:
@@ -217,10 +220,15 @@ class S3Store:
         end: int,
     ) -> Part:
         check_key("copy part", source)
+        conditions = await self._kept()
+
+        async def attempt(_: int) -> Part:
+            if not conditions.copy_source:
+                await self._confirm("copy part", source, Expect(source_etag))
+            return await self._calls.upload_part_copy(key, upload_id, part_no, source, source_etag, start, end)
+
         try:
-            return await self._retrying(
-                lambda _: self._calls.upload_part_copy(key, upload_id, part_no, source, source_etag, start, end)
-            )
+            return await self._retrying(attempt)
         except NotFound as exc:
             if isinstance(exc, BucketNotFound) or exc.reason == NO_SUCH_UPLOAD:
                 raise
@@ -229,7 +237,7 @@ class S3Store:
     async def complete_multipart(
         self, key: ObjectKey, upload_id: str, parts: Sequence[Part], *, expect: Expect | None
     ) -> ObjectInfo:
-        conditions = await self._kept(expect)
+        conditions = await self._kept() if expect else NONE_KEPT
         ordered = sorted(parts, key=lambda part: part.part_no)
 
         async def write() -> ObjectInfo:
@@ -355,10 +363,8 @@ class S3Store:
         if expect is not None and (found := await self._etag_now(key)) != expect.etag:
             raise VersionChanged(op, key, f"the store has version {found}, not {expect.etag}")
 
-    async def _kept(self, expect: Expect | None) -> Conditions:
-        """Which conditions the store keeps; tried out before the first conditional write."""
-        if expect is None:
-            return NONE_KEPT  # none is needed
+    async def _kept(self) -> Conditions:
+        """Which conditions the store keeps; tried out before the first write that has one."""
         async with self._probe_lock:
             if self._conditions is None:
                 self._conditions = await self._probe_conditions()
@@ -377,7 +383,7 @@ class S3Store:
     async def _probe_once(self) -> Conditions:
         key = ObjectKey(f"{self._config.prefix}.phfs-probe-{secrets.token_hex(8)}")
         try:
-            return await probe_conditions(lambda expect: self._calls.put(key, b"", {}, expect))
+            return await probe_conditions(_ProbeObject(self._calls, key))
         finally:
             with trio.move_on_after(CLEANUP_SECONDS, shield=True):
                 await self._quietly(lambda: self.delete(key))
@@ -387,3 +393,14 @@ class S3Store:
             await call()
         except PhfsError as exc:
             log.info("clean-up failed: %s", exc)
+
+
+class _ProbeObject:
+    def __init__(self, calls: BotoCalls, key: ObjectKey) -> None:
+        self._calls, self._key = calls, key
+
+    async def put(self, expect: Expect | None) -> object:
+        return await self._calls.put(self._key, b"", {}, expect)
+
+    async def copy(self, source_etag: ETag) -> object:
+        return await self._calls.copy(self._key, source_etag, self._key, 0, {})

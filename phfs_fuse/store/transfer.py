@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from phfs_fuse.errors import BadAnswer, VersionChanged
+from phfs_fuse.store.answers import OutOfRange
 from phfs_fuse.store.base import Body, FileRange, ObjectInfo, Part, Sink
 from phfs_fuse.store.headers import etag_of
 from phfs_fuse.types import MIB, ETag, ObjectKey
 
-_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _MD5: Final = re.compile(r"[0-9a-f]{32}")
 
 
@@ -30,10 +31,15 @@ def read_body(body: Body) -> bytes:
 
 
 class FileBody(io.RawIOBase):
-    """A `FileRange` as a readable, seekable file; read by pread, so that many can share one descriptor."""
+    """A `FileRange` as a readable, seekable file; read by pread, so that many can share one descriptor.
+
+    Raises: OSError (EIO) if the file is shorter than the range: to send less would leave the store waiting.
+    """
 
     def __init__(self, body: FileRange) -> None:
         super().__init__()
+        if os.fstat(body.fd).st_size < body.offset + body.length:
+            raise OSError(errno.EIO, "the file is shorter than the range to send")
         self._body = body
         self._position = 0
 
@@ -44,13 +50,12 @@ class FileBody(io.RawIOBase):
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        """Raises: OSError (EIO) if the file is shorter than the range: sending less would hang the store."""
         room = min(len(buffer), self._body.length - self._position)
         if room <= 0:
             return 0
         count = os.preadv(self._body.fd, [memoryview(buffer)[:room]], self._body.offset + self._position)
         if count == 0:
-            raise OSError(errno.EIO, "the file is shorter than the range to send")
+            raise OSError(errno.EIO, "the file shrank while it was sent")
         self._position += count
         return count
 
@@ -123,17 +128,22 @@ class Receiver:
         etag = etag_of(headers.get("etag"), "get", self.key)
         if self.etag not in (None, etag):
             raise VersionChanged("get", self.key, "the store sent another version")
-        if self._sent_range(headers) != (self.position, self.end):
+        start, end, size = self._sent_range(headers)
+        if size is not None and size < self.end:
+            raise OutOfRange("get", self.key, f"the object has {size} bytes, {self.end} were asked for")
+        if (start, end) != (self.position, self.end):
             raise BadAnswer("get", self.key, f"other bytes than {self.range_header}")
         self.etag = etag
 
-    def _sent_range(self, headers: Mapping[str, str]) -> tuple[int, int]:
-        """The half-open range that an answer says it holds; without Content-Range it is the whole object."""
+    def _sent_range(self, headers: Mapping[str, str]) -> tuple[int, int, int | None]:
+        """The half-open range that an answer says it holds, and the size of the object if it says that."""
         text = headers.get("content-range")
         if text is None and headers.get("content-length", "").isdigit():
-            return 0, int(headers["content-length"])
+            size = int(headers["content-length"])
+            return 0, size, size
         if found := _CONTENT_RANGE.fullmatch(text or ""):
-            return int(found[1]), int(found[2]) + 1
+            size_text = found[3]
+            return int(found[1]), int(found[2]) + 1, None if size_text == "*" else int(size_text)
         raise BadAnswer("get", self.key, "no readable range in the answer")
 
     def feed(self, chunk: bytes | memoryview) -> bool:

@@ -24,6 +24,8 @@ import pytest
 
 READY_SECONDS = 60.0
 END_SECONDS = 10.0
+ACCESS_KEY = "phfs-test"
+SECRET_KEY = "phfs-test-secret"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,16 @@ class Server:
     @property
     def env(self) -> Mapping[str, str]:
         """For a client in a subprocess, or for monkeypatch.setenv."""
-        return {
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
+        return credentials_env(self.access_key, self.secret_key)
+
+
+def credentials_env(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Mapping[str, str]:
+    return {
+        "AWS_ACCESS_KEY_ID": access_key,
+        "AWS_SECRET_ACCESS_KEY": secret_key,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
 
 
 def minio_binary() -> Path | None:
@@ -55,7 +61,7 @@ def minio_binary() -> Path | None:
 
 
 @contextmanager
-def minio(access_key: str = "phfs-test", secret_key: str = "phfs-test-secret") -> Iterator[Server]:
+def minio(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Iterator[Server]:
     """A MinIO server; skips the test where there is no binary."""
     if (binary := minio_binary()) is None:
         pytest.skip("no MinIO server: set PHFS_TEST_MINIO or run .ci/run, which installs one")
@@ -69,12 +75,27 @@ def minio(access_key: str = "phfs-test", secret_key: str = "phfs-test-secret") -
 
 
 @contextmanager
-def moto(access_key: str = "phfs-test", secret_key: str = "phfs-test-secret") -> Iterator[Server]:
+def moto(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Iterator[Server]:
     """moto's S3 server, in a process of its own. It checks no credentials."""
     with _folder() as folder, _port() as port:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         with _running(command, {}, folder, port, "/moto-api/") as (pid, log):
             yield Server(f"http://127.0.0.1:{port}", access_key, secret_key, pid, log)
+
+
+@contextmanager
+def silent() -> Iterator[str]:
+    """The URL of a server that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@contextmanager
+def unreachable() -> Iterator[str]:
+    """A URL where nobody listens; the port is kept from others meanwhile."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{holder.getsockname()[1]}"
 
 
 @contextmanager

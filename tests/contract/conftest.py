@@ -1,0 +1,74 @@
+"""The stores that have to keep the same contract, and a prefix of its own for each test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from itertools import count
+
+import pytest
+import trio
+
+from phfs_fuse.config import StoreConfig
+from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.store.crt import CrtStore
+from phfs_fuse.store.s3 import S3Store
+from tests.contract.place import Place
+from tests.support.fake_store import FakeStore
+from tests.support.servers import Server, credentials_env, minio, moto
+
+BUCKET = "contract"
+KINDS: Mapping[str, type[S3Store]] = {"boto": S3Store, "crt": CrtStore}
+STORES = [
+    "fake",
+    "boto-moto",
+    "crt-moto",
+    pytest.param("boto-minio", marks=pytest.mark.minio),
+    pytest.param("crt-minio", marks=pytest.mark.minio),
+]
+numbers = count(1)
+
+
+@pytest.fixture(scope="session")
+def moto_server(credentials: None) -> Iterator[Server]:
+    with moto() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def minio_server(credentials: None) -> Iterator[Server]:
+    with minio() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def credentials() -> Iterator[None]:
+    """Of the test servers, and nothing from the machine's own configuration."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_CONFIG_FILE", os.devnull)
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        for name, value in credentials_env().items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="session", params=STORES)
+def store(request: pytest.FixtureRequest) -> Iterator[ObjectStore]:
+    """Opened once: a session of boto3 takes longer to make than most tests to run."""
+    kind, _, server_name = request.param.partition("-")
+    if kind == "fake":
+        yield FakeStore()
+        return
+    server: Server = request.getfixturevalue(f"{server_name}_server")
+    opened = KINDS[kind](StoreConfig(bucket=BUCKET, endpoint_url=server.endpoint_url, read_seconds=10))
+    trio.run(lambda: opened.check_bucket(create=True))
+    yield opened
+    trio.run(opened.aclose)
+
+
+@pytest.fixture
+def place(store: ObjectStore, request: pytest.FixtureRequest) -> Place:
+    name = request.node.callspec.params["store"]
+    return Place(store, f"t{next(numbers)}/", name)

@@ -1,0 +1,127 @@
+"""An HTTP server between a client and a store (or in place of one), which does what a test says to each request.
+
+Owns its threads and the list of the requests seen.
+"""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+UPSTREAM_SECONDS = 30
+HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding"}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    method: str
+    path: str  # with the query
+    headers: Mapping[str, str]  # names in lower case
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """To the store behind. `without`: headers (lower case) that it does not get to see; its answer is `lost`, or
+    `cut` after so many bytes of its body."""
+
+    without: frozenset[str] = frozenset()
+    lost: bool = False
+    cut: int | None = None
+
+
+Script = Callable[[Request], Answer | Forward]
+
+
+def forward_all(_: Request) -> Forward:
+    return Forward()
+
+
+class Proxy:
+    def __init__(self, endpoint_url: str) -> None:
+        self.endpoint_url = endpoint_url
+        self.script: Script = forward_all
+        self.requests: list[Request] = []
+
+
+@contextmanager
+def proxy(upstream_url: str = "") -> Iterator[Proxy]:
+    """A proxy in front of the store at `upstream_url`; without one its script must answer everything."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+        seen = Proxy(f"http://127.0.0.1:{server.server_address[1]}")
+        server.daemon_threads = True
+        server.seen = seen  # type: ignore[attr-defined]
+        server.upstream = urlsplit(upstream_url).netloc  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield seen
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+    def _serve(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        request = Request(self.command, self.path, headers, body)
+        seen: Proxy = self.server.seen  # type: ignore[attr-defined]
+        seen.requests.append(request)
+        action = seen.script(request)
+        if isinstance(action, Answer):
+            self._reply(action, len(action.body))
+            return
+        answer = self._forwarded(request, action)
+        if action.lost:
+            self.close_connection = True
+        else:
+            self._reply(answer, len(answer.body) if action.cut is None else action.cut)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve
+
+    def _forwarded(self, request: Request, action: Forward) -> Answer:
+        upstream: str = self.server.upstream  # type: ignore[attr-defined]
+        connection = http.client.HTTPConnection(upstream, timeout=UPSTREAM_SECONDS)
+        hidden = HOP_HEADERS | action.without | {"expect"}
+        try:
+            connection.putrequest(request.method, request.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in request.headers.items():
+                if name not in hidden:
+                    connection.putheader(name, value)
+            connection.endheaders(request.body)
+            response = connection.getresponse()
+            headers = {n: v for n, v in response.getheaders() if n.lower() not in HOP_HEADERS}
+            return Answer(response.status, headers, response.read())
+        finally:
+            connection.close()
+
+    def _reply(self, answer: Answer, sent: int) -> None:
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            if name.lower() not in ("date", "server", "content-length"):
+                self.send_header(name, value)
+        lengths = [value for name, value in answer.headers.items() if name.lower() == "content-length"]
+        self.send_header("Content-Length", lengths[0] if lengths else str(len(answer.body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.body[:sent])
+        if sent < len(answer.body):
+            self.close_connection = True
