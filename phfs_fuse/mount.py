@@ -27,6 +27,7 @@ import trio
 import phfs_fuse
 from phfs_fuse import logs
 from phfs_fuse.blocks import BlockCache
+from phfs_fuse.changes import Changes
 from phfs_fuse.config import MountConfig
 from phfs_fuse.control import ControlServer
 from phfs_fuse.errors import (
@@ -49,6 +50,7 @@ from phfs_fuse.settings import load_config
 from phfs_fuse.staging import StagingArea
 from phfs_fuse.store import open_store
 from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.uploadqueue import UploadQueue
 from phfs_fuse.vfs import Vfs
 from phfs_fuse.writeback import Writeback
 
@@ -85,19 +87,24 @@ class Mount:
             now_ns=time.time_ns(),
             first_ino=epoch * EPOCH_INODES + 2,
         )
+        queue = UploadQueue(config.writeback)
+        self.changes = Changes(inodes=self.inodes, journal=self.journal, area=self.area, queue=queue)
         self.writeback = Writeback(
             store=store,
             inodes=self.inodes,
             blocks=self.blocks,
             journal=self.journal,
             area=self.area,
+            changes=self.changes,
+            queue=queue,
             config=config.writeback,
         )
-        self.namespace = Namespace(store=store, inodes=self.inodes, writeback=self.writeback, config=config.tree)
+        self.namespace = Namespace(store=store, inodes=self.inodes, changes=self.changes, config=config.tree)
         self.vfs = Vfs(
             inodes=self.inodes,
             namespace=self.namespace,
             blocks=self.blocks,
+            changes=self.changes,
             writeback=self.writeback,
             config=config.tree,
             write_through=config.writeback.write_through,
@@ -119,7 +126,7 @@ class Mount:
         aside = self.config.writeback.directory / "saved"
         recovery = Recovery(self.journal, self.area, self.inodes, aside, self.namespace.default_directory)
         found = recovery.nodes()
-        self.writeback.recover(found)
+        self.changes.recover(found)
         for path in recovery.saved:
             log.error("bytes that no file could be found for are saved as %s", path)
         pending = self.writeback.pending()

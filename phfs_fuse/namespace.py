@@ -18,13 +18,13 @@ from cachetools import TTLCache
 
 from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs, from_metadata
+from phfs_fuse.changes import Changes
 from phfs_fuse.config import PosixAttrs, TreeConfig
 from phfs_fuse.errors import IllegalName, NotADirectory, NotFound, StoreUnavailable
 from phfs_fuse.inodes import NEVER, Base, Inodes, Node
 from phfs_fuse.store.base import ObjectInfo, ObjectStore
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import ObjectKey
-from phfs_fuse.writeback import Writeback
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,10 @@ HEADS_MAX = 32  # at a time, where a listing does not carry the metadata
 
 
 class Namespace:
-    def __init__(self, *, store: ObjectStore, inodes: Inodes, writeback: Writeback, config: TreeConfig) -> None:
+    def __init__(self, *, store: ObjectStore, inodes: Inodes, changes: Changes, config: TreeConfig) -> None:
         self._store = store
         self._inodes = inodes
-        self._writeback = writeback
+        self._changes = changes
         self._config = config
         self._ttl = config.attr_ttl_seconds
         # what was just asked for and is not there; a little life even without a ttl: create follows lookup
@@ -141,7 +141,7 @@ class Namespace:
         """HEAD for the file and LIST for the directory at once; then the names that stand for odd keys."""
         segment = keys.segment_of(name)
         prefix = self._inodes.key(parent)
-        seq = self._writeback.seq
+        seq = self._changes.seq
         folder: tuple[bool, ObjectInfo | None] = (False, None)
         found: ObjectInfo | None = None
 
@@ -207,7 +207,7 @@ class Namespace:
         """The store has object `info` for `name`; returns the node that shows it now, or what we have instead."""
         assert parent.kids is not None
         node = parent.kids.get(name)
-        if self._writeback.gone.hides(info.key, seq):
+        if self._changes.gone.hides(info.key, seq):
             return node
         if node is not None:
             if node.dirty is not None or node.seq > seq:
@@ -237,7 +237,7 @@ class Namespace:
         name = keys.name_of(segment)
         key = self._inodes.key(parent) + segment + "/"
         node = parent.kids.get(name)
-        if self._writeback.gone.hides(key, seq):
+        if self._changes.gone.hides(key, seq):
             return node
         if node is not None and not node.is_dir:
             if node.dirty is not None or node.seq > seq:
@@ -282,7 +282,7 @@ class Namespace:
         meanwhile, and what is not there any more has left it. Local names that the store lacks are not in
         the pages. Raises: PhfsError."""
         prefix = self._inodes.key(parent)
-        seq = self._writeback.seq
+        seq = self._changes.seq
         asked_at = trio.current_time()
         before = set(parent.kids or ())
         token: str | None = None
@@ -380,11 +380,11 @@ class Namespace:
         if self._complete(node, trio.current_time()):
             return True
         key = self._inodes.key(node)
-        seq = self._writeback.seq
+        seq = self._changes.seq
         token: str | None = None
         while True:
             page = await self._store.list(key, delimiter=False, token=token)
-            if any(o.key != key and not self._writeback.gone.hides(o.key, seq) for o in page.objects):
+            if any(o.key != key and not self._changes.gone.hides(o.key, seq) for o in page.objects):
                 return False
             if (token := page.next_token) is None:
                 return not node.kids

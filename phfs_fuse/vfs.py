@@ -17,6 +17,7 @@ import trio
 from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.blocks import BlockCache, Version
+from phfs_fuse.changes import Changes
 from phfs_fuse.config import PosixAttrs, TreeConfig
 from phfs_fuse.dirstream import DirStream
 from phfs_fuse.errors import (
@@ -63,6 +64,7 @@ class Vfs:
         inodes: Inodes,
         namespace: Namespace,
         blocks: BlockCache,
+        changes: Changes,
         writeback: Writeback,
         config: TreeConfig,
         write_through: bool,
@@ -70,6 +72,7 @@ class Vfs:
         self._inodes = inodes
         self._namespace = namespace
         self._blocks = blocks
+        self._changes = changes
         self._writeback = writeback
         self._config = config
         self._write_through = write_through
@@ -107,7 +110,7 @@ class Vfs:
         """`parent` has got or lost a name."""
         parent.mtime_ns = parent.ctime_ns = time.time_ns()
         parent.own_attrs = self._namespace.differs(parent.attrs)
-        self._writeback.review_marker(parent)
+        self._changes.review_marker(parent)
 
     async def _make(self, parent_ino: int, name: bytes, attrs_mode: int, uid: int, gid: int, rdev: int = 0) -> Node:
         self._writable()
@@ -129,7 +132,7 @@ class Vfs:
             node.own_attrs = self._namespace.differs(attrs)
         self._inodes.attach(parent, name, node)
         try:
-            self._writeback.created(node)
+            self._changes.created(node)
         except OSError:
             self._inodes.detach(node)
             raise
@@ -191,7 +194,7 @@ class Vfs:
         key = self._inodes.key(node)
         node.ctime_ns = time.time_ns()
         self._inodes.detach(node)
-        self._writeback.unlinked(node, key)
+        self._changes.unlinked(node, key)
         self._child_changed(parent)
 
     async def rename(self, parent_ino: int, name: bytes, to_ino: int, to_name: bytes, flags: int) -> None:
@@ -238,16 +241,16 @@ class Vfs:
         if longest > 1024:
             raise NameTooLong("rename", self._inodes.path(source), "a key would be longer than 1024 bytes")
         over = None
-        with self._writeback.batch():
+        with self._changes.batch():
             if target is not None:
                 target_key = self._inodes.key(target)
                 target.ctime_ns = time.time_ns()
                 self._inodes.detach(target)
-                over = self._writeback.replaced(target, target_key)
+                over = self._changes.replaced(target, target_key)
             self._inodes.move(source, target_dir, to_name)
             source.ctime_ns = time.time_ns()
             for node, key in zip(moved, old, strict=True):
-                self._writeback.renamed(node, key, over if node is source else None)
+                self._changes.renamed(node, key, over if node is source else None)
             self._namespace.appeared(target_dir, to_name)
             self._child_changed(source_dir)
             if target_dir is not source_dir:
@@ -273,7 +276,7 @@ class Vfs:
         if changed:
             if node.is_dir and not node.own_attrs:
                 node.own_attrs = self._namespace.differs(node.attrs)
-            self._writeback.attrs_changed(node)
+            self._changes.attrs_changed(node)
         return node
 
     def _set_owner(self, node: Node, change: Change) -> bool:
@@ -291,13 +294,13 @@ class Vfs:
             raise IsADirectory("truncate", self._inodes.path(node))
         if size > S3_OBJECT_BYTES_MAX:
             raise TooLarge("truncate", self._inodes.path(node), "an object holds at most 5 TiB")
-        layer = self._writeback.stage(node)
+        layer = self._changes.stage(node)
         layer.truncate(size)
         node.size = size
         node.mtime_ns = time.time_ns()
-        self._writeback.written(node)
+        self._changes.written(node)
         if not node.writers:
-            self._writeback.closed(node)
+            self._changes.closed(node)
 
     # ---- open files ----
 
@@ -310,10 +313,10 @@ class Vfs:
         if writable or flags & os.O_TRUNC:
             self._writable()
         if flags & os.O_TRUNC and node.size:
-            self._writeback.stage(node).truncate(0)
+            self._changes.stage(node).truncate(0)
             node.size = 0
             node.mtime_ns = node.ctime_ns = time.time_ns()
-            self._writeback.written(node)
+            self._changes.written(node)
         node.opens += 1
         self.open_files += 1
         if writable:
@@ -391,11 +394,11 @@ class Vfs:
         return len(data)
 
     def _write(self, node: Node, offset: int, data: bytes) -> None:
-        layer = self._writeback.stage(node)
+        layer = self._changes.stage(node)
         layer.write(offset, data)
         node.size = layer.size
         node.mtime_ns = node.ctime_ns = time.time_ns()
-        self._writeback.written(node)
+        self._changes.written(node)
 
     async def flush(self, fh: int) -> None:
         """At each close(2). Raises: the failure of an upload that was not reported yet."""
@@ -417,12 +420,12 @@ class Vfs:
             node.writers -= 1
             self.open_writers -= 1
             if not node.writers:
-                self._writeback.closed(node)
+                self._changes.closed(node)
         if not node.opens:
             if node.version is not None:
                 node.version.close()
                 node.version = None
-            self._writeback.released(node)
+            self._changes.released(node)
             self._inodes.drop_unused(node)
 
     # ---- directories ----
@@ -484,7 +487,7 @@ class Vfs:
         node.ctime_ns = time.time_ns()
         if node.is_dir:
             node.own_attrs = True
-        self._writeback.attrs_changed(node)
+        self._changes.attrs_changed(node)
 
     # ---- for the control socket ----
 

@@ -16,6 +16,7 @@ import trio
 from trio.testing import MockClock
 
 from phfs_fuse.blocks import BlockCache
+from phfs_fuse.changes import Changes
 from phfs_fuse.config import TreeConfig, WritebackConfig
 from phfs_fuse.errors import Exists, NotEmpty, NotFound, PhfsError
 from phfs_fuse.inodes import Inodes, Node
@@ -25,6 +26,7 @@ from phfs_fuse.recovery import Recovery
 from phfs_fuse.staging import StagingArea
 from phfs_fuse.store.base import Expect
 from phfs_fuse.types import MIB, ObjectKey
+from phfs_fuse.uploadqueue import UploadQueue
 from phfs_fuse.vfs import Change, Vfs
 from phfs_fuse.writeback import Writeback
 from tests.support.fake_blocks import FakeBlocks
@@ -40,6 +42,7 @@ class World:
     journal: Journal
     area: StagingArea
     inodes: Inodes
+    changes: Changes
     writeback: Writeback
     namespace: Namespace
     vfs: Vfs
@@ -100,24 +103,29 @@ def made(store: FakeStore, directory: Path) -> World:
     area = StagingArea(directory / "staging", first_id=1)
     blocks = FakeBlocks(store)
     inodes = Inodes(PREFIX, Namespace.root_attrs(tree), now_ns=time.time_ns())
+    queue = UploadQueue(config)
+    changes = Changes(inodes=inodes, journal=journal, area=area, queue=queue)
     writeback = Writeback(
         store=store,
         inodes=inodes,
         blocks=cast(BlockCache, blocks),
         journal=journal,
         area=area,
+        changes=changes,
+        queue=queue,
         config=config,
     )
-    namespace = Namespace(store=store, inodes=inodes, writeback=writeback, config=tree)
+    namespace = Namespace(store=store, inodes=inodes, changes=changes, config=tree)
     vfs = Vfs(
         inodes=inodes,
         namespace=namespace,
         blocks=cast(BlockCache, blocks),
+        changes=changes,
         writeback=writeback,
         config=tree,
         write_through=False,
     )
-    return World(store, blocks, journal, area, inodes, writeback, namespace, vfs)
+    return World(store, blocks, journal, area, inodes, changes, writeback, namespace, vfs)
 
 
 @asynccontextmanager
@@ -366,7 +374,7 @@ async def test_restart_finds_everything(tmp_path: Path, autojump_clock: MockCloc
         one.journal.close()
     async with running(made(store, tmp_path)) as two:
         recovery = Recovery(two.journal, two.area, two.inodes, tmp_path / "saved", two.namespace.default_directory)
-        two.writeback.recover(recovery.nodes())
+        two.changes.recover(recovery.nodes())
         assert sorted(await two.names()) == ["d", "stored"]
         assert await two.read("stored") == b"012ABC6789"
         assert await two.read("d/new") == b"new bytes"

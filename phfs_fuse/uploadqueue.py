@@ -1,0 +1,81 @@
+"""The upload queue: when to look at which dirty file or deleted key. Owns the times; no I/O, no await.
+
+An entry of the heap says when to look; when a file is really due is in its `DirtyFile`, since each further change
+moves that on. Work that must wait for a key is parked there and comes back when the key is free.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+
+import trio
+
+from phfs_fuse.config import WritebackConfig
+from phfs_fuse.dirty import DirtyFile
+from phfs_fuse.gone import Gone
+from phfs_fuse.inodes import Node
+from phfs_fuse.types import MIB, ObjectKey
+
+Work = Node | Gone
+
+
+class UploadQueue:
+    def __init__(self, config: WritebackConfig) -> None:
+        self._config = config
+        self._heap: list[tuple[float, int, Work]] = []
+        self._parked: dict[ObjectKey, list[Work]] = {}
+        self._ticket = 0
+        self.draining = False  # nothing waits for its quiet time any more
+        self.wake = trio.Event()  # set when there may be something to do earlier than was thought
+
+    @property
+    def next_due(self) -> float:
+        return self._heap[0][0] if self._heap else math.inf
+
+    def pop(self) -> Work:
+        _, _, work = heapq.heappop(self._heap)
+        if isinstance(work, Node) and work.dirty is not None:
+            work.dirty.queued = math.inf
+        return work
+
+    def park(self, key: ObjectKey, work: Work) -> None:
+        self._parked.setdefault(key, []).append(work)
+
+    def unpark(self, key: ObjectKey) -> None:
+        for work in self._parked.pop(key, ()):
+            if isinstance(work, Gone):
+                self.push(work, 0.0)
+            else:
+                self.hurry(work)
+
+    @property
+    def delay(self) -> float:
+        return 0.0 if self.draining else self._config.delay_seconds
+
+    def schedule(self, node: Node) -> None:
+        """Set when `node` is due: after the quiet time once nobody can write to it, by age in any case."""
+        dirty = node.dirty
+        assert dirty is not None
+        now = trio.current_time()
+        age = self._config.open_seconds * max(1.0, node.size / (64 * MIB))
+        quiet = math.inf if node.writers and not self.draining else now + self.delay
+        due = min(quiet, dirty.since + age)
+        self.enqueue(node, dirty, max(due, dirty.due) if dirty.attempts else due)
+
+    def enqueue(self, node: Node, dirty: DirtyFile, due: float) -> None:
+        dirty.due = due
+        if due < dirty.queued:
+            dirty.queued = due
+            self.push(node, due)
+
+    def push(self, work: Work, due: float) -> None:
+        self._ticket += 1
+        heapq.heappush(self._heap, (due, self._ticket, work))
+        if self._heap[0][2] is work:
+            self.wake.set()
+
+    def hurry(self, node: Node) -> None:
+        """Upload `node` now, if it waits for something that is not a request."""
+        if node.dirty is not None:
+            self.enqueue(node, node.dirty, 0.0)
