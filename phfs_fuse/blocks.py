@@ -1,0 +1,215 @@
+"""Clean blocks keyed by (key, ETag, block number), on disk, least recently used dropped first.
+
+`BlockCache` owns the cache directory, the open versions and the tasks that fetch and evict. Whatever happens to
+the directory, a reader gets the store's bytes or the store's error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from phfs_fuse.cachedir import CacheDirectory, file_name, unlink_all
+from phfs_fuse.cachefile import CRC32, Buffer, Checksum
+from phfs_fuse.config import CacheConfig
+from phfs_fuse.extents import Extents
+from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.types import MIB, ETag, ObjectKey
+from phfs_fuse.version import RunSync, Shared, Version, on_thread
+
+__all__ = ["BlockCache", "Buffer", "CacheUsage", "Version"]
+log = logging.getLogger(__name__)
+
+THREADS_MAX: Final = 8  # reads of the cache's disk at a time
+FILES_MAX: Final = 200_000  # bounds the memory of the index
+LOW_WATER: Final = 0.95  # evict down to this part of the limit
+BATCH: Final = 256  # files between two looks at the event loop
+FULL_SECONDS: Final = 10.0  # without the disk after it failed and nothing could be dropped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheUsage:
+    bytes: int  # on disk
+    limit: int
+    files: int
+    open_versions: int
+    hits: int  # reads answered from the cache
+    misses: int  # reads that waited
+    fetches: int  # requests to the store
+    fetch_bytes: int
+    evicted_bytes: int
+    damaged_bytes: int
+    disk_errors: int
+    is_bypassed: bool  # the cache's disk is full or broken
+
+
+class BlockCache:
+    """Built when the mount starts; `run` must be running before a version is read.
+
+    Raises: LocalStateError if the directory is not writable, in use by another process, or of a newer format.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        config: CacheConfig,
+        *,
+        checksum: Checksum = CRC32,
+        run_sync: RunSync = on_thread,
+    ) -> None:
+        self._shared = Shared(
+            store=store,
+            config=config,
+            directory=CacheDirectory(config.directory),
+            checksum=checksum,
+            run_sync=run_sync,
+            limiter=trio.CapacityLimiter(THREADS_MAX),
+        )
+
+    def close(self) -> None:
+        """Give the directory to others; after `run` ended."""
+        self._shared.directory.close()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve: fetch, keep to the limit, find what earlier processes left. Ends by cancellation."""
+        shared = self._shared
+        try:
+            async with trio.open_nursery() as nursery:
+                shared.nursery, shared.token = nursery, trio.lowlevel.current_trio_token()
+                task_status.started()
+                nursery.start_soon(self._take_up)
+                while True:
+                    await shared.work.wait()
+                    shared.work = trio.Event()
+                    await self._make_room()
+        finally:
+            shared.nursery = None
+
+    # -- versions
+
+    def open(self, key: ObjectKey, etag: ETag, size: int) -> Version:
+        """The version; its bytes are fetched when they are read."""
+        name = self._name(key, etag)
+        version = self._shared.versions.get(name)
+        if version is None:
+            version = self._shared.versions[name] = Version(self._shared, key, etag, size, name)
+        else:
+            version.refs += 1
+        return version
+
+    def adopt(self, key: ObjectKey, etag: ETag, size: int, source: str | Path, covered: Extents) -> None:
+        """The local file `source`, of which the extents `covered` were just uploaded, becomes the blocks of a
+        version: no download. The file is moved away or left; nobody may write to it any more. Atomic."""
+        version = self.open(key, etag, size)
+        try:
+            version.adopt(os.fspath(source), covered)
+        except OSError as exc:
+            log.info("bytes of key=%s are not kept: %s", key, exc)
+        finally:
+            version.close()
+
+    def rekey(self, old_key: ObjectKey, old_etag: ETag, new_key: ObjectKey, new_etag: ETag) -> None:
+        """The same bytes have another name in the store: blocks and open versions go on under it."""
+        shared = self._shared
+        old_name, new_name = self._name(old_key, old_etag), self._name(new_key, new_etag)
+        if old_name == new_name:
+            return
+        version = shared.versions.get(old_name)
+        if new_name in shared.versions:  # opened already: it has the name, the old one goes on without
+            if version is not None:
+                version.rename(new_key, new_etag, old_name)
+                version.is_forgotten = True
+            return
+        shared.directory.move(old_name, new_name)
+        if version is not None:
+            version.rename(new_key, new_etag, new_name)
+            shared.versions[new_name] = shared.versions.pop(old_name)
+
+    def forget(self, key: ObjectKey, etag: ETag) -> None:
+        """The version is of no use any more; who has it open goes on."""
+        name = self._name(key, etag)
+        if (version := self._shared.versions.get(name)) is not None:
+            version.is_forgotten = True
+        elif name in self._shared.directory.entries:
+            self._shared.discard(name)
+
+    def usage(self) -> CacheUsage:
+        shared, counts = self._shared, self._shared.counts
+        return CacheUsage(
+            bytes=shared.directory.used_bytes,
+            limit=shared.config.size_max,
+            files=len(shared.directory.entries),
+            open_versions=len(shared.versions),
+            hits=counts.hits,
+            misses=counts.misses,
+            fetches=counts.fetches,
+            fetch_bytes=counts.fetch_bytes,
+            evicted_bytes=counts.evicted_bytes,
+            damaged_bytes=counts.damaged_bytes,
+            disk_errors=counts.disk_errors,
+            is_bypassed=shared.is_full,
+        )
+
+    def _name(self, key: ObjectKey, etag: ETag) -> str:
+        return file_name(key, etag, self._shared.config.block_bytes, self._shared.checksum.name)
+
+    # -- keeping to the limit
+
+    async def _take_up(self) -> None:
+        """Enter what earlier processes left; until then their files are found by name only."""
+        directory = self._shared.directory
+        found = await self._shared.on_disk(directory.scan)
+        while found:  # the last used first, each batch older than all before
+            directory.add_found(found[-BATCH:])
+            del found[-BATCH:]
+            await trio.lowlevel.checkpoint()
+        self._shared.work.set()
+
+    async def _make_room(self) -> None:
+        """Keep to the limits; after the disk failed, see to it that it is tried again."""
+        shared = self._shared
+        used = shared.directory.used_bytes
+        if shared.is_full:
+            await self._evict(min(used - max(used // 10, 16 * MIB), shared.config.size_max))
+        elif used > shared.config.size_max or len(shared.directory.entries) > FILES_MAX:
+            await self._evict(int(shared.config.size_max * LOW_WATER))
+        trash, shared.trash = shared.trash, []
+        await shared.on_disk(partial(unlink_all, trash), abandon_on_cancel=False)
+        if shared.is_full:
+            if shared.directory.used_bytes >= used:
+                await trio.sleep(FULL_SECONDS)
+            shared.is_full = False
+
+    async def _evict(self, goal_bytes: int) -> None:
+        """Drop the least recently used until `goal_bytes` are left: first files nobody has open, then blocks."""
+        shared = self._shared
+        before = shared.directory.used_bytes
+        for count, name in enumerate(self._idle(goal_bytes), 1):
+            if name not in shared.versions:
+                shared.discard(name)
+            if count % BATCH == 0:
+                await trio.lowlevel.checkpoint()
+        for version in list(shared.versions.values()):
+            await version.shrink(shared.directory.used_bytes - goal_bytes)
+        shared.counts.evicted_bytes += max(0, before - shared.directory.used_bytes)
+
+    def _idle(self, goal_bytes: int) -> list[str]:
+        """The files to drop, out of those that are not open."""
+        directory = self._shared.directory
+        excess_bytes = directory.used_bytes - goal_bytes
+        excess_files = len(directory.entries) - FILES_MAX
+        names: list[str] = []
+        for name, entry in directory.entries.items():
+            if excess_bytes <= 0 and excess_files <= 0:
+                break
+            if name not in self._shared.versions:
+                names.append(name)
+                excess_bytes -= entry.bytes
+                excess_files -= 1
+        return names

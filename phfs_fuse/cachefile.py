@@ -1,0 +1,188 @@
+"""The file with the clean blocks of one version: layout, checksums, and calls that are safe on any thread.
+
+A sparse file: the bytes of the object at their offsets, then, from the next multiple of 8, four bytes for
+each block: its checksum, or 0 where the block is not there (a checksum of 0 is written as 1). The content may
+be lost or damaged at any time: a block counts only after its checksum was compared, or when this process wrote
+it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from errno import EIO
+from typing import Final
+
+from phfs_fuse.extents import Extents, split
+from phfs_fuse.types import MIB
+
+FALLOC_PUNCH_HOLE: Final = 0x02 | 0x01  # Source: fallocate(2), with FALLOC_FL_KEEP_SIZE
+ENTRY_BYTES: Final = 4
+COPY_BYTES: Final = 4 * MIB
+
+Buffer = bytes | bytearray  # what a read gives
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """A running checksum of 32 bits; the name goes into the cache directory's format."""
+
+    name: str
+    update: Callable[[Buffer | memoryview, int], int]
+
+    def of(self, data: Buffer | memoryview) -> int:
+        """As it is written: never 0."""
+        return self.update(data, 0) or 1
+
+
+CRC32: Final = Checksum("crc32", zlib.crc32)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things are in the file of an object of `size` bytes."""
+
+    size: int
+    block_bytes: int
+
+    @property
+    def block_count(self) -> int:
+        return -(-self.size // self.block_bytes)
+
+    @property
+    def file_bytes(self) -> int:
+        return self.entry_offset(self.block_count * self.block_bytes)
+
+    def entry_offset(self, offset: int) -> int:
+        """Of the checksum of the block that begins at `offset`."""
+        return (self.size + 7 & ~7) + offset // self.block_bytes * ENTRY_BYTES
+
+    def covered_blocks(self, extents: Extents) -> Extents:
+        """The blocks that lie in `extents` with all their bytes (the last one up to the size)."""
+        blocks = Extents()
+        for start, end in extents:
+            end = min(end, self.size)
+            first = -(-start // self.block_bytes) * self.block_bytes
+            last = end if end == self.size else end - end % self.block_bytes
+            blocks.add(first, last)
+        return blocks
+
+
+def write_all(fd: int, data: Buffer | memoryview, offset: int) -> None:
+    """pwrite(2) until all is written. Raises: OSError, ENOSPC and EDQUOT if the disk is full."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+class BlockWriter:
+    """Takes the bytes of a range of whole blocks in order, as a store's sink, on any thread.
+
+    Never raises: after an error of the disk (then in `error`), or once `revoke` returned, it writes nothing.
+    `done` is where the next block to be completed starts; `notify` is called after each one.
+    """
+
+    def __init__(
+        self, fd: int, layout: Layout, checksum: Checksum, start: int, notify: Callable[[], None]
+    ) -> None:
+        self.done = start
+        self.error: OSError | None = None
+        self._fd, self._layout, self._checksum, self._notify = fd, layout, checksum, notify
+        self._running = 0
+        self._revoked = False
+        self._lock = threading.Lock()
+
+    def __call__(self, offset: int, chunk: bytes | memoryview) -> None:
+        view = memoryview(chunk)
+        for start, end in split(offset, offset + len(view), self._layout.block_bytes):
+            with self._lock:
+                if self._revoked:
+                    return
+                try:
+                    completed = self._write(view[start - offset : end - offset], start, end)
+                except OSError as exc:
+                    self.error, self._revoked, completed = exc, True, True
+            if completed:
+                self._notify()
+
+    def revoke(self) -> None:
+        """After this the file descriptor is not used any more. Waits for the block that is being written."""
+        with self._lock:
+            self._revoked = True
+
+    def _write(self, piece: memoryview, start: int, end: int) -> bool:
+        """Write within one block; whether it is complete now."""
+        write_all(self._fd, piece, start)
+        self._running = self._checksum.update(piece, self._running)
+        layout = self._layout
+        if end % layout.block_bytes and end != layout.size:
+            return False
+        write_all(self._fd, _entry(self._running or 1), layout.entry_offset(self.done))
+        self._running, self.done = 0, end
+        return True
+
+
+def verify(fd: int, layout: Layout, checksum: Checksum, start: int, end: int) -> tuple[Extents, int]:
+    """Those of the blocks of [start, end) that are there and right; how many bytes are there and wrong."""
+    good, bad_bytes = Extents(), 0
+    with suppress(OSError):  # what cannot be read is not there
+        first = layout.entry_offset(start)
+        table = os.pread(fd, layout.entry_offset(end + layout.block_bytes - 1) - first, first)
+        for at, (block_start, block_end) in enumerate(split(start, end, layout.block_bytes)):
+            entry = int.from_bytes(table[at * ENTRY_BYTES : (at + 1) * ENTRY_BYTES], "little")
+            if not entry:
+                continue
+            data = os.pread(fd, block_end - block_start, block_start)
+            if len(data) == block_end - block_start and checksum.of(data) == entry:
+                good.add(block_start, block_end)
+            else:
+                bad_bytes += block_end - block_start
+    return good, bad_bytes
+
+
+def enter(fd: int, layout: Layout, checksum: Checksum, blocks: Extents, source_fd: int = -1) -> None:
+    """Write the checksums of `blocks`, whose bytes are in the file, or are copied from another one first.
+
+    Raises: OSError.
+    """
+    if source_fd >= 0:
+        copy(source_fd, fd, blocks)
+    for start, end in blocks:
+        sums = bytearray()
+        for block_start, block_end in split(start, end, layout.block_bytes):
+            sums += _entry(checksum.of(os.pread(fd, block_end - block_start, block_start)))
+        write_all(fd, sums, layout.entry_offset(start))
+
+
+def drop(fd: int, layout: Layout, start: int, end: int) -> None:
+    """Give the disk space of the blocks of [start, end) back.
+
+    Raises: OSError, EOPNOTSUPP where the file system has no holes.
+    """
+    first, last = layout.entry_offset(start), layout.entry_offset(end + layout.block_bytes - 1)
+    write_all(fd, bytes(last - first), first)
+    if _libc.fallocate(fd, FALLOC_PUNCH_HOLE, start, end - start) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def copy(source_fd: int, fd: int, extents: Extents) -> None:
+    """Copy the bytes of `extents` to the same offsets. Raises: OSError, also if the source is too short."""
+    for start, end in extents:
+        while start < end:
+            count = os.copy_file_range(source_fd, fd, min(end - start, COPY_BYTES), start, start)
+            if not count:
+                raise OSError(EIO, "the source is too short")
+            start += count
+
+
+def _entry(value: int) -> bytes:
+    return value.to_bytes(ENTRY_BYTES, "little")
