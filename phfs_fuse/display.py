@@ -66,11 +66,11 @@ def _row(answer: Mapping[str, Any]) -> tuple[str, ...]:
         return answer["mountpoint"], answer["url"], answer["state"], "", "", "", ""
     pending, cache = answer["pending"], answer["cache"]
     waits = "-"
-    if pending["files"]:
-        waits = f"{pending['files']} files, {size(pending['bytes'])}, {duration(pending['oldest_seconds'])}"
+    if count := pending["files"] + pending["deletes"]:
+        waits = f"{count} changes, {size(pending['bytes'])}, {duration(pending['oldest_seconds'])}"
     state = ("read-only, " if answer["read_only"] else "") + f"store {answer['store']['state']}"
     used = f"{size(cache['bytes'])} of {size(cache['limit'])}"
-    hits = f"{cache['hit_rate']:.0%}"
+    hits = "-" if cache["hit_rate"] is None else f"{cache['hit_rate']:.0%}"  # None: nothing was read yet
     return answer["mountpoint"], answer["url"], state, waits, used, hits, str(answer["conflicts"])
 
 

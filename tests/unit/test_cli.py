@@ -359,7 +359,7 @@ STATUS = {
     "mountpoint": "/mnt/[x]",
     "url": "s3://bucket/",
     "read_only": True,
-    "pending": {"files": 2, "bytes": 3 << 20, "oldest_seconds": 7.2},
+    "pending": {"files": 2, "deletes": 1, "bytes": 3 << 20, "oldest_seconds": 7.2},
     "cache": {"bytes": 0, "limit": 10 << 30, "hits": 3, "misses": 1, "hit_rate": 0.75},
     "conflicts": 1,
     "errors": [{"path": "a[b].txt", "reason": "access denied", "count": 4}],
@@ -372,11 +372,24 @@ def test_status_shows_every_mount(phfs: Phfs, mounted: Mounted, monkeypatch: pyt
     found = phfs("status")
     heading, row, error = found.out.splitlines()
     assert " ".join(heading.split()) == "MOUNT POINT VOLUME STATE PENDING CACHE HITS CONFLICTS"
-    words = "/mnt/[x] s3://bucket/ read-only, store ok 2 files, 3.0 MiB, 7 s 0 B of 10.0 GiB 75% 1"
+    words = "/mnt/[x] s3://bucket/ read-only, store ok 3 changes, 3.0 MiB, 7 s 0 B of 10.0 GiB 75% 1"
     assert " ".join(row.split()) == words
     assert error == "/mnt/[x]: a[b].txt: access denied (4 times)"
     assert json.loads(phfs("status", "--json").out) == [STATUS]
     assert json.loads(phfs("status", "--json", str(phfs.mountpoint)).out) == STATUS
+
+
+def test_status_of_a_mount_that_was_not_used_yet(
+    phfs: Phfs, mounted: Mounted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = STATUS | {
+        "pending": {"files": 0, "deletes": 0, "bytes": 0, "oldest_seconds": None},
+        "cache": {"bytes": 0, "limit": 10 << 30, "hits": 0, "misses": 0, "hit_rate": None},
+        "errors": [],
+    }
+    monkeypatch.setattr(client, "status", lambda record: fresh)
+    row = phfs("status").out.splitlines()[1]
+    assert " ".join(row.split()).endswith("store ok - 0 B of 10.0 GiB - 1")
 
 
 def test_status_shows_a_mount_that_does_not_answer(phfs: Phfs, mounted: Mounted) -> None:
