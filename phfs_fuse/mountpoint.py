@@ -23,6 +23,7 @@ class MountEntry:
     mountpoint: str
     kind: str  # such as ext4 or fuse.phfs
     source: str
+    device: str = ""  # "major:minor", as in /sys/class/bdi
 
     @property
     def is_fuse(self) -> bool:
@@ -43,8 +44,9 @@ def mount_table(text: str | None = None) -> MountTable:
     for line in text.splitlines():
         fields, _, tail = line.partition(" - ")
         kind, source = tail.split(" ")[:2]
-        mountpoint = _unescape(fields.split(" ")[4])
-        found[mountpoint] = MountEntry(mountpoint, kind, _unescape(source))
+        _id, _parent, device, _root, place = fields.split(" ")[:5]
+        mountpoint = _unescape(place)
+        found[mountpoint] = MountEntry(mountpoint, kind, _unescape(source), device)
     return found
 
 
