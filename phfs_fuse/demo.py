@@ -203,9 +203,7 @@ def _check(root: Path, url: str, environ: Mapping[str, str]) -> None:
     for title, script in CHECKS:
         _step(title, ["sh", "-ec", script], root)
     _phfs("sync", str(root), environ=environ)
-    found = (
-        _client(url, environ).get_object(Bucket=BUCKET, Key=f"groups/{GROUPS[0]}/results.txt")["Body"].read()
-    )
+    found = _client(url, environ).get_object(Bucket=BUCKET, Key=f"groups/{GROUPS[0]}/results.txt")["Body"].read()
     if found != b"one\ntwo\n":
         raise StartupError(f"the store has {found!r} in results.txt")
     _phfs("status", environ=environ)
@@ -226,6 +224,7 @@ def _step(title: str, command: Sequence[str], directory: Path) -> None:
 
 def _invite(roots: Sequence[Path], url: str) -> None:
     first = roots[0]
+    phfs = "phfs" if shutil.which("phfs") else str(Path(sys.executable).with_name("phfs"))
     print(f"""
 The store of this demo, in memory: {url} (access key and secret: demo)
 Mounted: {", ".join(map(str, roots))}
@@ -233,9 +232,9 @@ Mounted: {", ".join(map(str, roots))}
 Try, in another terminal:
   ls -lR {first}
   {first}/bin/hello.sh
-  cp -a /etc/services {first}/models/ && phfs sync {first}
+  cp -a /etc/services {first}/models/ && {phfs} sync {first}
   AWS_ACCESS_KEY_ID=demo AWS_SECRET_ACCESS_KEY=demo aws --endpoint-url {url} s3 ls --recursive s3://{BUCKET}
-  phfs status
+  {phfs} status
 
 Ctrl-C unmounts and ends. Nothing is kept.
 """)
