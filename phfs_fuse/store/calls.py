@@ -138,8 +138,14 @@ class BotoCalls:
         return stored_info(key, body_length(body), metadata, answer_headers(answer))
 
     async def copy(
-        self, source: ObjectKey, source_etag: ETag, key: ObjectKey, size: int, metadata: Mapping[str, str]
+        self,
+        source: ObjectKey,
+        source_etag: ETag | None,
+        key: ObjectKey,
+        size: int,
+        metadata: Mapping[str, str],
     ) -> ObjectInfo:
+        """`source_etag` is sent as a condition and nothing else is done about it."""
         s3 = (await self.clients()).plain
         answer = await self._run(
             "copy",
@@ -148,10 +154,10 @@ class BotoCalls:
                 Bucket=self._bucket,
                 Key=key,
                 CopySource={"Bucket": self._bucket, "Key": source},
-                CopySourceIfMatch=quoted(source_etag),
                 MetadataDirective="REPLACE",
                 ContentType=content_type(key),
                 Metadata=dict(metadata),
+                **_source_condition(source_etag),
             ),
             self._control,
         )
@@ -218,7 +224,7 @@ class BotoCalls:
         upload_id: str,
         part_no: int,
         source: ObjectKey,
-        source_etag: ETag,
+        source_etag: ETag | None,
         start: int,
         end: int,
     ) -> Part:
@@ -232,8 +238,8 @@ class BotoCalls:
                 UploadId=upload_id,
                 PartNumber=part_no,
                 CopySource={"Bucket": self._bucket, "Key": source},
-                CopySourceIfMatch=quoted(source_etag),
                 CopySourceRange=f"bytes={start}-{end - 1}",
+                **_source_condition(source_etag),
             ),
             self._control,
         )
@@ -309,3 +315,7 @@ def _condition(expect: Expect | None) -> dict[str, Any]:
     if expect is None:
         return {}
     return {"IfNoneMatch": "*"} if expect.etag is None else {"IfMatch": quoted(expect.etag)}
+
+
+def _source_condition(etag: ETag | None) -> dict[str, Any]:
+    return {} if etag is None else {"CopySourceIfMatch": quoted(etag)}

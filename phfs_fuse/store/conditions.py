@@ -41,6 +41,10 @@ class Conditions:
             return None
         return expect if (self.absent if expect.etag is None else self.match) else None
 
+    def sends_source(self, etag: ETag) -> ETag | None:
+        """The version of a copy's source, if it goes as a header."""
+        return etag if self.copy_source else None
+
     def needs_head(self, expect: Expect | None) -> bool:
         """Whether the header alone does not keep `expect`."""
         if expect is None:

@@ -28,7 +28,7 @@ from phfs_fuse.errors import AccessDenied
 from phfs_fuse.store.answers import error_of
 from phfs_fuse.store.base import Body, Expect, ObjectInfo, Part
 from phfs_fuse.store.calls import BotoCalls
-from phfs_fuse.store.crt_http import Consumer, Endpoint, Exchange, HttpClient, build_request, sign
+from phfs_fuse.store.crt_http import Consumer, Endpoint, Exchange, HttpClient, Unreadable, build_request, sign
 from phfs_fuse.store.headers import META_PREFIX, content_type, etag_of, info_of, quoted, stored_info
 from phfs_fuse.store.s3 import S3Store
 from phfs_fuse.store.session import Clients, translated
@@ -129,8 +129,11 @@ class CrtCalls(BotoCalls):
     async def head(self, key: ObjectKey) -> ObjectInfo:
         if (crt := await self._signed()) is None:
             return await super().head(key)
-        async with self._control:
-            return info_of(key, await crt.send("head", "HEAD", key, {}))
+        try:
+            async with self._control:
+                return info_of(key, await crt.send("head", "HEAD", key, {}))
+        except Unreadable:
+            return await super().head(key)
 
     async def get(self, receiver: Receiver) -> None:
         if receiver.end - receiver.position >= SMALL_BYTES_MAX or (crt := await self._signed()) is None:
@@ -138,8 +141,11 @@ class CrtCalls(BotoCalls):
         headers = {"Range": receiver.range_header}
         if receiver.etag is not None:
             headers["If-Match"] = quoted(receiver.etag)
-        async with self._reads:
-            await crt.send("get", "GET", receiver.key, headers, consumer=receiver)
+        try:
+            async with self._reads:
+                await crt.send("get", "GET", receiver.key, headers, consumer=receiver)
+        except Unreadable:
+            return await super().get(receiver)
         receiver.finish()
 
     async def put(self, key: ObjectKey, body: Body, metadata: Mapping[str, str], expect: Expect | None) -> ObjectInfo:

@@ -32,13 +32,6 @@ from phfs_fuse.errors import BadAnswer, PhfsError, StoreTimeout, StoreUnavailabl
 ERROR_BODY_BYTES_MAX: Final = 64 * 1024
 CLOSE_SECONDS: Final = 5.0
 
-_KINDS: Final[Mapping[str, type[PhfsError]]] = {
-    "AWS_IO_SOCKET_TIMEOUT": StoreTimeout,
-    "AWS_IO_TLS_NEGOTIATION_TIMEOUT": StoreTimeout,
-    "AWS_ERROR_HTTP_PROTOCOL_ERROR": BadAnswer,
-    "AWS_ERROR_HTTP_PARSE": BadAnswer,
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
@@ -56,12 +49,25 @@ class Endpoint:
         return self.host if self.port == (443 if self.is_tls else 80) else f"{self.host}:{self.port}"
 
 
+class Unreadable(BadAnswer):
+    """A header that is not UTF-8, as foreign metadata may be: awscrt gives up on the whole answer."""
+
+
 class Consumer(Protocol):
     """Takes a good answer, on the event-loop thread; what it raises ends the exchange."""
 
     def begin(self, headers: Mapping[str, str]) -> None: ...
 
     def feed(self, chunk: memoryview) -> bool: ...
+
+
+_KINDS: Final[Mapping[str, type[PhfsError]]] = {
+    "AWS_IO_SOCKET_TIMEOUT": StoreTimeout,
+    "AWS_IO_TLS_NEGOTIATION_TIMEOUT": StoreTimeout,
+    "AWS_ERROR_HTTP_PROTOCOL_ERROR": BadAnswer,
+    "AWS_ERROR_HTTP_PARSE": BadAnswer,
+    "AWS_ERROR_UNKNOWN": Unreadable,  # what awscrt makes of an exception in its own Python code
+}
 
 
 class Exchange:

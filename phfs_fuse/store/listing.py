@@ -30,6 +30,14 @@ def parse_listing(prefix: str, body: bytes) -> Listing:
         raise BadAnswer("list", prefix, f"no listing: {type(exc).__name__}") from exc
 
 
+def is_xml(body: bytes) -> bool:
+    try:
+        ElementTree.fromstring(body)
+    except ElementTree.ParseError:
+        return False
+    return True
+
+
 def _page(root: Element) -> Listing:
     fields = {_local(child): child.text or "" for child in root}
     decode: Callable[[str], str] = unquote_plus if fields.get("EncodingType") == "url" else str

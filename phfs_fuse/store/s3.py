@@ -40,13 +40,13 @@ class S3Store:
     def __init__(self, config: StoreConfig, calls: BotoCalls | None = None) -> None:
         self._config = config
         self._calls = calls or BotoCalls(config)
-        self._lists_metadata = False
+        self._lists_metadata: bool | None = False  # None: to be seen at the first page that has an object
         self._conditions: Conditions | None = None
         self._probe_lock = trio.Lock()
 
     @property
     def lists_metadata(self) -> bool:
-        return self._lists_metadata
+        return bool(self._lists_metadata)
 
     async def aclose(self) -> None:
         await self._calls.aclose()
@@ -73,8 +73,9 @@ class S3Store:
         except PhfsError as exc:
             log.info("listings come without metadata: %s", exc)
             return
-        known = [info.metadata is not None for info in page.objects]
-        self._lists_metadata = all(known) if known else server.startswith("MinIO")
+        self._lists_metadata = _has_metadata(page)
+        if server.startswith("MinIO") and not page.objects:
+            self._lists_metadata = True
 
     # -- reading
 
@@ -114,9 +115,12 @@ class S3Store:
         return await self._retrying(lambda _: self._list_page(prefix, count_max, options))
 
     async def _list_page(self, prefix: str, count_max: int, options: Mapping[str, Any]) -> Listing:
-        if self._lists_metadata:
+        if self._lists_metadata is not False:
             try:
-                return (await self._calls.list_page(prefix, count_max, options, metadata=True))[0]
+                page, _ = await self._calls.list_page(prefix, count_max, options, metadata=True)
+                if self._lists_metadata is None:
+                    self._lists_metadata = _has_metadata(page)
+                return page
             except (AccessDenied, BadAnswer) as exc:  # bad: a name in the metadata that XML cannot carry
                 log.info("listing again without metadata: %s", exc)
         return (await self._calls.list_page(prefix, count_max, options, metadata=False))[0]
@@ -161,7 +165,8 @@ class S3Store:
             await self._confirm("copy", key, expect)
             if not conditions.copy_source:
                 await self._confirm("copy", source, Expect(source_etag))
-            return await self._calls.copy(source, source_etag, key, size, metadata)
+            condition = conditions.sends_source(source_etag)
+            return await self._calls.copy(source, condition, key, size, metadata)
 
         async def is_ours(found: ObjectInfo) -> bool:
             return found.size == size and found.metadata == dict(metadata)
@@ -393,6 +398,11 @@ class S3Store:
             await call()
         except PhfsError as exc:
             log.info("clean-up failed: %s", exc)
+
+
+def _has_metadata(page: Listing) -> bool | None:
+    """None if the page has no object that could tell."""
+    return any(info.metadata is not None for info in page.objects) if page.objects else None
 
 
 class _ProbeObject:

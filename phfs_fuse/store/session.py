@@ -30,7 +30,7 @@ from phfs_fuse.errors import (
     StoreUnavailable,
 )
 from phfs_fuse.store.answers import error_of
-from phfs_fuse.store.listing import parse_listing
+from phfs_fuse.store.listing import is_xml, parse_listing
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -43,7 +43,6 @@ _CREDENTIAL_ERRORS: Final = (
     bexc.NoCredentialsError,
     bexc.PartialCredentialsError,
     bexc.CredentialRetrievalError,
-    bexc.ProfileNotFound,
     bexc.ConfigNotFound,
     bexc.ConfigParseError,
     bexc.SSOError,
@@ -155,9 +154,12 @@ def _add_md5(params: dict[str, Any], **_: object) -> None:
 
 def _parse_listing(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object) -> None:
     """Parse the page here; botocore gets an empty one in its place."""
-    if response_dict["status_code"] == 200:
-        customized_response_dict[PAGE] = parse_listing("page", response_dict["body"])
+    status, body = response_dict["status_code"], response_dict["body"]
+    if status == 200:
+        customized_response_dict[PAGE] = parse_listing("page", body)
         response_dict["body"] = b"<ListBucketResult/>"
+    elif status == 500 and not is_xml(body):  # botocore has turned a 200 whose body is no XML into this
+        raise BadAnswer("list", "page", "no XML")
 
 
 @contextmanager
@@ -173,6 +175,8 @@ def _error_of(exc: Exception, op: str, subject: str) -> PhfsError:
     if isinstance(exc, bexc.ClientError):
         status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
         return error_of(op, subject, exc.response.get("Error", {}).get("Code", ""), status)
+    if isinstance(exc, bexc.ProfileNotFound):
+        return AccessDenied(op, subject, str(exc))
     name = type(exc).__name__  # the text of some names secrets (the output of a credential process)
     for types, kind, reason in _BY_TYPE:
         if isinstance(exc, types):
