@@ -121,6 +121,8 @@ class BlockCache:
         if old_name == new_name:
             return
         version = shared.versions.get(old_name)
+        if version is None and old_name not in shared.directory.entries:
+            return
         if new_name in shared.versions:  # opened already: it has the name, the old one goes on without
             if version is not None:
                 version.rename(new_key, new_etag, old_name)
@@ -175,12 +177,13 @@ class BlockCache:
         """Keep to the limits; after the disk failed, see to it that it is tried again."""
         shared = self._shared
         used = shared.directory.used_bytes
-        if shared.is_full:
+        if shared.is_full and shared.needs_room:
             await self._evict(min(used - max(used // 10, 16 * MIB), shared.config.size_max))
         elif used > shared.config.size_max or len(shared.directory.entries) > FILES_MAX:
             await self._evict(int(shared.config.size_max * LOW_WATER))
-        trash, shared.trash = shared.trash, []
-        await shared.on_disk(partial(unlink_all, trash), abandon_on_cancel=False)
+        if shared.trash:
+            trash, shared.trash = shared.trash, []
+            await shared.on_disk(partial(unlink_all, trash), abandon_on_cancel=False)
         if shared.is_full:
             if shared.directory.used_bytes >= used:
                 await trio.sleep(FULL_SECONDS)

@@ -113,8 +113,11 @@ class CacheDirectory:
 
     def move(self, name: str, new_name: str) -> None:
         """Give a file and its entry another name, in place of what has that. Atomic."""
-        with suppress(OSError):  # gone: the blocks are fetched again
+        try:
             self.move_in(self.path_of(name), new_name)
+        except OSError:  # gone: the blocks are fetched again
+            self.forget_entry(name)
+            return
         self.forget_entry(new_name)
         if (entry := self.entries.pop(name, None)) is not None:
             self.entries[new_name] = entry

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from errno import EXDEV
+from errno import EDQUOT, ENOSPC, EXDEV
 from functools import partial
 from typing import Final, Protocol, TypeVar
 
@@ -79,7 +79,8 @@ class Shared:
     attached: OrderedDict[Version, None] = field(default_factory=OrderedDict)  # with an open file
     nursery: trio.Nursery | None = None
     token: trio.lowlevel.TrioToken | None = None
-    is_full: bool = False  # nothing can be written to the cache's disk
+    is_full: bool = False  # the cache's disk takes nothing now
+    needs_room: bool = False  # because there is no space left, or no quota
     trash: list[str] = field(default_factory=list)  # files to be unlinked
     work: trio.Event = field(default_factory=trio.Event)  # there is something to evict or to unlink
 
@@ -89,6 +90,7 @@ class Shared:
         if not self.is_full:
             log.warning("cache disk failed, reading past it for a while: %s", exc)
             self.is_full = True
+        self.needs_room = exc.errno in (ENOSPC, EDQUOT)
         self.work.set()
 
     def charge(self, name: str, bytes_more: int) -> None:
@@ -124,7 +126,8 @@ class _Fill:
     start: int
     end: int
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    writer: BlockWriter | None = None
+    fd: int = -1
+    writer: BlockWriter | None = None  # while it may write and what it wrote counts
     published: int = 0
     notified: bool = False
 
@@ -354,8 +357,7 @@ class Version:
         shared = self._shared
         if not self._attach():
             return
-        fd = os.dup(self._fd)
-        fill.published = start
+        fill.fd, fill.published = os.dup(self._fd), start
         assert shared.token is not None
         token = shared.token
 
@@ -364,18 +366,15 @@ class Version:
                 fill.notified = True
                 token.run_sync_soon(self._publish, fill, writer)
 
-        writer = fill.writer = BlockWriter(fd, self._layout, shared.checksum, start, notify)
+        writer = fill.writer = BlockWriter(fill.fd, self._layout, shared.checksum, start, notify)
         try:
             await self._fetch(start, end, writer)
         finally:
             writer.revoke()
             self._publish(fill, writer)
-            fill.writer = None
-            shortened = os.fstat(fd).st_size != self._layout.file_bytes
-            os.close(fd)
-        if shortened:
-            self._restart("shortened")
-        elif writer.error is None and writer.done != end:
+            counted, fill.writer = fill.writer is writer, None
+            os.close(fill.fd)
+        if counted and writer.error is None and writer.done != end:
             raise BadAnswer("get", self.key, f"ended at {writer.done} instead of {end}")
 
     def _publish(self, fill: _Fill, writer: BlockWriter) -> None:
@@ -386,6 +385,9 @@ class Version:
         if writer.error is not None:
             self._shared.disk_failed(writer.error)
             fill.scope.cancel()
+        if os.fstat(fill.fd).st_size != self._layout.file_bytes:
+            self._restart("not as long as it was")
+            return
         done = writer.done
         if done > fill.published:
             start, fill.published = fill.published, done
@@ -440,8 +442,15 @@ class Version:
             self._set_content(Extents(), Extents([(0, self.size)]))
             directory.resize(entry, status.st_blocks * SECTOR_BYTES)
         self._ino = status.st_ino
+        entry.whole_ino = 0  # until it is closed
 
     def _set_content(self, ready: Extents, unchecked: Extents) -> None:
+        """The file is another one: what is being written into the old one does not count."""
+        for fill in self._fills:
+            fill.scope.cancel()
+            if fill.writer is not None:
+                fill.writer.revoke()
+                fill.writer = None
         self._ready, self._unchecked = ready, unchecked
         self._complete = ready.covers(0, self.size)
         self._epoch += 1
@@ -458,10 +467,6 @@ class Version:
         if not self.refs:
             return
         log.warning("cache file of key=%s is %s, fetching again", self.key, reason)
-        for fill in self._fills:
-            fill.scope.cancel()
-            if fill.writer is not None:
-                fill.writer.revoke()
         self._set_content(Extents(), Extents())
         self._detach()
         self._ino = -1
@@ -515,9 +520,8 @@ class Version:
         if blocks.total_bytes <= INLINE_BYTES or self._shared.nursery is None:
             self._enter_now(blocks, source_fd)
             return
-        if source_fd >= 0:
-            for extent in blocks:
-                self._busy.add(*extent)
+        for extent in blocks:
+            self._busy.add(*extent)
         self.refs += 1
         self._shared.nursery.start_soon(self._enter, blocks, source_fd)
 
@@ -555,22 +559,21 @@ class Version:
                 os.close(source_fd)
 
     async def _enter(self, blocks: Extents, source_fd: int) -> None:
-        """The same on a thread; blocks that are copied are busy meanwhile."""
+        """The same on a thread; the blocks are busy meanwhile."""
         fds = [source_fd] if source_fd >= 0 else []
         try:
             if self._attach():
                 fds.append(fd := os.dup(self._fd))
                 call = partial(cachefile.enter, fd, self._layout, self._shared.checksum, blocks, source_fd)
                 await self._shared.on_disk(call, abandon_on_cancel=False)
-                self._entered(blocks if source_fd >= 0 else Extents())
+                self._entered(blocks)
         except OSError as exc:
             log.info("bytes of key=%s are not kept: %s", self.key, exc)
         finally:
             for fd in fds:
                 os.close(fd)
-            if source_fd >= 0:
-                for extent in blocks:
-                    self._free(*extent)
+            for extent in blocks:
+                self._free(*extent)
             self.close()
 
     def _entered(self, blocks: Extents) -> None:
@@ -592,8 +595,8 @@ class Version:
     def _droppable(self) -> list[Extent]:
         """Whole blocks, beginning with those behind the ones that were dropped last."""
         keep = self._busy.copy()
-        for window in self._ahead.windows:
-            keep.add(*self._blocks(*window))
+        for start, end in [*self._ahead.windows, *((reader.start, reader.end) for reader in self._readers)]:
+            keep.add(*self._blocks(start, end))
         held = Extents([*self._ready, *self._unchecked])
         pieces = [gap for extent in held for gap in keep.gaps(*extent)]
         return sorted(pieces, key=lambda piece: (piece[0] < self._drop_at, piece))
@@ -606,7 +609,7 @@ class Version:
         self._unchecked.remove(start, end)
         self._complete, self._epoch = False, self._epoch + 1
         entry = directory.entry(self.name)
-        entry.whole_ino, before = 0, entry.bytes
+        before = entry.bytes
         try:
             call = partial(cachefile.drop, fd, self._layout, start, end)
             await self._shared.on_disk(call, abandon_on_cancel=False)
