@@ -84,9 +84,7 @@ def require_free(mountpoint: Path, table: MountTable) -> None:
     """Raises: MountpointError unless this is an empty directory that nothing is mounted on."""
     if (entry := table.get(str(mountpoint))) is not None:
         if entry.is_fuse and probe(str(mountpoint)) == errno.ENOTCONN:
-            raise MountpointError(
-                f"{mountpoint}: a dead mount is left here; phfs umount {mountpoint} removes it"
-            )
+            raise MountpointError(f"{mountpoint}: a dead mount is left here; phfs umount {mountpoint} removes it")
         raise MountpointError(f"{mountpoint}: {entry.source} is mounted here already")
     try:
         with os.scandir(mountpoint) as entries:

@@ -91,9 +91,7 @@ SETTINGS: Final = (
     Setting("umask", "tree.umask", "", MODE, "Taken from 0666 and 0777 where no mode is named.", "022"),
     Setting("file-mode", "tree.file-mode", "tree.file_mode", MODE, "Mode of files that name none."),
     Setting("dir-mode", "tree.dir-mode", "tree.dir_mode", MODE, "Mode of directories that name none."),
-    Setting(
-        "cache-dir", "cache.dir", "", DIR, "Holds clean blocks.", "~/.cache/phfs, /var/cache/phfs of root"
-    ),
+    Setting("cache-dir", "cache.dir", "", DIR, "Holds clean blocks.", "~/.cache/phfs, /var/cache/phfs of root"),
     Setting("cache-size", "cache.size", "cache.size_max", SIZE, "Limit of the block cache.", "10G"),
     Setting(
         "state-dir",

@@ -63,9 +63,7 @@ def find(mountpoint: str) -> MountRecord | None:
 def records() -> Iterator[MountRecord]:
     """All records, in the order of their mount points; those of dead keepers too."""
     found = (_read(path) for path in runtime_dir().glob("*.json"))
-    yield from sorted(
-        (record for record in found if record is not None), key=lambda record: record.mountpoint
-    )
+    yield from sorted((record for record in found if record is not None), key=lambda record: record.mountpoint)
 
 
 def _read(path: Path) -> MountRecord | None:

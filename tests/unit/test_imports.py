@@ -32,7 +32,8 @@ vfs
 dirstream
 namespace
 writeback
-upload
+upload changes
+uploadqueue
 recovery
 inodes
 blocks staging
