@@ -204,7 +204,8 @@ class Keeper:
             wakeup.setblocking(False)
             signal.set_wakeup_fd(wakeup.fileno())
             for number in END_SIGNALS:
-                signal.signal(number, lambda _number, _frame: None)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+                    signal.signal(number, lambda _number, _frame: None)
             self._selector.register(heard, selectors.EVENT_READ, lambda: self._on_signal(heard.recv(1)))
             yield
             signal.set_wakeup_fd(-1)

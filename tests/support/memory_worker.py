@@ -1,9 +1,10 @@
-"""A worker that serves three files without a store: for tests of the keeper and of the session.
+"""A worker that serves four files without a store: for tests of the keeper and of the session.
 
-    python -m tests.support.memory_worker [--no-check] [--no-serve] [--die-always] --config FILE --fd N [--resume]
+    python -m tests.support.memory_worker [FAULT...] --config FILE --fd N [--resume]
 
 `text` always says the same, `pid` is the pid of the worker, a read of `hang` is answered after a resume only, and
-`data` keeps what is written to it in the state directory. `requests` there gets a line per request.
+`data` keeps what is written to it in the state directory. There `requests` gets a line per request, and `keeper-pid`,
+`drained` and `busy` tell what happened.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from phfs_fuse.session import KeeperLink, Session
 from phfs_fuse.settings import load_config
 
 NAMES = {1: b"", 2: b"text", 3: b"pid", 4: b"hang", 5: b"data"}
+SLOW_SECONDS = 2.0
 TEXT = b"the same text from every worker\n"
 
 
@@ -115,20 +117,23 @@ class MemoryWorker:
         self._options = options
         self._config = load_config(options.config.read_text())
         logs.setup(self._config.log_level, self._config.log_format)
-        self._config.writeback.directory.mkdir(parents=True, exist_ok=True)
+        self._note("keeper-pid", str(os.getppid()))
         self._drains = 0
+        self._ended = False
         self._asked = trio.Event()
         self._root = trio.CancelScope()
 
     async def run(self) -> int:
         link = KeeperLink(self._options.fd)
-        if self._options.no_check:
+        if self._options.slow_check:
+            await trio.sleep(SLOW_SECONDS)
+        if self._options.fail_check:
             await link.failed("s3://bucket/: there is no such bucket", 3)
             return 3
         resumed = self._options.resume
         ops = MemoryOps(self._config, resumed=resumed)
         session = Session(ops, await link.receive_descriptor(), resume=resumed)
-        if self._options.no_serve or (self._options.die_always and resumed):
+        if self._options.no_serve or (self._options.no_resume and resumed):
             return 7
         with self._root:
             async with trio.open_nursery() as nursery:
@@ -137,37 +142,41 @@ class MemoryWorker:
                 await session.established.wait()
                 await link.ready()
                 await self._asked.wait()
-                (self._config.writeback.directory / "drained").write_text(str(self._drains))
-                await self._unmount(link)
+                self._note("drained", str(self._drains))
+                await self._unmount(link, session)
         session.close()
-        return 1 if self._root.cancelled_caught and not self._ended else 0
-
-    _ended = False
+        return 0 if self._ended else 1
 
     async def _serve(self, session: Session) -> None:
         await session.serve()
         self._ended = True
         self._root.cancel()
 
-    async def _unmount(self, link: KeeperLink) -> None:
+    async def _unmount(self, link: KeeperLink, session: Session) -> None:
         try:
             await link.unmount(lazy=False)
         except MountpointError as exc:
-            (self._config.writeback.directory / "busy").write_text(str(exc))
+            self._note("busy", str(exc))
             await link.unmount(lazy=True)
+            if self._options.impatient:
+                session.stop()
 
     def _on_drain(self, now: bool) -> None:
         self._drains += 1
-        if now or "wait-for-now" not in self._config.extra:
+        if now or not self._options.never_drained:
             self._asked.set()
+
+    def _note(self, name: str, text: str) -> None:
+        (self._config.writeback.directory / name).write_text(text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--fd", type=int, required=True)
-    for flag in ("--resume", "--no-check", "--no-serve", "--die-always"):
-        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--resume", action="store_true")
+    for fault in ("--slow-check", "--fail-check", "--no-serve", "--no-resume", "--never-drained", "--impatient"):
+        parser.add_argument(fault, action="store_true")
     return trio.run(MemoryWorker(parser.parse_args()).run)
 
 

@@ -98,7 +98,7 @@ class TestMount:
         """Upload what is pending and unmount; returns when keeper and worker have ended."""
         keeper_pid = self.record().keeper_pid
         self._must("umount", self.path)
-        assert _ended(keeper_pid, END_SECONDS), f"the keeper goes on after umount\n{self.log()}"
+        assert ended(keeper_pid, END_SECONDS), f"the keeper goes on after umount\n{self.log()}"
 
     def remount(self, *flags: str) -> None:
         """Unmount cleanly and mount again: the caches of kernel and process are gone, that on the disk stays."""
@@ -166,10 +166,10 @@ class TestMount:
             for command in (["fusermount3", "-u"], ["umount", "-l"]):
                 if str(self.path) in mount_table():
                     _run_briefly([*command, str(self.path)])
-            if not all(_ended(pid, END_SECONDS) for pid in keepers):
+            if not all(ended(pid, END_SECONDS) for pid in keepers):
                 _abort(entry.device)
         for pid in keepers:
-            if not _ended(pid, END_SECONDS):
+            if not ended(pid, END_SECONDS):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -216,7 +216,7 @@ def _variable(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _ended(pid: int, seconds: float) -> bool:
+def ended(pid: int, seconds: float) -> bool:
     """Whether the process, which need not be a child, ended in time."""
     try:
         watch = os.pidfd_open(pid)
