@@ -52,7 +52,7 @@ def _local(element: Element) -> str:
 
 
 def _prefix(element: Element, decode: Callable[[str], str]) -> str:
-    return decode(next(child.text or "" for child in element if _local(child) == "Prefix"))
+    return decode({_local(child): child.text or "" for child in element}["Prefix"])
 
 
 def _object(element: Element, decode: Callable[[str], str]) -> ObjectInfo:

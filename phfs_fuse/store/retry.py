@@ -22,7 +22,8 @@ BACKOFF_SECONDS_MAX: Final = 5.0
 
 def backoff_seconds(attempt_no: int) -> float:
     """Wait before the try after `attempt_no` (from 0): exponential with full jitter."""
-    return random.uniform(0, min(BACKOFF_SECONDS_MAX, BACKOFF_SECONDS * 2 ** (attempt_no + 1)))
+    doublings = min(attempt_no + 1, 10)  # more would overflow in the end, and the limit is reached before
+    return random.uniform(0, min(BACKOFF_SECONDS_MAX, BACKOFF_SECONDS * 2**doublings))
 
 
 async def retrying(attempts_max: int, attempt: Callable[[int], Awaitable[T]]) -> T:

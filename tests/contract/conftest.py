@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import count
 
+import botocore.loaders
 import pytest
 import trio
 
@@ -51,6 +53,8 @@ def credentials() -> Iterator[None]:
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
         for name, value in credentials_env().items():
             patch.setenv(name, value)
+        # Each test that opens a store makes a session, which reads the same descriptions of the API again.
+        patch.setattr(botocore.loaders, "create_loader", cache(botocore.loaders.create_loader))
         yield
 
 

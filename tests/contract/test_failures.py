@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -32,6 +32,7 @@ from tests.support.servers import SECRET_KEY, Server, minio_binary, silent, unre
 OTHER = ETag("0123456789abcdef0123456789abcdef")
 SMALL = b"0123456789"
 BIG = os.urandom(3 * MIB)  # by the other data path
+Call = Callable[[], Awaitable[object]]
 CONDITIONS = frozenset({"if-match", "if-none-match", "x-amz-copy-source-if-match"})
 SLOW_DOWN = Answer(503, {"Content-Type": "application/xml"}, b"<Error><Code>SlowDown</Code></Error>")
 DENIED = Answer(403, {"Content-Type": "application/xml"}, b"<Error><Code>AccessDenied</Code></Error>")
@@ -264,7 +265,12 @@ async def test_a_busy_store_is_asked_again(kind: type[S3Store], front: Proxy) ->
 async def test_but_not_for_ever(kind: type[S3Store], front: Proxy) -> None:
     async with through(kind, front) as place:
         front.script = lambda _: SLOW_DOWN
-        for call in (lambda: place.head("x"), lambda: place.put("x", SMALL), lambda: place.put("x", BIG)):
+        calls: list[Call] = [
+            lambda: place.head("x"),
+            lambda: place.put("x", SMALL),
+            lambda: place.put("x", BIG),
+        ]
+        for call in calls:
             front.requests.clear()
             with pytest.raises(StoreUnavailable):
                 await call()
@@ -363,7 +369,12 @@ async def test_a_listing_that_is_none(kind: type[S3Store], front: Proxy, body: b
 async def test_answers_without_an_etag(kind: type[S3Store], front: Proxy) -> None:
     async with opened(kind, front.endpoint_url, attempts_max=2) as place:
         front.script = lambda _: Answer(200, {}, b"")
-        for call in (lambda: place.head("x"), lambda: place.put("x", SMALL), lambda: place.put("x", BIG)):
+        calls: list[Call] = [
+            lambda: place.head("x"),
+            lambda: place.put("x", SMALL),
+            lambda: place.put("x", BIG),
+        ]
+        for call in calls:
             with pytest.raises(BadAnswer):
                 await call()
 
