@@ -23,6 +23,7 @@ from phfs_fuse.types import MIB
 
 FALLOC_PUNCH_HOLE: Final = 0x02 | 0x01  # Source: fallocate(2), with FALLOC_FL_KEEP_SIZE
 ENTRY_BYTES: Final = 4
+TAIL_BYTES: Final = 8  # behind all that is ever written: if the file was cut off, its length tells for good
 COPY_BYTES: Final = 4 * MIB
 
 Buffer = bytes | bytearray  # what a read gives
@@ -58,7 +59,7 @@ class Layout:
 
     @property
     def file_bytes(self) -> int:
-        return self.entry_offset(self.block_count * self.block_bytes)
+        return self.entry_offset(self.block_count * self.block_bytes) + TAIL_BYTES
 
     def entry_offset(self, offset: int) -> int:
         """Of the checksum of the block that begins at `offset`."""

@@ -477,9 +477,9 @@ class Version:
         directory = self._shared.directory
         entry = directory.entries.get(self.name)
         if entry is not None and self._shared.versions.get(self.name) is self:
-            if self.is_forgotten or not (self._ready or self._unchecked):
+            if self.is_forgotten or (self._ino >= 0 and not (self._ready or self._unchecked)):
                 self._shared.discard(self.name)
-            else:
+            elif self._ino >= 0:
                 entry.whole_ino = self._ino if self._complete else 0
                 self._stamp(entry)
         self._detach()
