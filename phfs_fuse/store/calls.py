@@ -111,7 +111,7 @@ class BotoCalls:
         s3 = clients.listing if metadata else clients.plain
         answer: Mapping[str, Any] = await self._run(
             "list",
-            prefix,
+            f"s3://{self._bucket}/{prefix}",
             lambda: s3.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=count_max, **options),
             self._control,
             is_read=True,

@@ -39,6 +39,7 @@ DEFAULT_REGION: Final = "us-east-1"
 PAGE: Final = "PhfsListing"  # name of the parsed page in the answer of list_objects_v2
 
 _NO_CREDENTIALS: Final = "no usable credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile"
+_NO_TRUST: Final = "TLS failed; name the authority of the store's certificate in AWS_CA_BUNDLE"
 _CREDENTIAL_ERRORS: Final = (
     bexc.NoCredentialsError,
     bexc.PartialCredentialsError,
@@ -54,6 +55,7 @@ _CREDENTIAL_ERRORS: Final = (
 _BY_TYPE: Final[Sequence[tuple[tuple[type[Exception], ...], type[PhfsError], str]]] = (  # the first that fits
     (_CREDENTIAL_ERRORS, AccessDenied, _NO_CREDENTIALS),
     ((bexc.ConnectTimeoutError, bexc.ReadTimeoutError, urllib3.exceptions.TimeoutError), StoreTimeout, ""),
+    ((bexc.SSLError,), StoreUnavailable, _NO_TRUST),
     ((bexc.IncompleteReadError, ResponseParserError), BadAnswer, ""),
     ((bexc.HTTPClientError, bexc.ConnectionError, urllib3.exceptions.HTTPError), StoreUnavailable, ""),
 )

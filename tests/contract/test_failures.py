@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import trio
@@ -27,7 +30,7 @@ from phfs_fuse.types import MIB, S3_PART_BYTES_MIN, ETag
 from tests.contract.conftest import BUCKET, KINDS
 from tests.contract.place import Place, read
 from tests.support.proxy import Answer, Forward, Proxy, Request, Script, proxy
-from tests.support.servers import SECRET_KEY, Server, minio_binary, silent, unreachable
+from tests.support.servers import ACCESS_KEY, SECRET_KEY, Server, minio_binary, silent, unreachable
 
 OTHER = ETag("0123456789abcdef0123456789abcdef")
 SMALL = b"0123456789"
@@ -138,6 +141,28 @@ async def test_a_profile_that_is_not_there(kind: type[S3Store]) -> None:
     store = kind(StoreConfig(bucket=BUCKET, endpoint_url="http://127.0.0.1:9", profile="no-such"))
     with pytest.raises(AccessDenied, match="no-such"):
         await store.check_bucket()
+
+
+@pytest.mark.minio
+async def test_endpoint_and_credentials_of_a_profile(
+    kind: type[S3Store], minio_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With credentials that have to be renewed."""
+    soon = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    answer = {"Version": 1, "AccessKeyId": ACCESS_KEY, "SecretAccessKey": SECRET_KEY, "Expiration": soon}
+    (tmp_path / "answer.json").write_text(json.dumps(answer))
+    profile = ["[profile lab]", f"endpoint_url = {minio_server.endpoint_url}"]
+    profile.append(f"credential_process = cat {tmp_path}/answer.json")
+    (tmp_path / "config").write_text("\n".join(profile))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    store = kind(StoreConfig(bucket=BUCKET, profile="lab"))
+    await store.check_bucket(create=True)
+    place = Place(store, "profile/", "minio")
+    await place.put("x", SMALL)
+    assert await place.read("x", 0, 10) == SMALL
+    await store.aclose()
 
 
 async def test_an_endpoint_that_is_no_url(kind: type[S3Store]) -> None:
