@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.mount.place import Place, a_place
+
+NUMBERS = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -20,4 +22,6 @@ def place() -> Iterator[Place]:
 @pytest.fixture
 def mnt(place: Place, request: pytest.FixtureRequest) -> Path:
     """An empty folder of its own in the mount."""
-    return Path(tempfile.mkdtemp(prefix=request.node.originalname[:40] + ".", dir=place.path))
+    folder = place.path / f"{request.node.originalname[:40]}-{next(NUMBERS)}"
+    folder.mkdir()
+    return folder

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from tests.support.mounts import mounted
 
 from tests.mount.trees import pull, tree
+from tests.support.mounts import mounted
 
 LOCAL_ROOT = os.environ.get("PHFS_TEST_DIR", "")
 SECONDS = 90.0  # for one program
@@ -117,6 +117,8 @@ def a_mount(*flags: str) -> Iterator[MountPlace]:
     """A mount with more flags of `phfs mount`, under the watchdog."""
     if LOCAL_ROOT:
         pytest.skip("needs a store")
+    if os.geteuid() == 0:
+        flags += ("--allow-other",)
     with mounted(*flags) as mount, watchdog(mount.path):
         yield MountPlace(mount)
 
@@ -194,5 +196,8 @@ def refused(code: int, call: Callable[..., object], *args: object) -> None:
 def saved(place: Place, folder: Path, to: Path) -> Path:
     """A local copy of `folder` made from the store alone, which is what the mount shows."""
     copy = place.pull(folder, to)
-    assert tree(copy) == tree(folder)
+    stored, shown = tree(copy), tree(folder)
+    differ = [name for name in sorted(stored.keys() | shown.keys()) if stored.get(name) != shown.get(name)]
+    lines = [f"{name!r}: stored {stored.get(name)}, shown {shown.get(name)}" for name in differ]
+    assert not lines, "\n".join(lines)
     return copy

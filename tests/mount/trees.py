@@ -60,10 +60,12 @@ def tree(root: Path, *, times: bool = True, leave_out: Callable[[str], bool] | N
 
 
 def local_name(key: str) -> str:
-    """The path of a key; a byte of a name that is not UTF-8 is U+201B and two hex digits in the key."""
+    """The path of a key. In keys a byte that is not UTF-8 is U+201B and two hex digits, U+201B itself may be
+    doubled."""
+    mark = "\N{SINGLE HIGH-REVERSED-9 QUOTATION MARK}"
     return re.sub(
-        "\N{SINGLE HIGH-REVERSED-9 QUOTATION MARK}([89A-F][0-9A-F])",
-        lambda m: os.fsdecode(bytes.fromhex(m[1])),
+        f"{mark}({mark}|[89A-F][0-9A-F])",
+        lambda found: mark if found[1] == mark else os.fsdecode(bytes.fromhex(found[1])),
         key,
     )
 
