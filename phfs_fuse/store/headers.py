@@ -46,9 +46,9 @@ def http_date_ns(text: str | None) -> int:
 
 def user_metadata(headers: Mapping[str, str]) -> dict[str, str]:
     """User metadata among `headers`: names in lower case without `x-amz-meta-`."""
-    lower = {name.lower(): value for name, value in headers.items()}
     cut = len(META_PREFIX)
-    return {name[cut:]: _text(value) for name, value in lower.items() if name.startswith(META_PREFIX)}
+    found = {name.lower(): value for name, value in headers.items() if name[:cut].lower() == META_PREFIX}
+    return {name[cut:]: _text(value) for name, value in found.items()}
 
 
 def info_of(key: ObjectKey, headers: Mapping[str, str]) -> ObjectInfo:
@@ -79,6 +79,8 @@ def stored_info(key: ObjectKey, size: int, metadata: Mapping[str, str], headers:
 
 def _text(value: str) -> str:
     """A value as the UTF-8 that it most likely is: HTTP libraries read headers as Latin-1."""
+    if value.isascii():
+        return value
     try:
         return value.encode("latin-1").decode()
     except UnicodeError:

@@ -7,8 +7,10 @@ read the object. Parsed here and not by botocore, which does not know these elem
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from typing import Final
 from urllib.parse import unquote_plus
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
@@ -18,13 +20,15 @@ from phfs_fuse.store.base import Listing, ObjectInfo
 from phfs_fuse.store.headers import SECOND_NS, user_metadata
 from phfs_fuse.types import ETag, ObjectKey
 
+_NAMESPACE: Final = re.compile(rb'\sxmlns="[^"]*"')  # differs between stores
+
 
 def parse_listing(prefix: str, body: bytes) -> Listing:
     """The page in `body`. Raises: BadAnswer if it is none. `prefix` is for the message."""
     try:
-        root = ElementTree.fromstring(body)
-        if _local(root) != "ListBucketResult":
-            raise BadAnswer("list", prefix, f"an answer of type {_local(root)!r}")
+        root = ElementTree.fromstring(_NAMESPACE.sub(b"", body, count=1))
+        if root.tag != "ListBucketResult":
+            raise BadAnswer("list", prefix, f"an answer of type {root.tag!r}")
         return _page(root)
     except (ElementTree.ParseError, KeyError, ValueError) as exc:
         raise BadAnswer("list", prefix, f"no listing: {type(exc).__name__}") from exc
@@ -39,37 +43,36 @@ def is_xml(body: bytes) -> bool:
 
 
 def _page(root: Element) -> Listing:
-    fields = {_local(child): child.text or "" for child in root}
-    decode: Callable[[str], str] = unquote_plus if fields.get("EncodingType") == "url" else str
-    objects = [_object(child, decode) for child in root if _local(child) == "Contents"]
-    prefixes = [_prefix(child, decode) for child in root if _local(child) == "CommonPrefixes"]
+    fields = {child.tag: child.text or "" for child in root}
+    decode = _decoded if fields.get("EncodingType") == "url" else str
+    objects = [_object(child, decode) for child in root if child.tag == "Contents"]
+    prefixes = [decode(_texts(child)["Prefix"]) for child in root if child.tag == "CommonPrefixes"]
     next_token = fields["NextContinuationToken"] if fields.get("IsTruncated") == "true" else None
     return Listing(objects=objects, prefixes=prefixes, next_token=next_token)
 
 
-def _local(element: Element) -> str:
-    return element.tag.rpartition("}")[2]  # the namespace differs between stores
+def _texts(element: Element) -> dict[str, str]:
+    return {child.tag: child.text or "" for child in element}
 
 
-def _prefix(element: Element, decode: Callable[[str], str]) -> str:
-    return decode({_local(child): child.text or "" for child in element}["Prefix"])
+def _decoded(text: str) -> str:
+    return unquote_plus(text) if "%" in text or "+" in text else text
 
 
 def _object(element: Element, decode: Callable[[str], str]) -> ObjectInfo:
-    fields = {_local(child): child for child in element}
-    etag = fields["ETag"].text or "" if "ETag" in fields else ""
+    fields = _texts(element)
     return ObjectInfo(
-        key=ObjectKey(decode(fields["Key"].text or "")),
-        etag=ETag(etag.strip('"')),
-        size=int(fields["Size"].text or ""),
-        modified_ns=_iso_ns(fields["LastModified"].text or ""),
-        metadata=_metadata(fields),
+        key=ObjectKey(decode(fields["Key"])),
+        etag=ETag(fields.get("ETag", "").strip('"')),
+        size=int(fields["Size"]),
+        modified_ns=_iso_ns(fields["LastModified"]),
+        metadata=_metadata(element, fields),
     )
 
 
-def _metadata(fields: Mapping[str, Element]) -> Mapping[str, str] | None:
+def _metadata(element: Element, fields: Mapping[str, str]) -> Mapping[str, str] | None:
     if "UserMetadata" in fields:
-        return user_metadata({_local(child): child.text or "" for child in fields["UserMetadata"]})
+        return user_metadata({child.tag: child.text or "" for child in element.iterfind("UserMetadata/*")})
     return {} if "Internal" in fields else None
 
 
