@@ -16,7 +16,7 @@ from typing import Final
 import trio
 
 from phfs_fuse.cachedir import CacheDirectory, file_name, unlink_all
-from phfs_fuse.cachefile import CRC32, Buffer, Checksum
+from phfs_fuse.cachefile import CRC32, Buffer, Checksum, Layout
 from phfs_fuse.config import CacheConfig
 from phfs_fuse.extents import Extents
 from phfs_fuse.store.base import ObjectStore
@@ -103,16 +103,45 @@ class BlockCache:
             version.refs += 1
         return version
 
-    def adopt(self, key: ObjectKey, etag: ETag, size: int, source: str | Path, covered: Extents) -> None:
-        """The local file `source`, of which the extents `covered` were just uploaded, becomes the blocks of a
-        version: no download. The file is moved away or left; nobody may write to it any more. Atomic."""
+    def adopt(
+        self,
+        key: ObjectKey,
+        etag: ETag,
+        size: int,
+        source: str | Path,
+        covered: Extents,
+        *,
+        base: tuple[ObjectKey, ETag, int] | None = None,
+        base_bytes: int = 0,
+    ) -> None:
+        """What was just uploaded becomes the blocks of a version: no download. Atomic.
+
+        The bytes in `covered` are in the local file `source`, which is moved away or left; nobody may write to it
+        any more. Those below `base_bytes` that are not in `covered` are the same as in the version `base`
+        (key, ETag, size), whose blocks are taken over unless it is open.
+        """
         version = self.open(key, etag, size)
         try:
-            version.adopt(os.fspath(source), covered)
+            path = None if base is None or covered.covers(0, size) else self._inherit(version, base)
+            if base is None or path is None:
+                version.adopt(os.fspath(source), covered)
+            else:
+                old = Layout(base[2], self._shared.config.block_bytes)
+                same = Extents(covered.gaps(0, min(base_bytes, base[2], size)))
+                version.graft(path, old, os.fspath(source), covered, same)
         except OSError as exc:
             log.info("bytes of key=%s are not kept: %s", key, exc)
         finally:
             version.close()
+
+    def _inherit(self, version: Version, base: tuple[ObjectKey, ETag, int]) -> str | None:
+        """Take the file of `base` out of the cache for a version that has none, if nobody needs it."""
+        shared, name = self._shared, self._name(base[0], base[1])
+        if shared.nursery is None or shared.is_full or version.name in shared.directory.entries:
+            return None
+        if name in shared.versions or name not in shared.directory.entries:
+            return None
+        return shared.directory.discard(name)
 
     def rekey(self, old_key: ObjectKey, old_etag: ETag, new_key: ObjectKey, new_etag: ETag) -> None:
         """The same bytes have another name in the store: blocks and open versions go on under it."""

@@ -12,13 +12,13 @@ import ctypes
 import os
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from errno import EIO
 from typing import Final
 
-from phfs_fuse.extents import Extents, split
+from phfs_fuse.extents import Extent, Extents, split
 from phfs_fuse.types import MIB
 
 FALLOC_PUNCH_HOLE: Final = 0x02 | 0x01  # Source: fallocate(2), with FALLOC_FL_KEEP_SIZE
@@ -64,6 +64,20 @@ class Layout:
     def entry_offset(self, offset: int) -> int:
         """Of the checksum of the block that begins at `offset`."""
         return (self.size + 7 & ~7) + offset // self.block_bytes * ENTRY_BYTES
+
+    def block_end(self, start: int) -> int:
+        """Of the block that begins at `start`."""
+        return min(start + self.block_bytes, self.size)
+
+    def other_blocks(self, same: Extents, old: Layout) -> Iterator[Extent]:
+        """The blocks whose bytes do not all lie in `same`, or that end elsewhere than in the `old` layout."""
+        unit, last = self.block_bytes, 0
+        ends = Extents(
+            [(old.size - 1, old.size), (self.size - 1, self.size)] if old.size != self.size else []
+        )
+        for start, end in Extents([*same.gaps(0, self.size), *ends.overlap(0, self.size)]):
+            start = max(last, start - start % unit)
+            yield from split(start, last := max(start, min(-(-end // unit) * unit, self.size)), unit)
 
     def covered_blocks(self, extents: Extents) -> Extents:
         """The blocks that lie in `extents` with all their bytes (the last one up to the size)."""
@@ -161,6 +175,46 @@ def enter(fd: int, layout: Layout, checksum: Checksum, blocks: Extents, source_f
         for block_start, block_end in split(start, end, layout.block_bytes):
             sums += _entry(checksum.of(os.pread(fd, block_end - block_start, block_start)))
         write_all(fd, sums, layout.entry_offset(start))
+
+
+def graft(
+    path: str, old: Layout, new: Layout, checksum: Checksum, source_fd: int, covered: Extents, same: Extents
+) -> None:
+    """Make the file of an old version, at `path`, that of a new one. Costs what changed.
+
+    The bytes of the new version are those of `source_fd` in `covered`, those of the old version in `same`; a
+    block with other bytes too is left out. Raises: OSError; then the file is of no use.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        table, changed = _grafted_table(fd, old, new, checksum, covered, same)
+        os.ftruncate(fd, min(old.size, new.size))
+        os.ftruncate(fd, new.file_bytes)
+        copy(source_fd, fd, Extents(piece for extent in changed for piece in covered.overlap(*extent)))
+        write_all(fd, table, new.entry_offset(0))
+        enter(fd, new, checksum, changed)
+    finally:
+        os.close(fd)
+
+
+def _grafted_table(
+    fd: int, old: Layout, new: Layout, checksum: Checksum, covered: Extents, same: Extents
+) -> tuple[bytearray, Extents]:
+    """The checksums of the blocks that stay as they are, and the changed blocks of which all bytes are known."""
+    if os.fstat(fd).st_size != old.file_bytes:
+        raise OSError(EIO, "the file is not as long as it was")
+    table = bytearray(new.block_count * ENTRY_BYTES)
+    kept = os.pread(fd, min(old.block_count, new.block_count) * ENTRY_BYTES, old.entry_offset(0))
+    table[: len(kept)] = kept
+    known, changed = Extents([*covered, *same]), Extents()
+    for start, end in new.other_blocks(same, old):
+        at = start // new.block_bytes * ENTRY_BYTES
+        table[at : at + ENTRY_BYTES] = bytes(ENTRY_BYTES)
+        if covered.covers(start, end) or (
+            known.covers(start, end) and verify(fd, old, checksum, start, old.block_end(start))[0]
+        ):
+            changed.add(start, end)
+    return table, changed
 
 
 def drop(fd: int, layout: Layout, start: int, end: int) -> None:

@@ -47,9 +47,7 @@ class StoreConfig:
     def __post_init__(self) -> None:
         if not self.bucket or "/" in self.bucket:
             raise ConfigError("bucket", self.bucket, "the name of a bucket")
-        if self.prefix and (
-            not self.prefix.endswith("/") or self.prefix.startswith("/") or "//" in self.prefix
-        ):
+        if self.prefix and (not self.prefix.endswith("/") or self.prefix.startswith("/") or "//" in self.prefix):
             raise ConfigError("prefix", self.prefix, "a prefix like groups/name/")
         if any(part in (".", "..") for part in self.prefix.split("/")) or "\0" in self.prefix:
             raise ConfigError("prefix", self.prefix, "no '.', '..' or NUL in it")
@@ -80,11 +78,7 @@ class CacheConfig:
     requests_max: int = 8  # of one stream at a time
 
     def __post_init__(self) -> None:
-        if (
-            self.block_bytes < 4 * KIB
-            or self.block_bytes & (self.block_bytes - 1)
-            or self.block_bytes > 64 * MIB
-        ):
+        if self.block_bytes < 4 * KIB or self.block_bytes & (self.block_bytes - 1) or self.block_bytes > 64 * MIB:
             raise ConfigError("cache.block_bytes", self.block_bytes, "a power of two from 4K to 64M")
         _at_least("cache.size_max", self.size_max, 16 * MIB, ">= 16M")
         _at_least("cache.window_bytes_max", self.window_bytes_max, self.block_bytes, ">= the block size")

@@ -20,11 +20,11 @@ from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs, from_metadata
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import PosixAttrs, TreeConfig
-from phfs_fuse.errors import IllegalName, NotADirectory, NotFound, StoreUnavailable
+from phfs_fuse.errors import IllegalName, NameTooLong, NotADirectory, NotFound, StoreUnavailable
 from phfs_fuse.inodes import NEVER, Base, Inodes, Node
 from phfs_fuse.store.base import ObjectInfo, ObjectStore
 from phfs_fuse.tasks import gather
-from phfs_fuse.types import ObjectKey
+from phfs_fuse.types import NAME_BYTES_MAX, ObjectKey
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +107,12 @@ class Namespace:
         Raises: NotFound, NotADirectory, NameTooLong, IllegalName, StoreUnavailable. While the store is away, what
         was known last is taken for true.
         """
+        if len(name) > NAME_BYTES_MAX:
+            raise NameTooLong("lookup", repr(name[:40]), f"longer than {NAME_BYTES_MAX} bytes")
         node = self.known(parent, name)
         if node is not None:
             return node
-        keys.join(self._inodes.key(parent), keys.segment_of(name))  # its length
+        keys.join(self._inodes.key(parent), keys.segment_of(name))  # the key's length
         try:
             if parent.misses >= MISSES_MAX and await self._list_once(parent):
                 pass

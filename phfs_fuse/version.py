@@ -576,6 +576,33 @@ class Version:
                 self._free(*extent)
             self.close()
 
+    def graft(self, path: str, old: Layout, source: str, covered: Extents, same: Extents) -> None:
+        """Make the cache file of an older version, at `path`, ours in the background: bytes in `covered` are those
+        of the local file `source`, bytes in `same` are as they were. Raises: OSError."""
+        assert self._shared.nursery is not None
+        source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        self._busy.add(0, self.size)
+        self.refs += 1
+        checksum = self._shared.checksum
+        call = partial(cachefile.graft, path, old, self._layout, checksum, source_fd, covered, same)
+        self._shared.nursery.start_soon(self._graft, path, call, source_fd)
+
+    async def _graft(self, path: str, call: Callable[[], None], source_fd: int) -> None:
+        try:
+            await self._shared.on_disk(call, abandon_on_cancel=False)
+            self._shared.directory.move_in(path, self.name)
+            self._detach()
+            self._ino = -1
+            self._attach()
+        except OSError as exc:
+            log.info("bytes of key=%s are not kept: %s", self.key, exc)
+            self._shared.trash.append(path)
+            self._shared.work.set()
+        finally:
+            os.close(source_fd)
+            self._free(0, self.size)
+            self.close()
+
     def _entered(self, blocks: Extents) -> None:
         for extent in blocks:
             for start, end in self._ready.gaps(*extent):

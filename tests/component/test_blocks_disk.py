@@ -19,6 +19,7 @@ from phfs_fuse.blocks import BlockCache
 from phfs_fuse.config import CacheConfig
 from phfs_fuse.errors import LocalStateError, PhfsError
 from phfs_fuse.extents import Extents
+from phfs_fuse.store.base import Sink
 from phfs_fuse.types import MIB, ETag, ObjectKey
 from tests.support.caches import BLOCK, KEY, RangeStore, content, running
 from tests.support.fault_store import FaultStore
@@ -234,6 +235,65 @@ async def test_few_files_are_open_at_a_time(
             each.close()
 
 
+async def test_a_new_file_is_not_taken_for_the_one_that_was_whole(
+    tmp_path: Path, store: RangeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even if it got the same inode number."""
+    monkeypatch.setattr(version, "FILES_OPEN_MAX", 1)
+    store.seed(OTHER, content(BLOCK))
+    async with running(store, tmp_path) as cache:
+        await read_all(cache, store)
+        files(tmp_path)[0].unlink()
+        kept = store.open(cache)
+        await kept.read(0, BLOCK)
+        await read_all(cache, store, OTHER)  # closes the file of the first
+        assert await kept.read(0, SIZE) == DATA
+        kept.close()
+
+
+class StepStore(RangeStore):
+    """Passes on one block for each event that is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.send, self._steps = trio.open_memory_channel[bool](100)
+
+    async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
+        self.asked.append((start, end))
+        for at in range(start, end, BLOCK):
+            await self._steps.receive()
+            sink(at, self.data(key)[at : min(at + BLOCK, end)])
+
+
+async def test_what_goes_into_a_file_that_was_deleted_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(version, "FILES_OPEN_MAX", 1)
+    store = StepStore()
+    store.seed(KEY, DATA)
+    store.seed(OTHER, content(BLOCK))
+    for _ in range(40):
+        store.send.send_nowait(True)
+    async with running(store, tmp_path) as cache:
+        await read_all(cache, store, OTHER)
+        for _ in range(39):
+            store._steps.receive_nowait()
+        kept = store.open(cache)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kept.read, 0, 4 * BLOCK)
+            await wait_all_tasks_blocked()
+            shutil.rmtree(tmp_path / kept.name[:2])
+            other = store.open(cache, OTHER)
+            nursery.start_soon(other.read, 0, BLOCK)  # closes the file of the first
+            nursery.start_soon(kept.read, 5 * BLOCK, 6 * BLOCK)  # makes a new one
+            await wait_all_tasks_blocked()
+            for _ in range(40):
+                store.send.send_nowait(True)
+        assert await kept.read(0, 6 * BLOCK) == DATA[: 6 * BLOCK]
+        kept.close()
+        other.close()
+
+
 # -- a disk that is full
 
 
@@ -333,11 +393,13 @@ async def test_an_open_version_bigger_than_the_cache_stays_within_it(
     store.seed(KEY, data := content(24 * MIB))
     async with running(store, tmp_path, size_max=16 * MIB) as cache:
         kept = store.open(cache)
-        for _ in range(2):
+        for at_end in (False, True):
             for at in range(0, len(data), MIB):
                 assert await kept.read(at, at + MIB) == data[at : at + MIB]
                 await wait_all_tasks_blocked()
                 assert cache.usage().bytes <= 18 * MIB
+            if not at_end:
+                assert sum(end - start for start, end in store.asked) == len(data)  # none of it twice
         assert cache.usage().evicted_bytes > 24 * MIB
         kept.close()
     assert sum(path.stat().st_blocks * 512 for path in files(tmp_path)) <= 17 * MIB
@@ -452,6 +514,98 @@ async def test_a_local_file_on_a_full_disk_is_fetched_when_needed(
     async with running(store, tmp_path / "cache") as cache:
         cache.adopt(KEY, store.objects[KEY].etag, SIZE, staged(tmp_path, DATA), Extents([(0, SIZE)]))
         assert await read_all(cache, store) == DATA
+
+
+class Change:
+    """A new version made of an old one: a sparse local file over it, as write-back leaves it."""
+
+    def __init__(self, old: bytes, size: int, writes: dict[int, bytes]) -> None:
+        self.seen = min(len(old), size)
+        new = bytearray(old[:size]) + bytes(max(0, size - len(old)))
+        local = bytearray(size)
+        self.covered = Extents([(self.seen, size)])
+        for at, data in writes.items():
+            new[at : at + len(data)] = local[at : at + len(data)] = data
+            self.covered.add(at, at + len(data))
+        self.new, self.local = bytes(new), bytes(local)
+
+
+CHANGES = {
+    "in the middle": Change(DATA, SIZE, {3 * BLOCK + 5: b"x" * 10, 5 * BLOCK - 1: b"yz"}),
+    "append": Change(DATA, SIZE + 3 * BLOCK, {SIZE: b"x" * 10, SIZE + BLOCK: b"y" * BLOCK}),
+    "append a byte": Change(DATA, SIZE + 1, {SIZE: b"x"}),
+    "cut off": Change(DATA, 5 * BLOCK + 9, {}),
+    "cut off at a block": Change(DATA, 5 * BLOCK, {3: b"x"}),
+    "cut to a byte": Change(DATA, 1, {}),
+    "whole blocks": Change(DATA, SIZE, {2 * BLOCK: b"x" * BLOCK, 10 * BLOCK: b"y" * 100}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+async def test_a_changed_file_keeps_the_blocks_that_did_not_change(
+    tmp_path: Path, store: RangeStore, change: Change
+) -> None:
+    async with running(store, tmp_path / "cache") as cache:
+        await read_all(cache, store)
+        base = (KEY, store.objects[KEY].etag, SIZE)
+        etag = store.seed(KEY, change.new)
+        path = staged(tmp_path, change.local)
+        cache.adopt(KEY, etag, len(change.new), path, change.covered, base=base, base_bytes=change.seen)
+        path.unlink()
+        assert await read_all(cache, store) == change.new
+        assert len(files(tmp_path / "cache")) == cache.usage().files == 1
+        assert cache.usage().open_versions == 0
+    async with running(store, tmp_path / "cache") as cache:
+        assert await read_all(cache, store) == change.new
+    assert store.asked == [(0, SIZE)]
+
+
+async def test_blocks_that_the_base_lacks_are_fetched(tmp_path: Path, store: RangeStore) -> None:
+    change = Change(DATA, SIZE, {3 * BLOCK + 5: b"x" * 10, 6 * BLOCK: b"y" * BLOCK})
+    async with running(store, tmp_path / "cache") as cache:
+        kept = store.open(cache)
+        await kept.read(0, 2 * BLOCK)
+        kept.close()
+        base = (KEY, store.objects[KEY].etag, SIZE)
+        etag = store.seed(KEY, change.new)
+        cache.adopt(
+            KEY, etag, SIZE, staged(tmp_path, change.local), change.covered, base=base, base_bytes=SIZE
+        )
+        store.asked.clear()
+        assert await read_all(cache, store) == change.new
+    assert store.asked == [(2 * BLOCK, 6 * BLOCK), (7 * BLOCK, SIZE)]
+
+
+@pytest.mark.parametrize("trouble", ["open", "gone", "cut off", "source gone", "new version open"])
+async def test_a_base_that_cannot_be_used_costs_a_download(
+    tmp_path: Path, store: RangeStore, trouble: str
+) -> None:
+    change = CHANGES["in the middle"]
+    async with running(store, tmp_path / "cache") as cache:
+        await read_all(cache, store)
+        base = (KEY, store.objects[KEY].etag, SIZE)
+        old, path = store.open(cache), staged(tmp_path, change.local)
+        if trouble != "open":
+            old.close()
+        if trouble == "gone":
+            files(tmp_path / "cache")[0].unlink()
+        elif trouble == "cut off":
+            os.truncate(files(tmp_path / "cache")[0], SIZE)
+        elif trouble == "source gone":
+            path.unlink()
+        etag = store.seed(KEY, change.new)
+        new = store.open(cache)
+        if trouble == "new version open":
+            await new.read(0, BLOCK)
+        cache.adopt(KEY, etag, SIZE, path, change.covered, base=base, base_bytes=SIZE)
+        assert await new.read(0, SIZE) == change.new
+        assert await read_all(cache, store) == change.new
+        if trouble == "open":
+            assert await old.read(0, SIZE) == DATA
+            old.close()
+        new.close()
+    async with running(store, tmp_path / "cache") as cache:
+        assert await read_all(cache, store) == change.new
 
 
 # -- other names
@@ -573,7 +727,9 @@ class Mishaps:
 
     async def step(self, cache: BlockCache, clean: bool) -> None:
         key = self.random.choice(self.keys)
-        act = self.random.choice(["read"] * 12 + ["fail", "replace", "adopt", "forget", "delete", "rename"])
+        act = self.random.choice(
+            ["read"] * 12 + ["fail", "replace", "adopt", "change", "change", "forget", "delete", "rename"]
+        )
         if act == "read":
             await self.read(cache, key)
         elif act == "fail":
@@ -585,6 +741,8 @@ class Mishaps:
             path = staged(self.directory.parent, data)
             start = self.random.randrange(len(data) + 1)
             cache.adopt(key, self.store.objects[key].etag, len(data), path, Extents([(start, len(data))]))
+        elif act == "change":
+            self.change(cache, key)
         elif act == "forget":
             cache.forget(key, self.store.objects[key].etag)
         elif act == "delete" and clean:
@@ -595,6 +753,16 @@ class Mishaps:
             found = self.store.objects[key]
             self.store.objects[other] = found
             cache.rekey(key, found.etag, other, found.etag)
+
+    def change(self, cache: BlockCache, key: ObjectKey) -> None:
+        found = self.store.objects[key]
+        size = self.random.choice([len(found.data), self.random.randrange(1, 60 * BLOCK)])
+        places = [self.random.randrange(size) for _ in range(self.random.randrange(4))]
+        change = Change(found.data, size, {at: content(min(100, size - at), seed=at) for at in places})
+        base = (key, found.etag, len(found.data))
+        etag = self.store.seed(key, change.new)
+        path = staged(self.directory.parent, change.local)
+        cache.adopt(key, etag, size, path, change.covered, base=base, base_bytes=change.seen)
 
     async def read(self, cache: BlockCache, key: ObjectKey) -> None:
         opened = self.store.open(cache, key)
