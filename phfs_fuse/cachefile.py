@@ -72,9 +72,7 @@ class Layout:
     def other_blocks(self, same: Extents, old: Layout) -> Iterator[Extent]:
         """The blocks whose bytes do not all lie in `same`, or that end elsewhere than in the `old` layout."""
         unit, last = self.block_bytes, 0
-        ends = Extents(
-            [(old.size - 1, old.size), (self.size - 1, self.size)] if old.size != self.size else []
-        )
+        ends = Extents([(old.size - 1, old.size), (self.size - 1, self.size)] if old.size != self.size else [])
         for start, end in Extents([*same.gaps(0, self.size), *ends.overlap(0, self.size)]):
             start = max(last, start - start % unit)
             yield from split(start, last := max(start, min(-(-end // unit) * unit, self.size)), unit)
@@ -105,9 +103,7 @@ class BlockWriter:
     `done` is where the next block to be completed starts; `notify` is called after each one.
     """
 
-    def __init__(
-        self, fd: int, layout: Layout, checksum: Checksum, start: int, notify: Callable[[], None]
-    ) -> None:
+    def __init__(self, fd: int, layout: Layout, checksum: Checksum, start: int, notify: Callable[[], None]) -> None:
         self.done = start
         self.error: OSError | None = None
         self._fd, self._layout, self._checksum, self._notify = fd, layout, checksum, notify

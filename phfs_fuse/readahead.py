@@ -41,10 +41,7 @@ class ReadAhead:
     @property
     def windows(self) -> list[Extent]:
         """What the streams are about to read, or have just read and may ask for again."""
-        return [
-            (max(0, stream.next - REQUEST_BYTES_MIN), max(stream.ahead, stream.next))
-            for stream in self._streams
-        ]
+        return [(max(0, stream.next - REQUEST_BYTES_MIN), max(stream.ahead, stream.next)) for stream in self._streams]
 
     def note(self, start: int, end: int) -> list[Extent]:
         """Take note that [start, end) is read; the ranges that should be in the cache or on their way.
@@ -75,9 +72,7 @@ class ReadAhead:
     def _advance(self, stream: _Stream, first: int, last: int, start: int, end: int) -> list[Extent]:
         stream.next = end
         if end >= stream.grow_at and stream.window < self._window_max:
-            stream.window = min(
-                max(2 * stream.window, 2 * (end - start), self._block_bytes), self._window_max
-            )
+            stream.window = min(max(2 * stream.window, 2 * (end - start), self._block_bytes), self._window_max)
             stream.grow_at = end + stream.window // 4
         wanted = [(first, last)]
         if stream.ahead <= last:

@@ -47,9 +47,7 @@ def store() -> RangeStore:
         (SIZE + 5, SIZE + 9),
     ],
 )
-async def test_a_read_gives_the_bytes_up_to_the_size(
-    tmp_path: Path, store: RangeStore, start: int, end: int
-) -> None:
+async def test_a_read_gives_the_bytes_up_to_the_size(tmp_path: Path, store: RangeStore, start: int, end: int) -> None:
     async with running(store, tmp_path) as cache:
         version = store.open(cache)
         assert await version.read(start, end) == DATA[start:end]

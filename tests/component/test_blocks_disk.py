@@ -56,9 +56,7 @@ async def test_everything_is_private(tmp_path: Path, store: RangeStore) -> None:
     async with running(store, tmp_path / "cache") as cache:
         await read_all(cache, store)
     for path in [tmp_path / "cache", *(tmp_path / "cache").rglob("*")]:
-        assert path.stat().st_mode & 0o077 in (
-            (0,) if path.is_dir() or path.parent.name != "cache" else (0, 0o44)
-        )
+        assert path.stat().st_mode & 0o077 in ((0,) if path.is_dir() or path.parent.name != "cache" else (0, 0o44))
     assert len(files(tmp_path / "cache")) == 1
 
 
@@ -158,9 +156,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-async def test_damage_is_fetched_again(
-    tmp_path: Path, store: RangeStore, damage: Callable[[Path], object]
-) -> None:
+async def test_damage_is_fetched_again(tmp_path: Path, store: RangeStore, damage: Callable[[Path], object]) -> None:
     async with running(store, tmp_path) as cache:
         await read_all(cache, store)
     damage(files(tmp_path)[0])
@@ -387,9 +383,7 @@ async def test_the_order_of_use_outlives_the_process(tmp_path: Path, store: Rang
         assert store.asked
 
 
-async def test_an_open_version_bigger_than_the_cache_stays_within_it(
-    tmp_path: Path, store: RangeStore
-) -> None:
+async def test_an_open_version_bigger_than_the_cache_stays_within_it(tmp_path: Path, store: RangeStore) -> None:
     store.seed(KEY, data := content(24 * MIB))
     async with running(store, tmp_path, size_max=16 * MIB) as cache:
         kept = store.open(cache)
@@ -485,9 +479,7 @@ async def test_a_file_on_another_file_system_is_copied(
 
 
 @pytest.mark.parametrize("size", [SIZE, MIB])
-async def test_a_version_that_is_open_takes_what_it_lacks(
-    tmp_path: Path, store: RangeStore, size: int
-) -> None:
+async def test_a_version_that_is_open_takes_what_it_lacks(tmp_path: Path, store: RangeStore, size: int) -> None:
     data = content(size, seed=4)
     etag = store.seed(KEY, data)
     async with running(store, tmp_path / "cache") as cache:
@@ -568,18 +560,14 @@ async def test_blocks_that_the_base_lacks_are_fetched(tmp_path: Path, store: Ran
         kept.close()
         base = (KEY, store.objects[KEY].etag, SIZE)
         etag = store.seed(KEY, change.new)
-        cache.adopt(
-            KEY, etag, SIZE, staged(tmp_path, change.local), change.covered, base=base, base_bytes=SIZE
-        )
+        cache.adopt(KEY, etag, SIZE, staged(tmp_path, change.local), change.covered, base=base, base_bytes=SIZE)
         store.asked.clear()
         assert await read_all(cache, store) == change.new
     assert store.asked == [(2 * BLOCK, 6 * BLOCK), (7 * BLOCK, SIZE)]
 
 
 @pytest.mark.parametrize("trouble", ["open", "gone", "cut off", "source gone", "new version open"])
-async def test_a_base_that_cannot_be_used_costs_a_download(
-    tmp_path: Path, store: RangeStore, trouble: str
-) -> None:
+async def test_a_base_that_cannot_be_used_costs_a_download(tmp_path: Path, store: RangeStore, trouble: str) -> None:
     change = CHANGES["in the middle"]
     async with running(store, tmp_path / "cache") as cache:
         await read_all(cache, store)
@@ -658,9 +646,7 @@ async def test_a_read_under_the_old_name_goes_on_under_the_new_one(tmp_path: Pat
 
 
 @pytest.mark.parametrize("new_is_open", [True, False])
-async def test_a_new_name_that_has_blocks_already(
-    tmp_path: Path, store: RangeStore, new_is_open: bool
-) -> None:
+async def test_a_new_name_that_has_blocks_already(tmp_path: Path, store: RangeStore, new_is_open: bool) -> None:
     old, new = store.objects[KEY].etag, store.seed(OTHER, DATA)
     async with running(store, tmp_path) as cache:
         first, second = store.open(cache), store.open(cache, OTHER)

@@ -31,9 +31,7 @@ def changed(steps: list[tuple[str, int, int]]) -> tuple[Extents, bytearray]:
 def ranges(model: bytearray, value: int, start: int = 0, end: int = SPAN) -> list[tuple[int, int]]:
     """The longest runs of `value` within [start, end)."""
     edges = [
-        i
-        for i in range(start, end + 1)
-        if (i < end and model[i] == value) != (i > start and model[i - 1] == value)
+        i for i in range(start, end + 1) if (i < end and model[i] == value) != (i > start and model[i - 1] == value)
     ]
     return list(zip(edges[::2], edges[1::2], strict=True))
 

@@ -77,9 +77,7 @@ def test_a_small_window_stays_small() -> None:
 
 def test_reordered_reads_are_sequential() -> None:
     reads = sequential(0, 128 * MIB, BLOCK)
-    mixed = [
-        read for at in range(0, len(reads), 4) for read in random.Random(at).sample(reads[at : at + 4], 4)
-    ]
+    mixed = [read for at in range(0, len(reads), 4) for read in random.Random(at).sample(reads[at : at + 4], 4)]
     assert len(follow(make(), mixed)) <= len(follow(make(), reads)) * 2
 
 
