@@ -11,7 +11,7 @@ from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
 TYPES: Final = frozenset(
     (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
@@ -24,7 +24,8 @@ XATTR: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attrs:
-    """What is kept of a file beside its bytes. `mode` has the type; times in nanoseconds since the epoch."""
+    """What is kept of a file beside its bytes. `mode` has the type; times in nanoseconds since the epoch; `link` is
+    the target of a symbolic link that is kept here and not in the bytes (as geesefs does)."""
 
     mode: int
     uid: int
@@ -32,6 +33,7 @@ class Attrs:
     mtime_ns: int
     rdev: int = 0
     xattrs: Mapping[bytes, bytes] | None = None
+    link: bytes | None = None
 
 
 def _b64(raw: bytes) -> str:
@@ -49,6 +51,8 @@ def to_metadata(attrs: Attrs) -> dict[str, str]:
     found = {"mode": f"0{attrs.mode:o}", "uid": str(attrs.uid), "gid": str(attrs.gid), "mtime": mtime}
     if attrs.rdev:
         found["rdev"] = str(attrs.rdev)
+    if attrs.link is not None:
+        found[GEESEFS_TARGET] = quote(attrs.link)
     for name, value in (attrs.xattrs or {}).items():
         found[XATTR + name.hex()] = _b64(value)
     return found
@@ -103,7 +107,8 @@ def from_metadata(metadata: Mapping[str, str], modified_ns: int, default: Attrs)
         mode = default.mode
     elif not stat.S_IFMT(mode):
         mode |= stat.S_IFMT(default.mode)
-    if GEESEFS_TARGET in metadata:
+    link = metadata.get(GEESEFS_TARGET)
+    if link is not None and stat.S_ISREG(default.mode):
         mode = stat.S_IFLNK | 0o777
     if stat.S_ISDIR(mode) != stat.S_ISDIR(default.mode) or stat.S_IFMT(mode) not in TYPES:
         mode = default.mode  # a directory is what its key says
@@ -115,9 +120,5 @@ def from_metadata(metadata: Mapping[str, str], modified_ns: int, default: Attrs)
         mtime_ns=modified_ns if mtime_ns is None else mtime_ns,
         rdev=_parse_id(metadata.get("rdev"), 0),
         xattrs=_parse_xattrs(metadata),
+        link=unquote_to_bytes(link) if link is not None and stat.S_ISLNK(mode) else None,
     )
-
-
-def geesefs_target(metadata: Mapping[str, str]) -> bytes | None:
-    target = metadata.get(GEESEFS_TARGET)
-    return None if target is None else unquote_to_bytes(target)

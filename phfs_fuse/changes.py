@@ -242,6 +242,7 @@ class Changes:
                 mtime_ns=node.mtime_ns,
                 ctime_ns=node.ctime_ns,
                 xattrs=json.dumps({k.hex(): v.hex() for k, v in xattrs.items()}).encode() if xattrs else None,
+                link=node.link,
                 own_attrs=node.own_attrs,
                 base_key=base.key if base else None,
                 base_etag=base.etag if base else None,

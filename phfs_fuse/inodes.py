@@ -47,6 +47,7 @@ class Node:
         "gid",
         "ino",
         "kids",
+        "link",
         "lookups",
         "marker",
         "misses",
@@ -122,11 +123,13 @@ class Node:
             mtime_ns=self.mtime_ns,
             rdev=self.rdev,
             xattrs=self.xattrs,
+            link=self.link,
         )
 
     def set_attrs(self, attrs: Attrs) -> None:
         self.mode, self.uid, self.gid = attrs.mode, attrs.uid, attrs.gid
         self.mtime_ns, self.rdev, self.xattrs = attrs.mtime_ns, attrs.rdev, attrs.xattrs
+        self.link = attrs.link
 
     @property
     def busy(self) -> bool:

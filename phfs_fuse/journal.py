@@ -28,7 +28,7 @@ CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WIT
 CREATE TABLE IF NOT EXISTS present (
     ino INTEGER PRIMARY KEY, key TEXT NOT NULL, name BLOB NOT NULL, detached INTEGER NOT NULL,
     mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL, rdev INTEGER NOT NULL,
-    mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, xattrs BLOB, own_attrs INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, xattrs BLOB, link BLOB, own_attrs INTEGER NOT NULL,
     base_key TEXT, base_etag TEXT, base_size INTEGER, over TEXT,
     content INTEGER NOT NULL, attrs INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS layer (id INTEGER PRIMARY KEY, ino INTEGER NOT NULL, seen INTEGER NOT NULL);
@@ -55,6 +55,7 @@ class PresentRow:
     mtime_ns: int
     ctime_ns: int
     xattrs: bytes | None
+    link: bytes | None
     own_attrs: bool
     base_key: ObjectKey | None
     base_etag: ETag | None
@@ -182,11 +183,11 @@ class Journal:
 
     def put(self, row: PresentRow) -> None:
         self._db.execute(
-            "INSERT OR REPLACE INTO present VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            "INSERT OR REPLACE INTO present VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             (
                 row.ino, row.key, row.name, row.detached, row.mode, row.uid, row.gid, row.rdev, row.mtime_ns,
-                row.ctime_ns, row.xattrs, row.own_attrs, row.base_key, row.base_etag, row.base_size, row.over,
-                row.content, row.attrs,
+                row.ctime_ns, row.xattrs, row.link, row.own_attrs, row.base_key, row.base_etag, row.base_size,
+                row.over, row.content, row.attrs,
             ),
         )  # fmt: skip
 

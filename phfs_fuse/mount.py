@@ -123,8 +123,7 @@ class Mount:
 
     def recover(self) -> None:
         """Take up what an earlier process left. Says so."""
-        aside = self.config.writeback.directory / "saved"
-        recovery = Recovery(self.journal, self.area, self.inodes, aside, self.namespace.default_directory)
+        recovery = Recovery(self.journal, self.area, self.inodes, self.namespace.default_directory)
         found = recovery.nodes()
         self.changes.recover(found)
         for path in recovery.saved:

@@ -77,6 +77,7 @@ class Namespace:
             mtime_ns=found.mtime_ns,
             rdev=found.rdev,
             xattrs=found.xattrs,
+            link=found.link,
         )
 
     # ---- one name ----
@@ -228,7 +229,7 @@ class Namespace:
             attrs = Attrs(mode=stat.S_IFLNK | 0o777, uid=attrs.uid, gid=attrs.gid, mtime_ns=attrs.mtime_ns)
         node = self._inodes.new(attrs, ctime_ns=info.modified_ns)
         node.base = Base(info.key, info.etag, info.size)
-        node.size = info.size
+        node.size = info.size if attrs.link is None else len(attrs.link)
         node.checked_at = trio.current_time()
         self._inodes.attach(parent, name, node, segment)
         return node

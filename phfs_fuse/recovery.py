@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import stat
 import time
 from collections import defaultdict
@@ -31,19 +30,17 @@ def _attrs(row: PresentRow) -> Attrs:
         mtime_ns=row.mtime_ns,
         rdev=row.rdev,
         xattrs={bytes.fromhex(k): bytes.fromhex(v) for k, v in xattrs.items()} or None,
+        link=row.link,
     )
 
 
 class Recovery:
     """One pass over the journal, before the first request is served. `directory` makes an unknown folder."""
 
-    def __init__(
-        self, journal: Journal, area: StagingArea, inodes: Inodes, aside: Path, directory: Callable[[], Attrs]
-    ) -> None:
+    def __init__(self, journal: Journal, area: StagingArea, inodes: Inodes, directory: Callable[[], Attrs]) -> None:
         self._journal = journal
         self._area = area
         self._inodes = inodes
-        self._aside = aside
         self._directory = directory
         self._prefix = inodes.key(inodes.root)
         self.saved: list[Path] = []  # what could not be placed
@@ -110,7 +107,7 @@ class Recovery:
     def _content(self, node: Node, row: PresentRow, layers: list[Layer]) -> None:
         if row.base_key is not None and row.base_etag is not None and row.base_size is not None:
             node.base = Base(row.base_key, row.base_etag, row.base_size)
-            node.size = row.base_size
+            node.size = row.base_size if row.link is None else len(row.link)
         if layers:
             node.staged = Staged(layers)
             node.size = node.staged.size
@@ -135,12 +132,8 @@ class Recovery:
         return at, row.name
 
     def _save_aside(self, path: Path) -> None:
-        if not path.exists():
-            return
-        self._aside.mkdir(mode=0o700, parents=True, exist_ok=True)
-        target = self._aside / f"{time.strftime('%Y%m%dT%H%M%S')}-{path.name}"
-        shutil.move(path, target)
-        self.saved.append(target)
+        if (target := self._area.save_aside(path)) is not None:
+            self.saved.append(target)
 
     def gone(self) -> list[tuple[ObjectKey, str | None]]:
         return list(self._journal.gone())

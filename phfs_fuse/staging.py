@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -112,16 +113,16 @@ class Layer:
     def recover(self) -> None:
         """Read size and extents back after a restart; a torn record at the end is a write that was not answered."""
         self.size = os.fstat(self.fd).st_size
-        if not self.seen:
-            self._hold(0, self.size)
-            return
-        for start, end in _records(self._area.log_path(self.id)):
-            if end == _CLIP:
-                self.seen = min(self.seen, start)
-                self.extents.clip(start)
-            else:
-                self.extents.add(start, end)
-        self.extents.clip(self.size)
+        if self.seen:
+            for start, end in _records(self._area.log_path(self.id)):
+                if end == _CLIP:
+                    self.seen = min(self.seen, start)
+                    self.extents.clip(start)
+                else:
+                    self.extents.add(start, end)
+            self.extents.clip(self.size)
+        if not self.seen:  # from the start, or since it was truncated: nothing was logged from then on
+            self.extents = Extents([(0, self.size)])
         self._area.held_bytes += self.extents.total_bytes
 
 
@@ -203,6 +204,7 @@ class StagingArea:
 
     def __init__(self, directory: Path, *, first_id: int, files_max: int = 512) -> None:
         self._directory = directory
+        self._aside = directory.with_name("saved")
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._next = first_id
         self._files = _Files(files_max)
@@ -254,6 +256,18 @@ class StagingArea:
             self._close(path)
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
+
+    def save_aside(self, path: Path) -> Path | None:
+        """Keep a staging file that belongs to no file any more (with its log) where a person finds it."""
+        if not path.exists():
+            return None
+        self._aside.mkdir(mode=0o700, exist_ok=True)
+        target = self._aside / f"{time.strftime('%Y%m%dT%H%M%S')}-{path.name}"
+        for suffix in (".ext", ".data"):
+            self._close(path.with_suffix(suffix))
+            with contextlib.suppress(FileNotFoundError):
+                path.with_suffix(suffix).rename(target.with_suffix(suffix))
+        return target
 
     def release(self, layer: Layer) -> None:
         """Close the descriptors of a layer whose file is about to be taken over."""

@@ -594,6 +594,7 @@ class Version:
             self._detach()
             self._ino = -1
             self._attach()
+            self._shared.charge(self.name, 0)
         except OSError as exc:
             log.info("bytes of key=%s are not kept: %s", self.key, exc)
             self._shared.trash.append(path)

@@ -168,7 +168,7 @@ class Vfs:
         node = self._inodes.get(ino)
         if not node.is_symlink:
             raise InvalidArgument("readlink", self._inodes.path(node), "is no symbolic link")
-        return bytes(await self._read(node, 0, node.size))
+        return node.link if node.link is not None else bytes(await self._read(node, 0, node.size))
 
     async def unlink(self, parent_ino: int, name: bytes) -> None:
         self._writable()
@@ -383,7 +383,8 @@ class Vfs:
         return out
 
     async def write(self, fh: int, offset: int, data: bytes) -> int:
-        """Returns len(data); what was answered is found again after a crash of this process.
+        """Returns len(data); what was answered is found again after a crash of this process. Times do not move:
+        with its writeback cache the kernel keeps them, and sends them by setattr at the latest when it closes.
         Raises: NoSpace (dirty limit), OSError (ENOSPC, EDQUOT of the local disk)."""
         node = self._inodes.get(fh >> 1)
         if offset + len(data) > S3_OBJECT_BYTES_MAX:
@@ -397,7 +398,6 @@ class Vfs:
         layer = self._changes.stage(node)
         layer.write(offset, data)
         node.size = layer.size
-        node.mtime_ns = node.ctime_ns = time.time_ns()
         self._changes.written(node)
 
     async def flush(self, fh: int) -> None:

@@ -18,6 +18,7 @@ import random
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -260,7 +261,7 @@ class Writeback:
         dirty.attrs = dirty.content = False
         try:
             info = await self._uploader.store(snap)
-        except VersionChanged as exc:
+        except (VersionChanged, StaleVersion) as exc:
             self._failed(node, dirty, key, None)
             await self._lost_race(node, dirty, key, snap, exc)
         except (PhfsError, OSError) as exc:
@@ -400,11 +401,11 @@ class Writeback:
             all(found.key == key or found.key in self._changes.gone for found in page.objects) and not page.next_token
         )
 
-    async def _lost_race(
-        self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, exc: VersionChanged
-    ) -> None:
+    async def _lost_race(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, exc: PhfsError) -> None:
         """The store moved on under our bytes (or our own earlier try did reach it). Nothing is overwritten."""
         try:
+            if not await self._has_base(node, dirty, snap):
+                return
             found: ObjectInfo | None = await self._store.head(key)
         except NotFound:
             found = None
@@ -429,6 +430,54 @@ class Writeback:
             self._keep_both(node, dirty, key)
         self._changes.save(node)
         self._queue.hurry(node)
+
+    async def _has_base(self, node: Node, dirty: DirtyFile, snap: Snapshot) -> bool:
+        """Whether what `node` takes from the stored version can be had. If not, its changes end here: they are
+        dropped (attributes of a version that is no more) or saved aside. Raises: PhfsError."""
+        base = snap.base
+        if base is None or (snap.layer is not None and not snap.layer.gaps()):
+            return True
+        with suppress(NotFound):
+            if (await self._store.head(base.key)).etag == base.etag:
+                return True
+        if node.detached or node.dirty is not dirty:
+            return False
+        if snap.layer is None and self._inodes.key(node) == base.key:
+            log.warning("attributes of key=%s are dropped: somebody else has stored a new version", base.key)
+            self._forget_changes(node)
+            return False
+        try:
+            await self._copy_base(node)  # the block cache may have all of it
+            return True
+        except StaleVersion as exc:
+            if node.opens and not self._queue.draining:
+                self._retry(node, dirty, exc)
+            else:
+                self._save_aside(node, exc)
+        except OSError as exc:
+            self._retry(node, dirty, _local(base.key, exc))
+        return False
+
+    def _forget_changes(self, node: Node) -> None:
+        """Show what the store has instead of `node`."""
+        if node.parent is not None:
+            node.parent.complete_at = -math.inf
+        self._inodes.detach(node)
+        self._changes.abandon(node)
+
+    def _save_aside(self, node: Node, exc: PhfsError) -> None:
+        path = self._inodes.path(node)
+        layers = node.staged.layers if node.staged else []
+        saved = [target for layer in layers if (target := self._area.save_aside(layer.path)) is not None]
+        self.conflicts += 1
+        self._journal.put_conflict(path, " ".join(map(str, saved)) or "lost")
+        log.error(
+            "%s cannot be stored: somebody else has replaced the version it was made from (%s); changes are in %s",
+            path,
+            exc,
+            ", ".join(map(str, saved)) or "no file, there were none to its bytes",
+        )
+        self._forget_changes(node)
 
     def _retry(self, node: Node, dirty: DirtyFile, exc: PhfsError) -> None:
         dirty.error = exc
@@ -474,7 +523,8 @@ class Writeback:
         try:
             for attempt in range(1, 100):
                 try:
-                    await self._copy_base(node)
+                    if self._changes.is_tracked(node) and not (node.dirty and node.dirty.uploading):
+                        await self._copy_base(node)
                     return
                 except StaleVersion as exc:
                     log.warning("bytes of ino=%d are lost, somebody else has replaced them: %s", node.ino, exc)
@@ -487,8 +537,6 @@ class Writeback:
             self._materialising.discard(node)
 
     async def _copy_base(self, node: Node) -> None:
-        if not self._changes.is_tracked(node) or (node.dirty is not None and node.dirty.uploading):
-            return
         if node.staged is None:
             self._changes.stage(node)
         staged = node.staged

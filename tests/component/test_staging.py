@@ -114,6 +114,7 @@ def row(ino: int, key: str) -> PresentRow:
         mtime_ns=5,
         ctime_ns=6,
         xattrs=None,
+        link=b"t",
         own_attrs=False,
         base_key=ObjectKey(key),
         base_etag=ETag("e"),

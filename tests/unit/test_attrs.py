@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phfs_fuse.attrs import Attrs, from_metadata, geesefs_target, parse_mode, parse_seconds, to_metadata
+from phfs_fuse.attrs import Attrs, from_metadata, parse_mode, parse_seconds, to_metadata
 
 FILE = Attrs(mode=0o100644, uid=1, gid=2, mtime_ns=7)
 FOLDER = Attrs(mode=0o040755, uid=1, gid=2, mtime_ns=7)
@@ -90,6 +90,9 @@ def test_a_directory_is_what_its_key_says() -> None:
 
 
 def test_geesefs_symlink() -> None:
-    assert geesefs_target({"--symlink-target": "a%20b"}) == b"a b"
-    assert stat.S_ISLNK(from_metadata({"--symlink-target": "x"}, 5, FILE).mode)
-    assert geesefs_target({}) is None
+    found = from_metadata({"--symlink-target": "a%20b"}, 5, FILE)
+    assert found.link == b"a b"
+    assert stat.S_ISLNK(found.mode)
+    assert from_metadata(to_metadata(found), 5, FILE) == found
+    assert from_metadata({"--symlink-target": "x"}, 5, FOLDER).link is None
+    assert from_metadata({}, 5, FILE).link is None
