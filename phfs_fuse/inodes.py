@@ -112,7 +112,9 @@ class Node:
     def nlink(self) -> int:
         if self.detached:
             return 0
-        return 2 + self.subdirs if self.is_dir else 1
+        if not self.is_dir or self.complete_at == NEVER:  # 1 for a directory says: not counted
+            return 1
+        return 2 + self.subdirs
 
     @property
     def attrs(self) -> Attrs:

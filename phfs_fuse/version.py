@@ -96,7 +96,11 @@ class Shared:
     def charge(self, name: str, bytes_more: int) -> None:
         """A file of the cache grew."""
         if (entry := self.directory.entries.get(name)) is not None:
-            self.directory.resize(entry, entry.bytes + bytes_more)
+            self.resize(entry, entry.bytes + bytes_more)
+
+    def resize(self, entry: Entry, size: int) -> None:
+        """A file of the cache takes `size` bytes of disk now."""
+        self.directory.resize(entry, size)
         if self.directory.used_bytes > self.config.size_max:
             self.work.set()
 
@@ -435,12 +439,12 @@ class Version:
             os.ftruncate(self._fd, 0)
             os.ftruncate(self._fd, self._layout.file_bytes)
             self._set_content(Extents(), Extents())
-            directory.resize(entry, TRAILER_BYTES)
+            self._shared.resize(entry, TRAILER_BYTES)
         elif status.st_ino == entry.whole_ino:
             self._set_content(Extents([(0, self.size)]), Extents())
         elif status.st_ino != self._ino:
             self._set_content(Extents(), Extents([(0, self.size)]))
-            directory.resize(entry, status.st_blocks * SECTOR_BYTES)
+            self._shared.resize(entry, status.st_blocks * SECTOR_BYTES)
         self._ino = status.st_ino
         entry.whole_ino = 0  # until it is closed
 
@@ -490,7 +494,7 @@ class Version:
             return
         status = os.fstat(self._fd)
         if status.st_nlink:
-            self._shared.directory.resize(entry, status.st_blocks * SECTOR_BYTES)
+            self._shared.resize(entry, status.st_blocks * SECTOR_BYTES)
             with suppress(OSError):
                 os.utime(self._fd)
         else:
@@ -594,7 +598,6 @@ class Version:
             self._detach()
             self._ino = -1
             self._attach()
-            self._shared.charge(self.name, 0)
         except OSError as exc:
             log.info("bytes of key=%s are not kept: %s", self.key, exc)
             self._shared.trash.append(path)

@@ -305,10 +305,12 @@ class Vfs:
     # ---- open files ----
 
     def open(self, ino: int, flags: int) -> Fh:
-        """Raises: ReadOnly, IsADirectory, OSError (O_TRUNC needs the local disk)."""
+        """Raises: ReadOnly, IsADirectory, StaleVersion, OSError (O_TRUNC needs the local disk)."""
         node = self._inodes.get(ino)
         if node.is_dir:
             raise IsADirectory("open", self._inodes.path(node))
+        if node.detached and not node.opens:  # the kernel looks the name up again
+            raise StaleVersion("open", self._inodes.path(node))
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if writable or flags & os.O_TRUNC:
             self._writable()

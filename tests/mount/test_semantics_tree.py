@@ -177,6 +177,7 @@ def test_link_counts(place: Place, mnt: Path) -> None:
     for name in ("a", "b", "a/c"):
         (mnt / name).mkdir()
     for _ in range(2):
+        list(os.walk(mnt))  # the subdirectories of one that was not listed are not counted, its link count is 1
         assert mnt.stat().st_nlink == 4
         assert (mnt / "a").stat().st_nlink == 3
         assert (mnt / "f").stat().st_nlink == 1
