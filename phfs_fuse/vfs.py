@@ -305,7 +305,8 @@ class Vfs:
     # ---- open files ----
 
     def open(self, ino: int, flags: int) -> Fh:
-        """Raises: ReadOnly, IsADirectory, StaleVersion, OSError (O_TRUNC needs the local disk)."""
+        """Raises: ReadOnly, IsADirectory, StaleVersion, OSError (O_TRUNC needs the local disk). The times that O_TRUNC
+        moves are the kernel's, as with `write`."""
         node = self._inodes.get(ino)
         if node.is_dir:
             raise IsADirectory("open", self._inodes.path(node))
@@ -317,7 +318,6 @@ class Vfs:
         if flags & os.O_TRUNC and node.size:
             self._changes.stage(node).truncate(0)
             node.size = 0
-            node.mtime_ns = node.ctime_ns = time.time_ns()
             self._changes.written(node)
         node.opens += 1
         self.open_files += 1

@@ -182,6 +182,7 @@ def test_link_counts(place: Place, mnt: Path) -> None:
         assert (mnt / "a").stat().st_nlink == 3
         assert (mnt / "f").stat().st_nlink == 1
         place.remount()
+    list(os.walk(mnt))
     (mnt / "a/c").rename(mnt / "c")
     assert (mnt.stat().st_nlink, (mnt / "a").stat().st_nlink) == (5, 2)
     (mnt / "c").rename(mnt / "b")
