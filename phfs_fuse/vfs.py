@@ -305,8 +305,8 @@ class Vfs:
     # ---- open files ----
 
     def open(self, ino: int, flags: int) -> Fh:
-        """Raises: ReadOnly, IsADirectory, StaleVersion, OSError (O_TRUNC needs the local disk). The times that O_TRUNC
-        moves are the kernel's, as with `write`."""
+        """The times that O_TRUNC moves are the kernel's, as with `write`.
+        Raises: ReadOnly, IsADirectory, StaleVersion, OSError (O_TRUNC needs the local disk)."""
         node = self._inodes.get(ino)
         if node.is_dir:
             raise IsADirectory("open", self._inodes.path(node))
