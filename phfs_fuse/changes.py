@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import trio
 
@@ -18,15 +19,20 @@ from phfs_fuse.dirty import DirtyFile, Event, State
 from phfs_fuse.errors import IllegalName
 from phfs_fuse.gone import Gone, GoneKeys
 from phfs_fuse.inodes import Inodes, Node
-from phfs_fuse.journal import Journal, LayerRow, PresentRow
+from phfs_fuse.journal import Act, Journal, LayerRow, PresentRow
+from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.staging import Layer, Staged, StagingArea
 from phfs_fuse.types import ETag, Ino, ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue
 
 
 class Changes:
-    def __init__(self, *, inodes: Inodes, journal: Journal, area: StagingArea, queue: UploadQueue) -> None:
+    def __init__(
+        self, *, inodes: Inodes, journal: Journal, area: StagingArea, queue: UploadQueue, kernel: KernelState
+    ) -> None:
         self._inodes = inodes
+        self._kernel = kernel
+        inodes.on_changed = self._moved
         self._journal = journal
         self._area = area
         self._queue = queue
@@ -179,6 +185,14 @@ class Changes:
             self.save(node)
         self._changed(node, dirty)
 
+    def _moved(self, node: Node) -> None:
+        self._journal.after(partial(self._kernel.changed, node))
+
+    def did(self, act: Act | None, node: Node) -> None:
+        """`act` is done with this transaction."""
+        if act is not None:
+            self._journal.put_act(act, node.ino, self._seq)
+
     def batch(self) -> AbstractContextManager[None]:
         """One transaction of the journal for several changes; a context manager, not to be held over an await."""
         return self._journal.batch()
@@ -257,6 +271,7 @@ class Changes:
         """Nothing of `node` waits any more."""
         node.dirty = None
         self._dirty.pop(node.ino, None)
+        self._kernel.changed(node)  # before the row goes, so that one of both says what it is
         self._journal.drop(node.ino)
         self.announce(node)
         self._inodes.drop_unused(node)

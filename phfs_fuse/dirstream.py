@@ -1,7 +1,8 @@
-"""One open directory: its names in a fixed order, page by page. Owns the position of one reader.
+"""One open directory: its names in the order of their keys, page by page. Owns the position of one reader.
 
-First come the names that exist only here, then the pages of the store. A window of about one page is held; reading
-again from an earlier offset starts the listing over.
+The names that exist only here are merged into the pages of the store. A window of about one page is held; reading
+again from an earlier offset starts the listing over. The order is fixed, so that a reader can go on after a restart
+behind the last name it was given.
 """
 
 from __future__ import annotations
@@ -15,37 +16,52 @@ from phfs_fuse.inodes import Node
 from phfs_fuse.namespace import Namespace
 
 
+def sort_key(node: Node) -> bytes:
+    """Where `node` stands in its directory: the order of a store's listing."""
+    return (node.segment + "/" * node.is_dir).encode("utf-8", "surrogatepass")
+
+
 class DirStream:
-    def __init__(self, namespace: Namespace, node: Node) -> None:
+    """`cookie` and `after` are where an earlier process was: the last cookie that it gave, and for which name."""
+
+    def __init__(self, namespace: Namespace, node: Node, cookie: int = 0, after: bytes = b"") -> None:
         self._namespace = namespace
         self._node = node
         self._lock = trio.Lock()
-        self._rewind()
+        self._start(cookie, after)
 
-    def _rewind(self) -> None:
+    def _start(self, cookie: int, after: bytes) -> None:
         self._window: deque[tuple[int, Node]] = deque()
-        self._cookie = 0
-        self._pages = self._all()
+        self._cookie = cookie
+        self._pages = self._behind(after)
+
+    async def _behind(self, after: bytes) -> AsyncIterator[list[Node]]:
+        async for page in self._all():
+            yield [node for node in page if sort_key(node) > after] if after else page
 
     async def _all(self) -> AsyncIterator[list[Node]]:
-        """Every child once."""
+        """Every child once, in order."""
         if (known := self._namespace.complete_listing(self._node)) is not None:
-            yield known
+            yield sorted(known, key=sort_key)
             return
-        local = self._namespace.local_only(self._node)
+        local = deque(sorted(self._namespace.local_only(self._node), key=sort_key))
         shown = set(local)
-        yield local
         async for page in self._namespace.pages(self._node):
-            yield [node for node in page if node not in shown]
+            stored = sorted((node for node in page if node not in shown), key=sort_key)
+            before = []
+            while local and stored and sort_key(local[0]) < sort_key(stored[-1]):
+                before.append(local.popleft())
+            yield sorted(before + stored, key=sort_key) if before else stored
+        yield list(local)
 
     async def read(self, offset: int) -> list[tuple[int, Node]]:
         """Some entries after `offset` (a cookie that came with an entry, 0: from the start), each with its own
         cookie; empty at the end. Raises: PhfsError."""
         async with self._lock:
             first = self._window[0][0] if self._window else self._cookie + 1
-            if offset == 0 or offset + 1 < first:
+            if (offset == 0 and self._cookie) or offset + 1 < first:
                 await self.aclose()
-                self._rewind()
+                self._start(0, b"")
             while True:
                 while self._window and self._window[0][0] <= offset:
                     self._window.popleft()

@@ -7,7 +7,7 @@ a version that somebody else has replaced in the store) lives on until the kerne
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,7 @@ class Node:
         "mode",
         "mtime_ns",
         "name",
+        "noted",
         "opens",
         "own_attrs",
         "parent",
@@ -80,6 +81,7 @@ class Node:
         self.atime_ns = attrs.mtime_ns
         self.base: Base | None = None  # None: the store has no bytes of it
         self.lookups = 0  # references that the kernel holds
+        self.noted = False  # kernel state on disk has it as it is
         self.opens = 0  # open files and directory streams
         self.writers = 0  # of these, open for writing
         self.checked_at = NEVER  # when the store last said that this is what the name means
@@ -146,6 +148,7 @@ class Inodes:
         self._prefix = prefix
         self._next = first_ino
         self._nodes: dict[int, Node] = {}
+        self.on_changed: Callable[[Node], None] | None = None  # a node got another name, or lost it
         self.root = Node(ROOT_INO, root_attrs, ctime_ns=now_ns)
         self.root.lookups = 1  # never forgotten
         self._nodes[ROOT_INO] = self.root
@@ -163,6 +166,12 @@ class Inodes:
             return self._nodes[ino]
         except KeyError:
             raise StaleVersion("inode", str(ino), "is not known") from None
+
+    def find(self, ino: int) -> Node | None:
+        return self._nodes.get(ino)
+
+    def all(self) -> Iterator[Node]:
+        return iter(self._nodes.values())
 
     def new(self, attrs: Attrs, *, ctime_ns: int, ino: Ino | None = None) -> Node:
         """A node with the next number (or its number from the journal), not yet in the tree."""
@@ -194,7 +203,12 @@ class Inodes:
         node.detached = True
         if node.is_dir:
             parent.subdirs -= 1
+        self._changed(node)
         self.drop_unused(node)
+
+    def _changed(self, node: Node) -> None:
+        if node.noted and self.on_changed is not None:
+            self.on_changed(node)
 
     def move(self, node: Node, parent: Node, name: bytes) -> None:
         """Give a node in the tree another name, which must be free."""
@@ -205,6 +219,7 @@ class Inodes:
         if node.is_dir:
             old.subdirs -= 1
         self.attach(parent, name, node)
+        self._changed(node)
 
     def key(self, node: Node) -> ObjectKey:
         """The key that the node's name stands for; a directory's ends in "/". Raises: NameTooLong."""

@@ -4,7 +4,8 @@ A commit is in the kernel's page cache before the call returns, so it survives t
 synced to the disk at checkpoints (`checkpoint`, called off the event loop), so after a power cut the newest
 commits may be missing, but never half a commit. Rows: `present` (a file, symlink or directory marker that the
 store lacks in this form), `layer` (its staging files, bottom first), `gone` (a key that has to be deleted),
-`upload` (multipart uploads under way, so that only our own are ever aborted), `meta`.
+`upload` (multipart uploads under way, so that only our own are ever aborted), `act` (the last change of names by
+each thread, since the kernel may ask again for one that was done and not answered), `conflict`, `meta`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ CREATE TABLE IF NOT EXISTS layer (id INTEGER PRIMARY KEY, ino INTEGER NOT NULL, 
 CREATE INDEX IF NOT EXISTS layer_ino ON layer (ino, id);
 CREATE TABLE IF NOT EXISTS gone (key TEXT PRIMARY KEY, etag TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS upload (upload_id TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS act (
+    pid INTEGER PRIMARY KEY, op TEXT NOT NULL, parent INTEGER NOT NULL, name BLOB NOT NULL,
+    to_parent INTEGER NOT NULL, to_name BLOB NOT NULL, ino INTEGER NOT NULL, seq INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS conflict (path TEXT PRIMARY KEY, kept_as TEXT NOT NULL, at_ns INTEGER NOT NULL)
     WITHOUT ROWID;
 """
@@ -74,6 +78,18 @@ class LayerRow:
     seen: int
 
 
+@dataclass(frozen=True, slots=True)
+class Act:
+    """A change of names that the thread `pid` asks for; numbers and names as the kernel gave them."""
+
+    pid: int
+    op: str
+    parent: int
+    name: bytes
+    to_parent: int = 0
+    to_name: bytes = b""
+
+
 class Journal:
     """The open journal of one volume. Every call is one transaction, unless made inside `batch()`."""
 
@@ -83,6 +99,7 @@ class Journal:
         self.path = directory / "journal.db"
         self.saved_aside: Path | None = None
         self._depth = 0
+        self._after: list[Callable[[], None]] = []
         fresh = not self.path.exists()
         try:
             self._db = self._open(volume)
@@ -159,11 +176,22 @@ class Journal:
         except BaseException:
             self._depth -= 1
             if self._depth == 0:
+                self._after.clear()
                 self._db.execute("ROLLBACK")
             raise
         self._depth -= 1
         if self._depth == 0:
             self._db.execute("COMMIT")
+            after, self._after = self._after, []
+            for call in after:
+                call()
+
+    def after(self, call: Callable[[], None]) -> None:
+        """Call it once the transaction under way is done; now, if there is none."""
+        if self._depth:
+            self._after.append(call)
+        else:
+            call()
 
     def checkpoint(self) -> None:
         """Bring the log into the database file and sync it. Blocks; call it on a thread of its own."""
@@ -209,6 +237,22 @@ class Journal:
 
     def drop_gone(self, keys: Iterable[ObjectKey]) -> None:
         self._db.executemany("DELETE FROM gone WHERE key=?", ((key,) for key in keys))
+
+    # what was asked for last
+
+    def put_act(self, act: Act, ino: Ino, seq: int) -> None:
+        """`act` is done, `ino` is the file that it made, moved or removed."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO act VALUES (?,?,?,?,?,?,?,?)",
+            (act.pid, act.op, act.parent, act.name, act.to_parent, act.to_name, ino, seq),
+        )
+
+    def acts(self) -> list[tuple[Act, Ino, int]]:
+        rows = self._db.execute("SELECT * FROM act ORDER BY seq")
+        return [(Act(*fields), ino, seq) for *fields, ino, seq in rows]
+
+    def drop_acts(self) -> None:
+        self._db.execute("DELETE FROM act")
 
     # multipart uploads, conflicts, numbers
 

@@ -36,15 +36,16 @@ from phfs_fuse.errors import (
     NotFound,
     PhfsError,
     StartupError,
-    StoreUnavailable,
     store_startup_error,
 )
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
+from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.localstate import StateLock
 from phfs_fuse.namespace import Namespace
 from phfs_fuse.ops import operations
 from phfs_fuse.recovery import Recovery
+from phfs_fuse.resume import restore
 from phfs_fuse.session import KeeperLink, Session
 from phfs_fuse.settings import load_config
 from phfs_fuse.staging import StagingArea
@@ -59,6 +60,7 @@ log = logging.getLogger(__name__)
 KERNEL_FLUSH_SECONDS: Final = 2.0  # how long the kernel may keep bytes of open files to itself (its default: 30)
 CHECKPOINT_SECONDS: Final = 5.0
 CHECKPOINT_BYTES: Final = 4 << 20
+RESEND_SECONDS: Final = 5.0  # until when a request may be one that the process before had done
 BUSY_SECONDS: Final = 5.0  # for programs to let go of a mount that is asked to end
 EPOCH_INODES: Final = 1 << 28  # numbers of one process: none is given out twice over restarts
 
@@ -87,8 +89,11 @@ class Mount:
             now_ns=time.time_ns(),
             first_ino=epoch * EPOCH_INODES + 2,
         )
+        self.kernel = KernelState(directory / "kernel.log", self.inodes)
         queue = UploadQueue(config.writeback)
-        self.changes = Changes(inodes=self.inodes, journal=self.journal, area=self.area, queue=queue)
+        self.changes = Changes(
+            inodes=self.inodes, journal=self.journal, area=self.area, queue=queue, kernel=self.kernel
+        )
         self.writeback = Writeback(
             store=store,
             inodes=self.inodes,
@@ -106,6 +111,7 @@ class Mount:
             blocks=self.blocks,
             changes=self.changes,
             writeback=self.writeback,
+            kernel=self.kernel,
             config=config.tree,
             write_through=config.writeback.write_through,
         )
@@ -121,11 +127,22 @@ class Mount:
         except PhfsError as exc:
             raise store_startup_error(exc, config.url) from exc
 
+    def resume(self) -> None:
+        """Put the tree back as the kernel knows it, before `recover`."""
+        known, done = self.kernel.load(), self.journal.acts()
+        restore(self.inodes, known, done)
+        self.vfs.resume(known.positions, {act.pid: (act, ino) for act, ino, _ in done})
+
     def recover(self) -> None:
         """Take up what an earlier process left. Says so."""
         recovery = Recovery(self.journal, self.area, self.inodes, self.namespace.default_directory)
         found = recovery.nodes()
         self.changes.recover(found)
+        for node in self.inodes.all():
+            if node.detached and node.opens and not node.is_dir:
+                self.changes.track(node)
+        self.journal.drop_acts()
+        self.kernel.begin()
         for path in recovery.saved:
             log.error("bytes that no file could be found for are saved as %s", path)
         pending = self.writeback.pending()
@@ -133,6 +150,7 @@ class Mount:
             log.info("found from before: files=%d deletes=%d bytes=%d", pending.files, pending.deletes, pending.bytes)
 
     def close(self) -> None:
+        self.kernel.close()
         self.blocks.close()
         self.area.close()
         self.journal.close()
@@ -241,6 +259,8 @@ class Worker:
         await self._session.established.wait()
         await self._link.ready()
         await self._mount.writeback.abort_stale_uploads()
+        await trio.sleep(RESEND_SECONDS)
+        self._mount.vfs.end_resume()
 
     def _on_drain(self, now: bool) -> None:
         assert self._nursery is not None
@@ -298,6 +318,8 @@ class Worker:
             await trio.sleep(CHECKPOINT_SECONDS)
             if self._mount.journal.log_bytes > CHECKPOINT_BYTES:
                 await trio.to_thread.run_sync(self._mount.journal.checkpoint)
+            if self._mount.kernel.wants_compaction:
+                await self._mount.kernel.compact()
 
 
 @asynccontextmanager
@@ -316,12 +338,10 @@ async def _opened(config: MountConfig) -> AsyncIterator[Mount]:
 
 async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None:
     async with _opened(config) as mount:
-        try:
+        if resume:  # without asking the store: the kernel's requests wait
+            mount.resume()
+        else:
             await mount.check()
-        except StartupError as exc:
-            if not (resume and isinstance(exc.__cause__, StoreUnavailable)):
-                raise
-            log.warning("resuming without the store: %s", exc)
         mount.recover()
         fd = await link.receive_descriptor()
         session = Session(operations(mount.vfs, config.tree), fd, resume=resume)

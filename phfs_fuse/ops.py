@@ -18,6 +18,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 from phfs_fuse.config import TreeConfig
 from phfs_fuse.errors import NotFound, PhfsError
 from phfs_fuse.inodes import Node
+from phfs_fuse.journal import Act
 from phfs_fuse.vfs import Change, Vfs
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Operations(pyfuse3.Operations):
 
     def _counted(self, node: Node) -> EntryAttributes:
         """The entry for an answer that hands out a reference to the node."""
-        node.lookups += 1
+        self._vfs.told(node)
         return self._entry(node)
 
     @_answers
@@ -110,8 +111,7 @@ class Operations(pyfuse3.Operations):
         return self._counted(node)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        for ino, count in inode_list:
-            self._vfs.forget(ino, count)
+        self._vfs.forget(inode_list)
 
     @_answers
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -140,23 +140,26 @@ class Operations(pyfuse3.Operations):
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._counted(await self._vfs.mknod(parent_inode, name, mode, rdev, ctx.uid, ctx.gid))
+        act = Act(ctx.pid, "mknod", parent_inode, name)
+        return self._counted(await self._vfs.mknod(parent_inode, name, mode, rdev, ctx.uid, ctx.gid, act=act))
 
     @_answers
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        return self._counted(await self._vfs.mkdir(parent_inode, name, mode, ctx.uid, ctx.gid))
+        act = Act(ctx.pid, "mkdir", parent_inode, name)
+        return self._counted(await self._vfs.mkdir(parent_inode, name, mode, ctx.uid, ctx.gid, act=act))
 
     @_answers
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self._vfs.unlink(parent_inode, name)
+        await self._vfs.unlink(parent_inode, name, act=Act(ctx.pid, "unlink", parent_inode, name))
 
     @_answers
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self._vfs.rmdir(parent_inode, name)
+        await self._vfs.rmdir(parent_inode, name, act=Act(ctx.pid, "rmdir", parent_inode, name))
 
     @_answers
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
-        return self._counted(await self._vfs.symlink(parent_inode, name, target, ctx.uid, ctx.gid))
+        act = Act(ctx.pid, "symlink", parent_inode, name)
+        return self._counted(await self._vfs.symlink(parent_inode, name, target, ctx.uid, ctx.gid, act=act))
 
     @_answers
     async def rename(
@@ -168,7 +171,8 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
-        await self._vfs.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+        act = Act(ctx.pid, "rename", parent_inode_old, name_old, parent_inode_new, name_new)
+        await self._vfs.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags, act=act)
 
     @_answers
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -183,7 +187,8 @@ class Operations(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        node, fh = await self._vfs.create(parent_inode, name, mode, flags, ctx.uid, ctx.gid)
+        act = Act(ctx.pid, "create", parent_inode, name)
+        node, fh = await self._vfs.create(parent_inode, name, mode, flags, ctx.uid, ctx.gid, act=act)
         return FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=True), self._counted(node)
 
     @_answers
@@ -212,11 +217,14 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        for cookie, node in await self._vfs.readdir(fh, start_id):
+        found = await self._vfs.readdir(fh, start_id)
+        fitting = 0
+        for cookie, node in found:
             name = pyfuse3.FileNameT(node.name)
             if not pyfuse3.readdir_reply(token, name, self._entry(node), cookie):
-                return
-            node.lookups += 1
+                break
+            fitting += 1
+        self._vfs.told_page(fh, found[:fitting])
 
     @_answers
     async def fsyncdir(self, fh: int, datasync: bool) -> None:

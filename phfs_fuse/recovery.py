@@ -55,9 +55,8 @@ class Recovery:
         found = []
         for row in self._journal.present():
             rows = layers.pop(row.ino, [])
-            if row.detached:  # nobody has it open any more
-                self._drop(row, rows)
-            elif (node := self._place(row, rows)) is not None:
+            place = self._open_still if row.detached else self._place
+            if (node := place(row, rows)) is not None:
                 found.append((node, row))
         for rows in layers.values():
             for layer in rows:
@@ -68,6 +67,19 @@ class Recovery:
             else:
                 path.unlink()
         return found
+
+    def _open_still(self, row: PresentRow, rows: list[LayerRow]) -> Node | None:
+        """An unlinked file goes on if it is open (after a resume); else nobody can read it again."""
+        node = self._inodes.find(row.ino)
+        if node is None or not node.opens:
+            self._drop(row, rows)
+            return None
+        node.set_attrs(_attrs(row))
+        self._content(node, row, self._layers(rows))
+        return node
+
+    def _layers(self, rows: list[LayerRow]) -> list[Layer]:
+        return [self._area.reopen(layer.id, layer.seen) for layer in rows]
 
     def _drop(self, row: PresentRow, layers: list[LayerRow]) -> None:
         for layer in layers:
@@ -82,7 +94,7 @@ class Recovery:
             node.own_attrs = row.own_attrs
             return node
         try:
-            layers = [self._area.reopen(layer.id, layer.seen) for layer in rows]
+            layers = self._layers(rows)
             parent, name = self._parent(row)
         except (OSError, IllegalName, ValueError) as exc:
             log.error("dirty file key=%s cannot be placed, its bytes are saved aside: %s", row.key, exc)
@@ -90,19 +102,31 @@ class Recovery:
                 self._save_aside(self._area.path(layer.id))
             self._journal.drop(row.ino)
             return None
-        assert parent.kids is not None
-        if name in parent.kids:  # a folder that another row needed was made without its attributes
-            node = parent.kids[name]
-            if not (node.is_dir and stat.S_ISDIR(row.mode)):
-                raise AssertionError(f"two rows for {row.key}")
-            self._journal.drop(row.ino)
-        else:
-            node = self._inodes.new(_attrs(row), ctime_ns=row.ctime_ns, ino=row.ino)
-            self._inodes.attach(parent, name, node, self._segment(row))
+        node = self._node(row, parent, name)
         node.set_attrs(_attrs(row))
         node.own_attrs = row.own_attrs
         self._content(node, row, layers)
         return node
+
+    def _node(self, row: PresentRow, parent: Node, name: bytes) -> Node:
+        """The node of `row`, at its place in the tree: a known one, or a new one."""
+        assert parent.kids is not None
+        there = parent.kids.get(name)
+        known = self._inodes.find(row.ino)
+        if there is not None and there is not known:
+            if known is None and there.is_dir and stat.S_ISDIR(row.mode):
+                self._journal.drop(row.ino)  # a folder that another row needed was made without its attributes
+                return there
+            self._inodes.detach(there)  # clean, and replaced
+            there = None
+        if known is None:
+            known = self._inodes.new(_attrs(row), ctime_ns=row.ctime_ns, ino=row.ino)
+        if there is None:
+            if known.parent is not None and not known.detached:
+                self._inodes.move(known, parent, name)
+            else:
+                self._inodes.attach(parent, name, known, self._segment(row))
+        return known
 
     def _content(self, node: Node, row: PresentRow, layers: list[Layer]) -> None:
         if row.base_key is not None and row.base_etag is not None and row.base_size is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import trio
@@ -19,7 +20,7 @@ from phfs_fuse.attrs import Attrs
 from phfs_fuse.blocks import BlockCache, Version
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import PosixAttrs, TreeConfig
-from phfs_fuse.dirstream import DirStream
+from phfs_fuse.dirstream import DirStream, sort_key
 from phfs_fuse.errors import (
     Exists,
     InvalidArgument,
@@ -36,10 +37,14 @@ from phfs_fuse.errors import (
     TooLarge,
 )
 from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.journal import Act
+from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.namespace import Namespace
 from phfs_fuse.types import S3_OBJECT_BYTES_MAX, Fh, Ino
 from phfs_fuse.writeback import Writeback
 
+STREAM_BITS = 20  # of the handle of a directory stream: which one of its directory
+STREAM_MASK = (1 << STREAM_BITS) - 1
 RENAME_NOREPLACE = 1  # Source: renameat2(2)
 XATTR_BYTES_MAX = 2048  # Source: S3 user guide, user metadata is limited to 2 KB
 
@@ -66,6 +71,7 @@ class Vfs:
         blocks: BlockCache,
         changes: Changes,
         writeback: Writeback,
+        kernel: KernelState,
         config: TreeConfig,
         write_through: bool,
     ) -> None:
@@ -74,14 +80,47 @@ class Vfs:
         self._blocks = blocks
         self._changes = changes
         self._writeback = writeback
+        self._kernel = kernel
         self._config = config
         self._write_through = write_through
         self._streams: dict[int, DirStream] = {}
         self._stream_no = 0
+        self._positions: dict[int, tuple[int, bytes]] = {}  # of streams that the process before had open
+        self._acts: dict[int, tuple[Act, Ino]] = {}  # what it did last and maybe did not answer
         self.open_files = 0
         self.open_writers = 0
 
+    def resume(self, positions: dict[int, tuple[int, bytes]], acts: dict[int, tuple[Act, Ino]]) -> None:
+        """Go on for a process that died: its nodes are in the tree, with the references that it had noted."""
+        self._positions = positions
+        self._acts = acts
+        self._stream_no = max((fh & STREAM_MASK for fh in positions), default=0)
+        for node in self._inodes.all():
+            if not node.is_dir:
+                self.open_files += node.opens
+                self.open_writers += node.writers
+
+    def end_resume(self) -> None:
+        """What is asked for from now on is no repetition."""
+        self._acts.clear()
+
     # ---- helpers ----
+
+    def _repeated(self, act: Act | None) -> Ino | None:
+        """The file concerned, if the process before had done just this already when it died."""
+        if not self._acts or act is None or (done := self._acts.pop(act.pid, None)) is None:
+            return None
+        return done[1] if done[0] == act else None
+
+    def told(self, node: Node) -> None:
+        """A reply hands out one more reference to `node`."""
+        self._kernel.told(node)
+
+    def told_page(self, fh: int, page: Sequence[tuple[int, Node]]) -> None:
+        """A reply hands out these entries of a directory stream."""
+        if page:
+            cookie, last = page[-1]
+            self._kernel.told_all([node for _, node in page], fh, cookie, sort_key(last))
 
     def _writable(self) -> None:
         if self._config.read_only:
@@ -112,16 +151,33 @@ class Vfs:
         parent.own_attrs = self._namespace.differs(parent.attrs)
         self._changes.review_marker(parent)
 
-    async def _make(self, parent_ino: int, name: bytes, attrs_mode: int, uid: int, gid: int, rdev: int = 0) -> Node:
+    async def _make(
+        self,
+        parent_ino: int,
+        name: bytes,
+        attrs_mode: int,
+        uid: int,
+        gid: int,
+        rdev: int = 0,
+        *,
+        act: Act | None,
+        content: bytes = b"",
+    ) -> Node:
         self._writable()
+        if (ino := self._repeated(act)) is not None:
+            return self._inodes.get(ino)
         parent = self._folder(parent_ino)
         if await self._namespace.exists(parent, name) is not None:
             raise Exists("create", name.decode(errors="replace"))
         if parent.detached:
             raise NotFound("create", name.decode(errors="replace"), "its directory was removed")
-        return self._add(parent, name, self._attrs(attrs_mode, uid, gid, parent, rdev))
+        with self._changes.batch():
+            node = self._add(parent, name, self._attrs(attrs_mode, uid, gid, parent, rdev), act)
+            if content:
+                self._write(node, 0, content)
+        return node
 
-    def _add(self, parent: Node, name: bytes, attrs: Attrs) -> Node:
+    def _add(self, parent: Node, name: bytes, attrs: Attrs, act: Act | None) -> Node:
         key = keys.join(self._inodes.key(parent), keys.segment_of(name))
         if stat.S_ISDIR(attrs.mode):
             keys.join(key, "/")
@@ -138,6 +194,7 @@ class Vfs:
             raise
         self._namespace.appeared(parent, name)
         self._child_changed(parent)
+        self._changes.did(act, node)
         return node
 
     # ---- names ----
@@ -149,20 +206,26 @@ class Vfs:
     def getattr(self, ino: int) -> Node:
         return self._inodes.get(ino)
 
-    def forget(self, ino: int, count: int) -> None:
-        self._inodes.forget(ino, count)
+    def forget(self, counts: Sequence[tuple[int, int]]) -> None:
+        """The kernel gives references back: (inode number, how many)."""
+        nodes = [node for ino, _ in counts if (node := self._inodes.find(ino)) is not None]
+        for ino, count in counts:
+            self._inodes.forget(ino, count)
+        self._kernel.forgotten(nodes)
 
-    async def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Node:
-        return await self._make(parent, name, stat.S_IFDIR | stat.S_IMODE(mode), uid, gid)
+    async def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int, *, act: Act | None = None) -> Node:
+        return await self._make(parent, name, stat.S_IFDIR | stat.S_IMODE(mode), uid, gid, act=act)
 
-    async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Node:
+    async def mknod(
+        self, parent: int, name: bytes, mode: int, rdev: int, uid: int, gid: int, *, act: Act | None = None
+    ) -> Node:
         """A regular file, or a FIFO, socket or device node (kept as an empty object with its type in `mode`)."""
-        return await self._make(parent, name, mode, uid, gid, rdev)
+        return await self._make(parent, name, mode, uid, gid, rdev, act=act)
 
-    async def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Node:
-        node = await self._make(parent, name, stat.S_IFLNK | 0o777, uid, gid)
-        self._write(node, 0, target)
-        return node
+    async def symlink(
+        self, parent: int, name: bytes, target: bytes, uid: int, gid: int, *, act: Act | None = None
+    ) -> Node:
+        return await self._make(parent, name, stat.S_IFLNK | 0o777, uid, gid, act=act, content=target)
 
     async def readlink(self, ino: int) -> bytes:
         node = self._inodes.get(ino)
@@ -170,16 +233,20 @@ class Vfs:
             raise InvalidArgument("readlink", self._inodes.path(node), "is no symbolic link")
         return node.link if node.link is not None else bytes(await self._read(node, 0, node.size))
 
-    async def unlink(self, parent_ino: int, name: bytes) -> None:
+    async def unlink(self, parent_ino: int, name: bytes, *, act: Act | None = None) -> None:
         self._writable()
+        if self._repeated(act) is not None:
+            return
         parent = self._folder(parent_ino)
         node = await self._namespace.child(parent, name)
         if node.is_dir:
             raise IsADirectory("unlink", self._inodes.path(node))
-        self._remove(parent, node)
+        self._remove(parent, node, act)
 
-    async def rmdir(self, parent_ino: int, name: bytes) -> None:
+    async def rmdir(self, parent_ino: int, name: bytes, *, act: Act | None = None) -> None:
         self._writable()
+        if self._repeated(act) is not None:
+            return
         parent = self._folder(parent_ino)
         node = await self._namespace.child(parent, name)
         if not node.is_dir:
@@ -188,21 +255,27 @@ class Vfs:
             raise NotEmpty("rmdir", self._inodes.path(node))
         if node.detached:
             raise NotFound("rmdir", self._inodes.path(node))
-        self._remove(parent, node)
+        self._remove(parent, node, act)
 
-    def _remove(self, parent: Node, node: Node) -> None:
+    def _remove(self, parent: Node, node: Node, act: Act | None) -> None:
         key = self._inodes.key(node)
         node.ctime_ns = time.time_ns()
-        self._inodes.detach(node)
-        self._changes.unlinked(node, key)
-        self._child_changed(parent)
+        with self._changes.batch():
+            self._inodes.detach(node)
+            self._changes.unlinked(node, key)
+            self._child_changed(parent)
+            self._changes.did(act, node)
 
-    async def rename(self, parent_ino: int, name: bytes, to_ino: int, to_name: bytes, flags: int) -> None:
+    async def rename(
+        self, parent_ino: int, name: bytes, to_ino: int, to_name: bytes, flags: int, *, act: Act | None = None
+    ) -> None:
         """Atomic in the tree; the store follows. Raises: Exists (RENAME_NOREPLACE), NotEmpty, InvalidArgument
         (RENAME_EXCHANGE and unknown flags), IsADirectory, NotADirectory, NameTooLong."""
         self._writable()
         if flags & ~RENAME_NOREPLACE:
             raise InvalidArgument("rename", name.decode(errors="replace"), "flags are not supported")
+        if self._repeated(act) is not None:
+            return
         source_dir, target_dir = self._folder(parent_ino), self._folder(to_ino)
         while True:
             source = await self._namespace.child(source_dir, name)
@@ -215,7 +288,7 @@ class Vfs:
                 await self._may_replace(source, target, flags)
             if self._still(source_dir, name, source) and self._still(target_dir, to_name, target):
                 break
-        self._rename(source, source_dir, target_dir, to_name, target)
+        self._rename(source, source_dir, target_dir, to_name, target, act)
 
     @staticmethod
     def _still(parent: Node, name: bytes, node: Node | None) -> bool:
@@ -232,7 +305,15 @@ class Vfs:
         if target.is_dir and not await self._namespace.is_empty(target):
             raise NotEmpty("rename", path)
 
-    def _rename(self, source: Node, source_dir: Node, target_dir: Node, to_name: bytes, target: Node | None) -> None:
+    def _rename(
+        self,
+        source: Node,
+        source_dir: Node,
+        target_dir: Node,
+        to_name: bytes,
+        target: Node | None,
+        act: Act | None,
+    ) -> None:
         moved = [source, *self._inodes.descendants(source)]
         old = [self._inodes.key(node) for node in moved]
         keys.segment_of(to_name)
@@ -255,6 +336,7 @@ class Vfs:
             self._child_changed(source_dir)
             if target_dir is not source_dir:
                 self._child_changed(target_dir)
+            self._changes.did(act, source)
 
     # ---- attributes ----
 
@@ -324,20 +406,32 @@ class Vfs:
         if writable:
             node.writers += 1
             self.open_writers += 1
+        self._kernel.referred(node)
         return Fh(node.ino << 1 | writable)
 
     async def create(
-        self, parent_ino: int, name: bytes, mode: int, flags: int, uid: int, gid: int
+        self, parent_ino: int, name: bytes, mode: int, flags: int, uid: int, gid: int, *, act: Act | None = None
     ) -> tuple[Node, Fh]:
+        if (ino := self._repeated(act)) is not None:
+            return self._created_before(self._inodes.get(ino), flags)
         parent = self._folder(parent_ino)
         node = await self._namespace.exists(parent, name)
         if node is None:
             self._writable()
             if parent.detached:
                 raise NotFound("create", name.decode(errors="replace"), "its directory was removed")
-            node = self._add(parent, name, self._attrs(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, parent))
+            attrs = self._attrs(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, parent)
+            with self._changes.batch():
+                node = self._add(parent, name, attrs, act)
         elif flags & os.O_EXCL:
             raise Exists("create", self._inodes.path(node))
+        return node, self.open(node.ino, flags)
+
+    def _created_before(self, node: Node, flags: int) -> tuple[Node, Fh]:
+        """The references of an answer that was not given may have been noted already."""
+        if node.opens:
+            node.lookups -= 1  # the caller counts it
+            return node, Fh(node.ino << 1 | (flags & os.O_ACCMODE != os.O_RDONLY))
         return node, self.open(node.ino, flags)
 
     async def read(self, fh: int, offset: int, length: int) -> bytes | bytearray:
@@ -423,6 +517,7 @@ class Vfs:
             self.open_writers -= 1
             if not node.writers:
                 self._changes.closed(node)
+        self._kernel.referred(node)
         if not node.opens:
             if node.version is not None:
                 node.version.close()
@@ -435,26 +530,31 @@ class Vfs:
     def opendir(self, ino: int) -> Fh:
         node = self._inodes.get(ino)
         node.opens += 1
-        self._stream_no = (self._stream_no + 1) & 0xFFFFF
-        return Fh(node.ino << 20 | self._stream_no)
+        self._kernel.referred(node)
+        self._stream_no = (self._stream_no + 1) & STREAM_MASK
+        return Fh(node.ino << STREAM_BITS | self._stream_no)
 
     async def readdir(self, fh: int, offset: int) -> list[tuple[int, Node]]:
         """Some entries after the cookie `offset`, each with its cookie; empty at the end."""
         stream = self._streams.get(fh)
         if stream is None:
-            stream = self._streams[fh] = DirStream(self._namespace, self._inodes.get(fh >> 20))
+            node, position = self._inodes.get(fh >> STREAM_BITS), self._positions.pop(fh, (0, b""))
+            stream = self._streams[fh] = DirStream(self._namespace, node, *position)
         return await stream.read(offset)
 
     async def releasedir(self, fh: int) -> None:
         if (stream := self._streams.pop(fh, None)) is not None:
             await stream.aclose()
-        node = self._inodes.get(fh >> 20)
+        self._positions.pop(fh, None)
+        self._kernel.stream_closed(fh)
+        node = self._inodes.get(fh >> STREAM_BITS)
         node.opens -= 1
+        self._kernel.referred(node)
         self._inodes.drop_unused(node)
 
     async def fsyncdir(self, fh: int) -> None:
         """Return when the store has what was changed at the names in the directory."""
-        await self._writeback.settle_names(self._inodes.get(fh >> 20))
+        await self._writeback.settle_names(self._inodes.get(fh >> STREAM_BITS))
 
     # ---- extended attributes (only with --xattrs) ----
 

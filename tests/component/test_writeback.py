@@ -21,6 +21,7 @@ from phfs_fuse.config import TreeConfig, WritebackConfig
 from phfs_fuse.errors import Exists, NotEmpty, NotFound, PhfsError
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Journal
+from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.namespace import Namespace
 from phfs_fuse.recovery import Recovery
 from phfs_fuse.staging import StagingArea
@@ -104,7 +105,9 @@ def made(store: FakeStore, directory: Path) -> World:
     blocks = FakeBlocks(store)
     inodes = Inodes(PREFIX, Namespace.root_attrs(tree), now_ns=time.time_ns())
     queue = UploadQueue(config)
-    changes = Changes(inodes=inodes, journal=journal, area=area, queue=queue)
+    kernel = KernelState(directory / "kernel.log", inodes)
+    kernel.begin()
+    changes = Changes(inodes=inodes, journal=journal, area=area, queue=queue, kernel=kernel)
     writeback = Writeback(
         store=store,
         inodes=inodes,
@@ -122,6 +125,7 @@ def made(store: FakeStore, directory: Path) -> World:
         blocks=cast(BlockCache, blocks),
         changes=changes,
         writeback=writeback,
+        kernel=kernel,
         config=tree,
         write_through=False,
     )
@@ -296,7 +300,7 @@ async def test_unlinked_file_stays_readable_while_open(world: World, autojump_cl
     assert await world.vfs.read(fh, 0, 100) == b"STILL here"
     world.vfs.release(fh)
     node.lookups = 1
-    world.vfs.forget(node.ino, 1)
+    world.vfs.forget([(node.ino, 1)])
     assert world.area.held_bytes == 0
     with pytest.raises(PhfsError):
         world.vfs.getattr(node.ino)

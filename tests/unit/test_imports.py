@@ -34,7 +34,8 @@ namespace
 writeback
 upload changes
 uploadqueue
-recovery
+recovery resume
+kernelstate
 inodes
 blocks staging
 version

@@ -1,0 +1,247 @@
+"""What the kernel was told: inode numbers, references, positions of directory readers. Owns `kernel.log`.
+
+A worker that resumes the connection of one that died has to know the same numbers. Each record is written before the
+reply that hands something out, in one append, and holds absolute values: the last one counts. The page cache keeps
+it over the death of the process; nothing here has to survive the end of the connection, so nothing is synced.
+
+Records: `node` (an inode as it was told), `refs` (lookups, open files, of these writers), `position` (a directory
+stream: cookie and sort key of the last name that was given).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import marshal
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import trio
+
+from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.types import ETag, Ino, ObjectKey
+
+_HEAD: Final = struct.Struct("<II")  # length and CRC-32 of the body
+_MARSHAL: Final = 4  # the format of all Pythons since 3.4
+_NODE, _REFS, _POSITION = 1, 2, 3
+COMPACT_BYTES: Final = 16 << 20  # beyond twice what was needed last time
+COMPACT_BATCH: Final = 500  # nodes between two looks at the event loop
+
+
+class Refs(NamedTuple):
+    lookups: int
+    opens: int
+    writers: int
+
+
+class NodeRecord(NamedTuple):
+    """An inode as it was told. `seq` is the number of the last local change to it."""
+
+    ino: Ino
+    parent: int  # 0: the root
+    name: bytes
+    segment: str
+    detached: bool
+    seq: int
+    mode: int
+    uid: int
+    gid: int
+    rdev: int
+    mtime_ns: int
+    ctime_ns: int
+    xattrs: dict[bytes, bytes] | None
+    link: bytes | None
+    size: int
+    base: tuple[ObjectKey, ETag, int] | None
+    marker: ETag | None
+    own_attrs: bool
+
+
+class Known(NamedTuple):
+    """What the log says at the time of a resume."""
+
+    nodes: dict[int, NodeRecord]
+    refs: dict[int, Refs]
+    positions: dict[int, tuple[int, bytes]]  # by handle of the directory stream
+
+
+def _record(node: Node) -> NodeRecord:
+    base = node.base
+    return NodeRecord(
+        ino=node.ino,
+        parent=node.parent.ino if node.parent else 0,
+        name=node.name,
+        segment=node.segment,
+        detached=node.detached,
+        seq=node.seq,
+        mode=node.mode,
+        uid=node.uid,
+        gid=node.gid,
+        rdev=node.rdev,
+        mtime_ns=node.mtime_ns,
+        ctime_ns=node.ctime_ns,
+        xattrs=dict(node.xattrs) if node.xattrs else None,
+        link=node.link,
+        size=node.size,
+        base=(base.key, base.etag, base.size) if base else None,
+        marker=node.marker,
+        own_attrs=node.own_attrs,
+    )
+
+
+def _packed(kind: int, *fields: Any) -> bytes:
+    body = marshal.dumps((kind, *fields), _MARSHAL)
+    return _HEAD.pack(len(body), zlib.crc32(body)) + body
+
+
+def _node(node: Node) -> bytes:
+    return _packed(_NODE, *_record(node))
+
+
+def _refs(node: Node) -> bytes:
+    return _packed(_REFS, node.ino, node.lookups, node.opens, node.writers)
+
+
+class KernelState:
+    """The log of one connection. Every call that notes something is one append, atomic towards a crash."""
+
+    def __init__(self, path: Path, inodes: Inodes) -> None:
+        self._path = path
+        self._inodes = inodes
+        self._fd = -1
+        self._next_fd = -1  # while the log is being made anew, it is written twice
+        self._bytes = self._needed_bytes = 0
+        self._positions: dict[int, tuple[int, bytes]] = {}
+
+    def load(self) -> Known:
+        """What the process before noted; a torn record at the end belongs to a reply that was not given."""
+        known = Known({}, {}, {})
+        for kind, *fields in _records(self._path):
+            if kind == _NODE:
+                record = NodeRecord(*fields)
+                known.nodes[record.ino] = record
+            elif kind == _REFS:
+                known.refs[fields[0]] = Refs(*fields[1:])
+            elif kind == _POSITION:
+                fh, cookie, after = fields
+                if cookie < 0:
+                    known.positions.pop(fh, None)
+                else:
+                    known.positions[fh] = (cookie, after)
+        return known
+
+    def begin(self) -> None:
+        """Start a log with what `Inodes` has now in place of the one that is there. Raises: OSError."""
+        self._bytes = 0
+        self._fd = self._next_file()
+        for node in list(self._inodes.all()):
+            self._append(self._snapshot(node))
+        self._replace()
+
+    def close(self) -> None:
+        for fd in (self._fd, self._next_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._next_fd = -1
+
+    # ---- before a reply ----
+
+    def told(self, node: Node) -> None:
+        """A reply will hand out one more reference to `node`: counted and noted."""
+        node.lookups += 1
+        self.referred(node)
+
+    def referred(self, node: Node) -> None:
+        """References to `node` have changed."""
+        if node.noted:
+            self._append(_refs(node))
+        else:
+            self._append(_node(node) + _refs(node))
+            node.noted = True
+
+    def told_all(self, nodes: Iterable[Node], fh: int, cookie: int, after: bytes) -> None:
+        """A page of the directory stream `fh`, which continues behind the sort key `after`, hands out `nodes`."""
+        out = bytearray()
+        for node in nodes:
+            node.lookups += 1
+            if not node.noted:
+                out += _node(node)
+                node.noted = True
+            out += _refs(node)
+        self._positions[fh] = (cookie, after)
+        self._append(out + _packed(_POSITION, fh, cookie, after))
+
+    def stream_closed(self, fh: int) -> None:
+        if self._positions.pop(fh, None) is not None:
+            self._append(_packed(_POSITION, fh, -1, b""))
+
+    def forgotten(self, nodes: Iterable[Node]) -> None:
+        self._append(b"".join(map(_refs, nodes)))
+
+    def changed(self, node: Node) -> None:
+        """What the kernel may know of `node` (its name, its version) is otherwise now."""
+        if node.noted:
+            self._append(_node(node))
+
+    # ---- the file ----
+
+    def _append(self, data: bytes | bytearray) -> None:
+        if self._fd < 0 or not data:
+            return
+        os.write(self._fd, data)
+        self._bytes += len(data)
+        if self._next_fd >= 0:
+            os.write(self._next_fd, data)
+
+    @property
+    def wants_compaction(self) -> bool:
+        return self._bytes > 2 * self._needed_bytes + COMPACT_BYTES
+
+    async def compact(self) -> None:
+        """Write the log anew with what counts, a few nodes at a time."""
+        self._next_fd = self._next_file()
+        try:
+            nodes = list(self._inodes.all())
+            for at in range(0, len(nodes), COMPACT_BATCH):
+                os.write(self._next_fd, b"".join(map(self._snapshot, nodes[at : at + COMPACT_BATCH])))
+                await trio.lowlevel.checkpoint()
+            for fh, position in self._positions.items():
+                os.write(self._next_fd, _packed(_POSITION, fh, *position))
+        except BaseException:
+            os.close(self._next_fd)
+            self._next_fd = -1
+            raise
+        os.close(self._fd)
+        self._fd, self._next_fd = self._next_fd, -1
+        self._replace()
+
+    def _snapshot(self, node: Node) -> bytes:
+        if not (node.noted or node.lookups or node.opens):
+            return b""
+        node.noted = True
+        return _node(node) + _refs(node)
+
+    def _next_file(self) -> int:
+        path = self._path.with_suffix(".new")
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def _replace(self) -> None:
+        os.replace(self._path.with_suffix(".new"), self._path)
+        self._bytes = self._needed_bytes = os.fstat(self._fd).st_size
+
+
+def _records(path: Path) -> Iterator[Any]:
+    raw = b""
+    with contextlib.suppress(FileNotFoundError):
+        raw = path.read_bytes()
+    at = 0
+    while at + _HEAD.size <= len(raw):
+        length, crc = _HEAD.unpack_from(raw, at)
+        body = raw[at + _HEAD.size : at + _HEAD.size + length]
+        if len(body) < length or zlib.crc32(body) != crc:
+            return
+        yield marshal.loads(body)
+        at += _HEAD.size + length

@@ -1,0 +1,189 @@
+"""The worker dies, the mount goes on (P6): what programs hold keeps its meaning over kill -9."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.place import MountPlace, a_mount, attempt, run
+
+pytestmark = [pytest.mark.fuse, pytest.mark.minio]
+
+
+@pytest.fixture
+def place() -> Iterator[MountPlace]:
+    with a_mount("--attr-ttl", "1s") as found:
+        yield found
+
+
+def test_open_files_go_on(place: MountPlace) -> None:
+    path = place.path
+    (path / "stored").write_bytes(b"0123456789" * 100_000)
+    place.sync()
+    place.remount()
+    with (path / "stored").open("rb", buffering=0) as reader, (path / "log").open("ab", buffering=0) as log:
+        assert reader.read(5) == b"01234"
+        log.write(b"before ")
+        os.fsync(log.fileno())
+        log.write(b"unsent ")
+        place.mount.kill_worker()
+        assert reader.read(5) == b"56789"
+        reader.seek(-10, os.SEEK_END)
+        assert reader.read() == b"0123456789"
+        log.write(b"after")
+    place.sync()
+    place.remount()
+    assert (path / "log").read_bytes() == b"before unsent after"
+
+
+def test_unlinked_and_replaced_files_stay_open(place: MountPlace) -> None:
+    path = place.path
+    for name in ("clean", "replaced"):
+        (path / name).write_bytes(name.encode() * 1000)
+    place.sync()
+    place.remount()
+    with (
+        (path / "clean").open("rb", buffering=0) as clean,
+        (path / "replaced").open("rb", buffering=0) as replaced,
+        (path / "dirty").open("w+b", buffering=0) as dirty,
+    ):
+        dirty.write(b"only here")
+        (path / "clean").unlink()
+        (path / "dirty").unlink()
+        (path / "new").write_bytes(b"new")
+        (path / "new").rename(path / "replaced")
+        place.mount.kill_worker()
+        assert clean.read() == b"clean" * 1000
+        assert replaced.read() == b"replaced" * 1000
+        dirty.seek(0)
+        dirty.write(b"ONLY")
+        dirty.seek(0)
+        assert dirty.read() == b"ONLY here"
+        assert sorted(os.listdir(path)) == ["replaced"]
+        assert (path / "replaced").read_bytes() == b"new"
+    place.sync()
+    listed = place.mount.s3.list_objects_v2(Bucket=place.mount.bucket)["Contents"]
+    assert [entry["Key"] for entry in listed] == ["groups/test/replaced"]
+
+
+def test_working_directories_and_renamed_folders(place: MountPlace) -> None:
+    (place.path / "a/b").mkdir(parents=True)
+    (place.path / "a/b/f").write_text("inside")
+    (place.path / "a").rename(place.path / "c")
+    code = """if True:
+        import os, sys
+        os.chdir(sys.argv[1])
+        print("there", flush=True)
+        sys.stdin.readline()
+        print(os.getcwd(), open("f").read(), os.listdir("."), flush=True)
+        open("g", "w").write("new")
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", code, place.path / "c/b"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as inside:
+        assert inside.stdin is not None
+        assert inside.stdout is not None
+        assert inside.stdout.readline() == "there\n"
+        place.mount.kill_worker()
+        found, _ = inside.communicate("go on\n", timeout=60)
+    assert found == f"{place.path / 'c/b'} inside ['f']\n"
+    assert (place.path / "c/b/g").read_text() == "new"
+    assert attempt(os.stat, place.path / "a") == "ENOENT"
+
+
+def test_maps_and_locks(place: MountPlace) -> None:
+    with (place.path / "map").open("w+b", buffering=0) as file:
+        file.write(bytes(8192))
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with mmap.mmap(file.fileno(), 8192) as mapped:
+            mapped[0:5] = b"first"
+            place.mount.kill_worker()
+            assert mapped[0:5] == b"first"
+            mapped[4096:4100] = b"then"
+            mapped.flush()
+        busy = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        done = subprocess.run([sys.executable, "-c", busy, place.path / "map"], timeout=30, capture_output=True)
+        assert b"BlockingIOError" in done.stderr
+    place.sync()
+    place.remount()
+    found = (place.path / "map").read_bytes()
+    assert (found[:5], found[4096:4100], len(found)) == (b"first", b"then", 8192)
+
+
+def test_a_directory_stream_goes_on_where_it_was(place: MountPlace) -> None:
+    for number in range(1500):
+        key = f"{place.mount.prefix}many/{number:05}"
+        place.mount.s3.put_object(Bucket=place.mount.bucket, Key=key, Body=b"")
+    (place.path / "many/00001-local").touch()
+    with os.scandir(place.path / "many") as entries:
+        found = [next(entries).name for _ in range(40)]
+        place.mount.kill_worker()
+        found += [entry.name for entry in entries]
+    assert sorted(found) == sorted([f"{number:05}" for number in range(1500)] + ["00001-local"])
+
+
+def test_killed_again_and_again_under_load(place: MountPlace) -> None:
+    """Programs that write, rename, list and delete see no error, and nothing they did is missing or done twice."""
+    code = """if True:
+        import os, sys
+        at, number = sys.argv[1], 0
+        os.mkdir(at)
+        while not os.path.exists(sys.argv[2]):
+            number += 1
+            folder = f"{at}/{number}"
+            os.mkdir(folder)
+            for name in "abc":
+                with open(f"{folder}/{name}", "x") as file:
+                    file.write(name * number)
+            os.rename(f"{folder}/a", f"{folder}/d")
+            os.rename(folder, f"{folder}-moved")
+            os.unlink(f"{folder}-moved/b")
+            os.symlink("d", f"{folder}-moved/link")
+            assert sorted(os.listdir(f"{folder}-moved")) == ["c", "d", "link"], os.listdir(f"{folder}-moved")
+            assert open(f"{folder}-moved/link").read() == "a" * number
+        print(number)
+    """
+    stop = place.mount.root / "stop"
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, place.path / f"w{at}", stop],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for at in range(3)
+    ]
+    for _ in range(4):
+        time.sleep(1.5)
+        place.mount.kill_worker()
+    time.sleep(1)
+    stop.touch()
+    done = [worker.communicate(timeout=60) for worker in workers]
+    assert [(worker.returncode, err) for worker, (_, err) in zip(workers, done, strict=True)] == [(0, "")] * 3
+    place.sync()
+    place.remount()
+    for at, (out, _) in enumerate(done):
+        folder = place.path / f"w{at}"
+        assert sorted(os.listdir(folder)) == sorted(f"{number}-moved" for number in range(1, int(out) + 1))
+        for number in range(1, int(out) + 1):
+            assert (folder / f"{number}-moved/c").read_text() == "c" * number
+            assert (folder / f"{number}-moved/link").read_text() == "a" * number
+
+
+def test_many_known_inodes(place: MountPlace, tmp_path: Path) -> None:
+    for folder in range(20):
+        (place.path / f"{folder}").mkdir()
+        for number in range(100):
+            (place.path / f"{folder}/{number}").touch()
+    run("find", place.path, "-type", "f")
+    place.mount.kill_worker()
+    assert len(run("find", place.path, "-type", "f").splitlines()) == 2000
+    place.sync()
