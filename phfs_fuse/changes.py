@@ -203,7 +203,7 @@ class Changes:
             return
         wanted = node.own_attrs or not node.kids
         if wanted == (node.marker is not None) and not (wanted and changed):
-            if node.dirty is not None and not node.dirty.uploading:
+            if not wanted and node.dirty is not None and not node.dirty.uploading:
                 self.clean(node)
             return
         dirty = node.dirty or self._make_dirty(node, node.marker)

@@ -269,6 +269,17 @@ async def test_markers_come_and_go(world: World, autojump_clock: MockClock) -> N
     assert await world.names() == []
 
 
+async def test_attributes_of_a_folder_outlive_a_child_that_comes(world: World, autojump_clock: MockClock) -> None:
+    node = await world.vfs.mkdir(1, b"d", 0o777, 0, 0)
+    await world.settle()
+    await world.vfs.setattr(node.ino, Change(uid=4093))
+    await world.write("d/f", b"x")
+    await world.settle()
+    info = await world.store.head(ObjectKey(PREFIX + "d/"))
+    assert info.metadata is not None
+    assert (info.metadata["uid"], info.metadata["mode"]) == ("4093", "040777")
+
+
 async def test_folder_with_a_child_before_its_marker_costs_no_marker(world: World, autojump_clock: MockClock) -> None:
     await world.vfs.mkdir(1, b"d", 0o755, 0, 0)
     await world.write("d/f", b"x")

@@ -24,6 +24,15 @@ FLAGS = {
 }
 
 
+def counted(path: str) -> os.stat_result:
+    """lstat; subdirectories are counted in the link count once the directory was listed."""
+    found = os.lstat(path)
+    if stat.S_ISDIR(found.st_mode):
+        os.listdir(path)
+        found = os.lstat(path)
+    return found
+
+
 class Calls:
     """All paths are relative to the working directory."""
 
@@ -85,7 +94,7 @@ class Calls:
         return sorted(os.listdir(path))  # type: ignore[return-value]
 
     def stat(self, path: str) -> Json:
-        found = os.lstat(path)
+        found = counted(path)
         size = 0 if stat.S_ISDIR(found.st_mode) else found.st_size
         return [oct(found.st_mode), found.st_nlink, found.st_uid, found.st_gid, size]
 

@@ -19,7 +19,7 @@ from tests.model.pair import Pair
 from tests.mount.place import Place
 
 pytestmark = [pytest.mark.fuse, pytest.mark.slow]
-EXAMPLES = int(os.environ.get("PHFS_MODEL_EXAMPLES", "30"))
+EXAMPLES = int(os.environ.get("PHFS_MODEL_EXAMPLES", "12"))
 SEED = int(os.environ.get("PHFS_MODEL_SEED", "1"))
 FOREIGN_SECONDS = 15.0  # until a foreign change has to be seen: the mount's attribute lifetime, with room
 

@@ -18,7 +18,7 @@ from tests.support.servers import Server, credentials_env, minio, minio_binary, 
 
 pytestmark = [pytest.mark.fuse, pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="no /dev/fuse")]
 ROOT = Path(__file__).parents[2]
-SECONDS = 60
+SECONDS = 120
 
 
 @dataclass(frozen=True)
