@@ -270,7 +270,8 @@ async def test_markers_come_and_go(world: World, autojump_clock: MockClock) -> N
 
 
 async def test_attributes_of_a_folder_outlive_a_child_that_comes(world: World, autojump_clock: MockClock) -> None:
-    node = await world.vfs.mkdir(1, b"d", 0o777, 0, 0)
+    await world.vfs.mkdir(1, b"d", 0o777, 0, 0)
+    node = await world.node("d")
     await world.settle()
     await world.vfs.setattr(node.ino, Change(uid=4093))
     await world.write("d/f", b"x")
