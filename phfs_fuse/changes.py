@@ -319,8 +319,7 @@ class Changes:
         self._seq += 1
         gone = Gone(key, etag, request, trio.current_time() + self._queue.delay)
         self.gone.add(gone)
-        if request:
-            self._journal.put_gone(key, etag)
+        self._journal.put_gone(key, etag)  # of directories too: their names stay hidden after a restart
         self._queue.push(gone, gone.due)
 
     def _take_gone(self, key: ObjectKey) -> ETag | None:

@@ -95,7 +95,7 @@ class WritebackConfig:
     part_bytes: int = 8 * MIB  # every part but the last
     multipart_bytes_min: int = 16 * MIB  # from this size in parts
     delay_seconds: float = 0.5  # quiet time since the last change of a closed file
-    open_seconds: float = 4.0  # age at which a small file that stays open goes up
+    open_seconds: float = 2.5  # age at which a small file that stays open goes up
     uploads_max: int = 16  # requests at a time
     write_through: bool = False  # each close waits for the store
     on_conflict: OnConflict = OnConflict.KEEP_BOTH

@@ -10,10 +10,11 @@ each thread, since the kernel may ask again for one that was done and not answer
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,11 +166,19 @@ class Journal:
     def close(self) -> None:
         self._db.close()
 
+    def _run(self, sql: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        """Raises: OSError (ENOSPC if the disk is full, else EIO)."""
+        try:
+            return self._db.execute(sql, values)
+        except sqlite3.OperationalError as exc:
+            code = errno.ENOSPC if exc.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
+            raise OSError(code, f"journal: {exc}") from exc
+
     @contextmanager
     def batch(self) -> Iterator[None]:
         """One transaction for all calls inside. Must not be held over an await."""
         if self._depth == 0:
-            self._db.execute("BEGIN IMMEDIATE")
+            self._run("BEGIN IMMEDIATE")
         self._depth += 1
         try:
             yield
@@ -177,14 +186,24 @@ class Journal:
             self._depth -= 1
             if self._depth == 0:
                 self._after.clear()
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # SQLite ends it itself when the disk is full
+                    self._run("ROLLBACK")
             raise
         self._depth -= 1
         if self._depth == 0:
-            self._db.execute("COMMIT")
+            self._commit()
             after, self._after = self._after, []
             for call in after:
                 call()
+
+    def _commit(self) -> None:
+        try:
+            self._run("COMMIT")
+        except OSError:
+            self._after.clear()
+            if self._db.in_transaction:
+                self._run("ROLLBACK")
+            raise
 
     def after(self, call: Callable[[], None]) -> None:
         """Call it once the transaction under way is done; now, if there is none."""
@@ -210,7 +229,7 @@ class Journal:
     # what is to be stored
 
     def put(self, row: PresentRow) -> None:
-        self._db.execute(
+        self._run(
             "INSERT OR REPLACE INTO present VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             (
                 row.ino, row.key, row.name, row.detached, row.mode, row.uid, row.gid, row.rdev, row.mtime_ns,
@@ -221,59 +240,60 @@ class Journal:
 
     def drop(self, ino: Ino) -> None:
         """The file `ino` is as the store has it (or gone), so are its layers."""
-        self._db.execute("DELETE FROM present WHERE ino=?", (ino,))
-        self._db.execute("DELETE FROM layer WHERE ino=?", (ino,))
+        self._run("DELETE FROM present WHERE ino=?", (ino,))
+        self._run("DELETE FROM layer WHERE ino=?", (ino,))
 
     def put_layer(self, row: LayerRow) -> None:
-        self._db.execute("INSERT OR REPLACE INTO layer VALUES (?,?,?)", (row.id, row.ino, row.seen))
+        self._run("INSERT OR REPLACE INTO layer VALUES (?,?,?)", (row.id, row.ino, row.seen))
 
     def drop_layer(self, layer_id: int) -> None:
-        self._db.execute("DELETE FROM layer WHERE id=?", (layer_id,))
+        self._run("DELETE FROM layer WHERE id=?", (layer_id,))
 
     # what is to be deleted
 
     def put_gone(self, key: ObjectKey, etag: ETag | None) -> None:
-        self._db.execute("INSERT OR REPLACE INTO gone VALUES (?,?)", (key, etag))
+        self._run("INSERT OR REPLACE INTO gone VALUES (?,?)", (key, etag))
 
     def drop_gone(self, keys: Iterable[ObjectKey]) -> None:
-        self._db.executemany("DELETE FROM gone WHERE key=?", ((key,) for key in keys))
+        for key in keys:
+            self._run("DELETE FROM gone WHERE key=?", (key,))
 
     # what was asked for last
 
     def put_act(self, act: Act, ino: Ino, seq: int) -> None:
         """`act` is done, `ino` is the file that it made, moved or removed."""
-        self._db.execute(
+        self._run(
             "INSERT OR REPLACE INTO act VALUES (?,?,?,?,?,?,?,?)",
             (act.pid, act.op, act.parent, act.name, act.to_parent, act.to_name, ino, seq),
         )
 
     def acts(self) -> list[tuple[Act, Ino, int]]:
-        rows = self._db.execute("SELECT * FROM act ORDER BY seq")
+        rows = self._run("SELECT * FROM act ORDER BY seq")
         return [(Act(*fields), ino, seq) for *fields, ino, seq in rows]
 
     def drop_acts(self) -> None:
-        self._db.execute("DELETE FROM act")
+        self._run("DELETE FROM act")
 
     # multipart uploads, conflicts, numbers
 
     def put_upload(self, upload_id: str, key: ObjectKey) -> None:
-        self._db.execute("INSERT OR REPLACE INTO upload VALUES (?,?)", (upload_id, key))
+        self._run("INSERT OR REPLACE INTO upload VALUES (?,?)", (upload_id, key))
 
     def drop_upload(self, upload_id: str) -> None:
-        self._db.execute("DELETE FROM upload WHERE upload_id=?", (upload_id,))
+        self._run("DELETE FROM upload WHERE upload_id=?", (upload_id,))
 
     def put_conflict(self, path: str, kept_as: str) -> None:
-        self._db.execute("INSERT OR REPLACE INTO conflict VALUES (?,?,?)", (path, kept_as, time.time_ns()))
+        self._run("INSERT OR REPLACE INTO conflict VALUES (?,?,?)", (path, kept_as, time.time_ns()))
 
     def conflicts(self) -> list[tuple[str, str, int]]:
         """(path, name that the losing bytes were kept under, time in ns), oldest first."""
-        return list(self._db.execute("SELECT path, kept_as, at_ns FROM conflict ORDER BY at_ns"))
+        return list(self._run("SELECT path, kept_as, at_ns FROM conflict ORDER BY at_ns"))
 
     def set_number(self, name: str, value: int) -> None:
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?,?)", (name, str(value)))
+        self._run("INSERT OR REPLACE INTO meta VALUES (?,?)", (name, str(value)))
 
     def number(self, name: str, default: int) -> int:
-        row = self._db.execute("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
+        row = self._run("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
         return int(row[0]) if row and str(row[0]).isdigit() else default
 
     # after a restart
@@ -282,17 +302,17 @@ class Journal:
         names = PresentRow.__slots__
         return [
             PresentRow(**dict(zip(names, row, strict=True)))
-            for row in self._db.execute("SELECT * FROM present ORDER BY key")
+            for row in self._run("SELECT * FROM present ORDER BY key")
         ]
 
     def layers(self) -> list[LayerRow]:
-        return [LayerRow(*row) for row in self._db.execute("SELECT id, ino, seen FROM layer ORDER BY ino, id")]
+        return [LayerRow(*row) for row in self._run("SELECT id, ino, seen FROM layer ORDER BY ino, id")]
 
     def gone(self) -> list[tuple[ObjectKey, ETag | None]]:
-        return list(self._db.execute("SELECT key, etag FROM gone"))
+        return list(self._run("SELECT key, etag FROM gone"))
 
     def uploads(self) -> list[tuple[str, ObjectKey]]:
-        return list(self._db.execute("SELECT upload_id, key FROM upload"))
+        return list(self._run("SELECT upload_id, key FROM upload"))
 
 
 def _readable_rows(db: sqlite3.Connection, table: str) -> Iterator[tuple[object, ...]]:

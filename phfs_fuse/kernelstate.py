@@ -11,6 +11,8 @@ stream: cookie and sort key of the last name that was given).
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import marshal
 import os
 import struct
@@ -23,6 +25,8 @@ import trio
 
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.types import ETag, Ino, ObjectKey
+
+log = logging.getLogger(__name__)
 
 _HEAD: Final = struct.Struct("<II")  # length and CRC-32 of the body
 _MARSHAL: Final = 4  # the format of all Pythons since 3.4
@@ -114,6 +118,7 @@ class KernelState:
         self._fd = -1
         self._next_fd = -1  # while the log is being made anew, it is written twice
         self._bytes = self._needed_bytes = 0
+        self._is_torn = False
         self._positions: dict[int, tuple[int, bytes]] = {}
 
     def load(self) -> Known:
@@ -189,27 +194,40 @@ class KernelState:
     # ---- the file ----
 
     def _append(self, data: bytes | bytearray) -> None:
-        if self._fd < 0 or not data:
+        if not data:
             return
-        os.write(self._fd, data)
+        for fd in (self._fd, self._next_fd):
+            if fd >= 0:
+                self._write(fd, data)
         self._bytes += len(data)
-        if self._next_fd >= 0:
-            os.write(self._next_fd, data)
+
+    def _write(self, fd: int, data: bytes | bytearray) -> None:
+        """A disk that is full must not stop who reads or closes: the log is then made anew when there is room."""
+        try:
+            torn = os.write(fd, data) != len(data)
+        except OSError as exc:
+            torn = True
+            if not self._is_torn:
+                log.error("%s cannot be written, a worker that died could not be replaced: %s", self._path, exc)
+        self._is_torn = self._is_torn or torn
 
     @property
     def wants_compaction(self) -> bool:
-        return self._bytes > 2 * self._needed_bytes + COMPACT_BYTES
+        return self._is_torn or self._bytes > 2 * self._needed_bytes + COMPACT_BYTES
 
     async def compact(self) -> None:
-        """Write the log anew with what counts, a few nodes at a time."""
+        """Write the log anew with what counts, a few nodes at a time. Raises: OSError."""
+        self._is_torn = False
         self._next_fd = self._next_file()
         try:
             nodes = list(self._inodes.all())
             for at in range(0, len(nodes), COMPACT_BATCH):
-                os.write(self._next_fd, b"".join(map(self._snapshot, nodes[at : at + COMPACT_BATCH])))
+                self._write(self._next_fd, b"".join(map(self._snapshot, nodes[at : at + COMPACT_BATCH])))
                 await trio.lowlevel.checkpoint()
             for fh, position in self._positions.items():
-                os.write(self._next_fd, _packed(_POSITION, fh, *position))
+                self._write(self._next_fd, _packed(_POSITION, fh, *position))
+            if self._is_torn:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except BaseException:
             os.close(self._next_fd)
             self._next_fd = -1

@@ -121,7 +121,7 @@ class Mount:
         config = self.config.store
         try:
             await self.store.check_bucket(create=config.create_bucket)
-            if config.prefix:
+            if config.prefix and self.inodes.root.dirty is None:
                 with contextlib.suppress(NotFound):
                     self.namespace.set_root(await self.store.head(self.inodes.key(self.inodes.root)))
         except PhfsError as exc:
@@ -224,8 +224,9 @@ async def flush_kernel(mountpoint: Path) -> None:
 class Worker:
     """The services of a mount and their end."""
 
-    def __init__(self, mount: Mount, link: KeeperLink, session: Session) -> None:
+    def __init__(self, mount: Mount, link: KeeperLink, session: Session, *, resumed: bool) -> None:
         self._mount = mount
+        self._resumed = resumed
         self._link = link
         self._session = session
         self._drain_now = trio.Event()
@@ -258,9 +259,18 @@ class Worker:
     async def _announce(self) -> None:
         await self._session.established.wait()
         await self._link.ready()
+        if self._resumed:
+            await trio.sleep(RESEND_SECONDS)
+            self._mount.vfs.end_resume()
+            await self._check_again()
         await self._mount.writeback.abort_stale_uploads()
-        await trio.sleep(RESEND_SECONDS)
-        self._mount.vfs.end_resume()
+
+    async def _check_again(self) -> None:
+        """What a first worker finds out before it serves."""
+        try:
+            await self._mount.check()
+        except StartupError as exc:
+            log.warning("%s", exc)
 
     def _on_drain(self, now: bool) -> None:
         assert self._nursery is not None
@@ -288,9 +298,12 @@ class Worker:
 
     async def shutdown(self, *, lazy: bool = False) -> None:
         """Drain and unmount for `phfs umount`. Raises: MountpointError if files are open and not `lazy`."""
-        await flush_kernel(self._mount.config.kernel.mountpoint)
-        await self._drain()
-        await self._link.unmount(lazy=lazy)
+        try:
+            await flush_kernel(self._mount.config.kernel.mountpoint)
+            await self._drain()
+            await self._link.unmount(lazy=lazy)
+        finally:
+            self._mount.writeback.end_drain()
 
     async def _drain(self) -> bool:
         done = False
@@ -319,7 +332,8 @@ class Worker:
             if self._mount.journal.log_bytes > CHECKPOINT_BYTES:
                 await trio.to_thread.run_sync(self._mount.journal.checkpoint)
             if self._mount.kernel.wants_compaction:
-                await self._mount.kernel.compact()
+                with contextlib.suppress(OSError):  # the disk is still full
+                    await self._mount.kernel.compact()
 
 
 @asynccontextmanager
@@ -345,7 +359,7 @@ async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None
         mount.recover()
         fd = await link.receive_descriptor()
         session = Session(operations(mount.vfs, config.tree), fd, resume=resume)
-        worker = Worker(mount, link, session)
+        worker = Worker(mount, link, session, resumed=resume)
         try:
             await worker.run(ControlServer(config.control_socket, mount, worker.shutdown))
         finally:

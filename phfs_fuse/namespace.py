@@ -85,6 +85,13 @@ class Namespace:
     def _fresh(self, node: Node, now: float) -> bool:
         return node.dirty is not None or now - node.checked_at < self._ttl
 
+    def lifetime(self, node: Node) -> float:
+        """Seconds for which what is known of `node` is recent enough."""
+        if node.dirty is not None or node.detached or node.parent is None:
+            return self._ttl
+        checked = max(node.checked_at, node.parent.complete_at)
+        return min(self._ttl, max(0.0, checked + self._ttl - trio.current_time()))
+
     def _complete(self, parent: Node, now: float) -> bool:
         return now - parent.complete_at < self._ttl
 
@@ -266,9 +273,9 @@ class Namespace:
         node.own_attrs = self.differs(node.attrs)
 
     def differs(self, attrs: Attrs) -> bool:
-        """Whether a directory's mode or owner are not the defaults."""
+        """Whether a directory's mode or owner are not the defaults, or it has extended attributes."""
         default = self.default_directory()
-        return (attrs.mode, attrs.uid, attrs.gid) != (default.mode, default.uid, default.gid)
+        return (attrs.mode, attrs.uid, attrs.gid) != (default.mode, default.uid, default.gid) or bool(attrs.xattrs)
 
     # ---- whole directories ----
 
@@ -391,6 +398,11 @@ class Namespace:
                 return False
             if (token := page.next_token) is None:
                 return not node.kids
+
+    def is_loaded(self, node: Node) -> bool:
+        """Whether the tree still has all that `load_below` brought (the kernel may have forgotten some)."""
+        folders = [node, *self._inodes.descendants(node)]
+        return all(folder.complete_at > NEVER for folder in folders if folder.is_dir)
 
     async def load_below(self, node: Node) -> None:
         """Bring all that the store has below `node` into the tree, so that it can be renamed as a whole."""

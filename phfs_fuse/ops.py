@@ -73,14 +73,12 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self._vfs = vfs
         self._ttl = config.attr_ttl_seconds
-        # the kernel may believe what it was told of directories' attributes no longer than we do
 
     def _entry(self, node: Node) -> EntryAttributes:
         entry = EntryAttributes()
         entry.st_ino = node.ino
         entry.generation = 0
-        entry.entry_timeout = self._ttl
-        entry.attr_timeout = self._ttl
+        entry.entry_timeout = entry.attr_timeout = self._vfs.lifetime(node)
         entry.st_mode = node.mode
         entry.st_nlink = node.nlink
         entry.st_uid = node.uid

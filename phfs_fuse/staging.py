@@ -10,6 +10,7 @@ written, one record per write, after the bytes: a write that was answered is fou
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import struct
 import time
@@ -108,7 +109,10 @@ class Layer:
 
     def _log(self, start: int, end: int) -> None:
         body = struct.pack("<QQ", start, end)
-        os.write(self._area.fd(self._area.log_path(self.id)), body + struct.pack("<I", zlib.crc32(body)))
+        fd = self._area.fd(self._area.log_path(self.id))
+        if (count := os.write(fd, body + struct.pack("<I", zlib.crc32(body)))) != _RECORD.size:
+            os.ftruncate(fd, os.fstat(fd).st_size - count)  # what follows a torn record would not be found
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def recover(self) -> None:
         """Read size and extents back after a restart; a torn record at the end is a write that was not answered."""

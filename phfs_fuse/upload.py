@@ -48,6 +48,7 @@ class Uploader:
         self._store = store
         self._journal = journal
         self._config = config
+        self._stale = journal.uploads()  # of the process before
         self._parts = trio.CapacityLimiter(config.uploads_max)
 
     async def store(self, snap: Snapshot) -> ObjectInfo:
@@ -134,5 +135,5 @@ class Uploader:
 
     async def abort_stale(self) -> None:
         """Abort the uploads that an earlier process of this state directory left behind; no others."""
-        for upload_id, key in self._journal.uploads():
+        for upload_id, key in self._stale:
             await self._abort(key, upload_id)

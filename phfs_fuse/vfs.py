@@ -27,6 +27,7 @@ from phfs_fuse.errors import (
     IsADirectory,
     NameTooLong,
     NoAttribute,
+    NoSpace,
     NotADirectory,
     NotEmpty,
     NotFound,
@@ -203,6 +204,10 @@ class Vfs:
         """Raises: NotFound. The caller counts the reference that it passes on."""
         return await self._namespace.child(self._folder(parent_ino), name)
 
+    def lifetime(self, node: Node) -> float:
+        """For how many seconds the kernel may believe what it is told of `node`."""
+        return self._namespace.lifetime(node)
+
     def getattr(self, ino: int) -> Node:
         return self._inodes.get(ino)
 
@@ -286,7 +291,8 @@ class Vfs:
                 return
             if target is not None:
                 await self._may_replace(source, target, flags)
-            if self._still(source_dir, name, source) and self._still(target_dir, to_name, target):
+            still = self._still(source_dir, name, source) and self._still(target_dir, to_name, target)
+            if still and self._namespace.is_loaded(source):
                 break
         self._rename(source, source_dir, target_dir, to_name, target, act)
 
@@ -575,7 +581,7 @@ class Vfs:
             raise NotSupported("setxattr", name.decode(errors="replace"), "only user.* is kept")
         found = {**(node.xattrs or {}), name: value}
         if sum(2 * len(k) + 2 * len(v) for k, v in found.items()) > XATTR_BYTES_MAX:
-            raise TooLarge("setxattr", name.decode(errors="replace"), "object metadata holds at most 2 KB")
+            raise NoSpace("setxattr", name.decode(errors="replace"), "object metadata holds at most 2 KB")
         self._set_xattrs(node, found)
 
     def removexattr(self, ino: int, name: bytes) -> None:

@@ -11,6 +11,7 @@ method returns. Source for the conditions: S3 API, conditional requests (If-Matc
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -32,11 +33,13 @@ from phfs_fuse.dirty import DirtyFile, Event, State
 from phfs_fuse.errors import (
     AccessDenied,
     IllegalName,
+    InvalidArgument,
     NameTooLong,
     NoSpace,
     NotFound,
     NotSupported,
     PhfsError,
+    QuotaExceeded,
     StaleVersion,
     StoreTimeout,
     StoreUnavailable,
@@ -50,13 +53,24 @@ from phfs_fuse.journal import Journal
 from phfs_fuse.staging import Layer, StagingArea
 from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
 from phfs_fuse.tasks import gather
-from phfs_fuse.types import ETag, ObjectKey
+from phfs_fuse.types import KEY_BYTES_MAX, NAME_BYTES_MAX, ETag, ObjectKey
 from phfs_fuse.upload import Fill, Snapshot, Uploader
 from phfs_fuse.uploadqueue import UploadQueue, Work
 
 log = logging.getLogger(__name__)
 
-FINAL = (AccessDenied, TooLarge, NameTooLong, IllegalName, NotSupported)  # asking again soon does not help
+FINAL = (  # asking again soon does not help
+    AccessDenied,
+    IllegalName,
+    InvalidArgument,
+    NameTooLong,
+    NoSpace,
+    NotSupported,
+    QuotaExceeded,
+    StaleVersion,
+    TooLarge,
+    VersionChanged,
+)
 
 
 def _folder_of(key: str) -> str:
@@ -198,10 +212,11 @@ class Writeback:
         self._spawn(self._delete, batch)
 
     async def _delete(self, batch: list[Gone]) -> None:
-        failed: dict[ObjectKey, str] = {}
+        failed = {gone.key: "was cancelled" for gone in batch}
         try:
             if len(batch) == 1:
                 await self._store.delete(batch[0].key)
+                failed = {}
             else:
                 failed = dict(await self._store.delete_many([gone.key for gone in batch]))
         except PhfsError as exc:
@@ -270,7 +285,10 @@ class Writeback:
             self._failed(node, dirty, key, None)
             raise
         else:
-            self._stored(node, dirty, key, snap, info)
+            try:
+                self._stored(node, dirty, key, snap, info)
+            except OSError as exc:  # after a restart it goes up once more
+                log.error("journal cannot be written, check the disk of the state directory: %s", exc)
         finally:
             self._free(key)
             self._done()
@@ -318,7 +336,7 @@ class Writeback:
             dirty.over = info.etag
         with self._journal.batch():
             if snap.layer is not None:
-                self._uncover(node, snap.layer, info)
+                self._uncover(node, snap.layer, old_base, info)
             elif old_base is not None:
                 self._blocks.rekey(old_base.key, old_base.etag, key, info.etag)
             dirty.on(Event.STORED)
@@ -337,17 +355,18 @@ class Writeback:
         log.debug("stored key=%s bytes=%d", key, info.size)
         self._changes.announce(node)
 
-    def _uncover(self, node: Node, layer: Layer, info: ObjectInfo) -> None:
+    def _uncover(self, node: Node, layer: Layer, old_base: Base | None, info: ObjectInfo) -> None:
         """The bottom layer is the store's new version: its bytes become clean blocks."""
         staged = node.staged
         assert staged is not None
         self.uploaded_bytes += layer.local_bytes
         covered = layer.extents if layer.seen else Extents([(0, layer.size)])
+        base = (old_base.key, old_base.etag, old_base.size) if layer.seen and old_base is not None else None
         if node.version is not None:
             node.version.close()
             node.version = None
         self._area.release(layer)
-        self._blocks.adopt(info.key, info.etag, info.size, layer.path, covered)
+        self._blocks.adopt(info.key, info.etag, info.size, layer.path, covered, base=base, base_bytes=layer.seen)
         self._area.discard(layer)
         self._journal.drop_layer(layer.id)
         del staged.layers[0]
@@ -489,14 +508,9 @@ class Writeback:
         """Our version goes on under another name beside the winner's."""
         parent = node.parent
         assert parent is not None
-        assert parent.kids is not None
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        suffix = f".conflict-{socket.gethostname()}-{stamp}".encode()
-        name = node.name[: 255 - len(suffix) - 4] + suffix
-        extra = 0
-        while name in parent.kids:
-            extra += 1
-            name = node.name[: 255 - len(suffix) - 4] + suffix + f"-{extra}".encode()
+        if (name := self._conflict_name(parent, node.name)) is None:
+            self._save_aside(node, NameTooLong("rename", key, "there is no room for a second name"))
+            return
         path = self._inodes.path(node)
         self._inodes.move(node, parent, name)
         parent.complete_at = -math.inf
@@ -510,6 +524,19 @@ class Writeback:
             "conflict: %s was changed by somebody else, ours is kept as %s", path, name.decode(errors="replace")
         )
 
+    def _conflict_name(self, parent: Node, name: bytes) -> bytes | None:
+        """A free name `NAME.conflict-HOST-TIME`, with NAME cut off where it would be too long; None if all are."""
+        assert parent.kids is not None
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        suffix = f".conflict-{socket.gethostname()}-{stamp}".encode()
+        room = min(NAME_BYTES_MAX, KEY_BYTES_MAX - len(self._inodes.key(parent).encode()))
+        for extra in (b"", *(b"-%d" % number for number in range(1, 1000))):
+            stem = name[: max(0, room - len(suffix) - len(extra))].decode(errors="ignore").encode()
+            found = stem + suffix + extra
+            if len(found) <= room and found not in parent.kids:
+                return found
+        return None
+
     def _materialise_soon(self, node: Node) -> None:
         """Fetch the stored bytes that `node` needs, so that their key is free to change."""
         if node.dirty is not None and node.dirty.uploading:
@@ -521,7 +548,7 @@ class Writeback:
     async def _materialise(self, node: Node) -> None:
         """Retried until it worked, the version is gone, or nobody needs it any more."""
         try:
-            for attempt in range(1, 100):
+            for attempt in itertools.count(1):
                 try:
                     if self._changes.is_tracked(node) and not (node.dirty and node.dirty.uploading):
                         await self._copy_base(node)
@@ -650,3 +677,7 @@ class Writeback:
                 await self._changes.settled.wait()
                 await trio.sleep(0.01)  # many end at once
         return not self._changes.waiting() and not len(self._changes.gone)
+
+    def end_drain(self) -> None:
+        """The mount goes on: what is written from now on waits for its quiet time again."""
+        self._queue.draining = False

@@ -48,7 +48,17 @@ class FakeBlocks:
         self.open_versions += 1
         return FakeVersion(self, key, etag, size)
 
-    def adopt(self, key: ObjectKey, etag: ETag, size: int, path: Path, covered: Extents) -> None:
+    def adopt(
+        self,
+        key: ObjectKey,
+        etag: ETag,
+        size: int,
+        path: Path,
+        covered: Extents,
+        *,
+        base: tuple[ObjectKey, ETag, int] | None = None,
+        base_bytes: int = 0,
+    ) -> None:
         if covered.covers(0, size):
             self.adopted[key, etag] = path.read_bytes()
 
