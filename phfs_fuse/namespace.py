@@ -8,6 +8,7 @@ overrides a local change made after the question was asked.
 from __future__ import annotations
 
 import logging
+import math
 import stat
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -29,6 +30,7 @@ from phfs_fuse.types import NAME_BYTES_MAX, ObjectKey
 log = logging.getLogger(__name__)
 
 MISSES_MAX = 2  # names asked for one by one before the whole directory is listed
+AWAY_SECONDS = 2.0  # after a request that found the store away, names are answered from memory
 HEADS_MAX = 32  # at a time, where a listing does not carry the metadata
 
 
@@ -44,6 +46,7 @@ class Namespace:
             100_000, max(self._ttl, 0.5), timer=time.monotonic
         )
         self._heads = trio.CapacityLimiter(HEADS_MAX)
+        self._away_until = -math.inf
         self.illegal_keys = 0
 
     # ---- defaults ----
@@ -120,6 +123,8 @@ class Namespace:
         node = self.known(parent, name)
         if node is not None:
             return node
+        if self._is_away and (node := self._remembered(parent, name)) is not None:
+            return node
         keys.join(self._inodes.key(parent), keys.segment_of(name))  # the key's length
         try:
             if parent.misses >= MISSES_MAX and await self._list_once(parent):
@@ -127,15 +132,32 @@ class Namespace:
             else:
                 parent.misses += 1
                 await self._ask(parent, name)
-        except StoreUnavailable as exc:
-            if (stale := (parent.kids or {}).get(name)) is None:
+        except StoreUnavailable:
+            self._found_away()
+            if (node := self._remembered(parent, name)) is None:
                 raise
-            log.debug("lookup of %r answered from memory: %s", name, exc)
-            return stale
+            return node
         if (node := (parent.kids or {}).get(name)) is not None:
             return node
         self._missing[parent.ino, name] = None
         raise NotFound("lookup", name.decode(errors="replace"))
+
+    def _remembered(self, parent: Node, name: bytes) -> Node | None:
+        """While the store is away what was known last counts, and a directory that was seen whole has no other
+        names. What is made on that ground replaces nothing of somebody else: uploads are conditional.
+        Raises: NotFound. None: nothing is known."""
+        node = (parent.kids or {}).get(name)
+        if node is None and parent.complete_at > NEVER:
+            raise NotFound("lookup", name.decode(errors="replace"), "as far as known: the store is away")
+        return node
+
+    @property
+    def _is_away(self) -> bool:
+        """Whether the store was found to be away a moment ago."""
+        return trio.current_time() < self._away_until
+
+    def _found_away(self) -> None:
+        self._away_until = trio.current_time() + AWAY_SECONDS
 
     async def exists(self, parent: Node, name: bytes) -> Node | None:
         try:
@@ -150,6 +172,9 @@ class Namespace:
     async def _ask(self, parent: Node, name: bytes) -> None:
         """HEAD for the file and LIST for the directory at once; then the names that stand for odd keys."""
         segment = keys.segment_of(name)
+        if segment.endswith(keys.RCLONE_LINK):
+            self._vanish(parent, name, self._changes.seq)  # it is shown as a link, without the suffix
+            return
         prefix = self._inodes.key(parent)
         seq = self._changes.seq
         folder: tuple[bool, ObjectInfo | None] = (False, None)
@@ -174,7 +199,8 @@ class Namespace:
     async def _ask_odd(self, parent: Node, name: bytes, segment: str, prefix: str, seq: int) -> None:
         if segment.endswith(keys.OBJECT_BESIDE):
             plain = segment.removesuffix(keys.OBJECT_BESIDE)
-            info = await self._head(ObjectKey(prefix + plain)) if plain else None
+            beside = plain != "" and (await self._probe_folder(ObjectKey(prefix + plain + "/")))[0]
+            info = await self._head(ObjectKey(prefix + plain)) if beside else None
             if info is not None:
                 self._merge_object(parent, plain, name, info, seq)
                 return
@@ -297,7 +323,14 @@ class Namespace:
         before = set(parent.kids or ())
         token: str | None = None
         for _ in range(pages_max):
-            page = await self._store.list(prefix, delimiter=True, token=token)
+            try:
+                page = await self._store.list(prefix, delimiter=True, token=token)
+            except StoreUnavailable:
+                self._found_away()
+                if token is not None or parent.complete_at == NEVER:
+                    raise
+                yield list((parent.kids or {}).values())  # as it was known last
+                return
             nodes = await self._merge_page(parent, prefix, page.objects, page.prefixes, seq)
             before.difference_update(node.name for node in nodes)
             yield nodes
@@ -316,6 +349,7 @@ class Namespace:
         markers = await gather([partial(self._head, ObjectKey(prefix + s + "/")) for s in segments])
         nodes: list[Node] = []
         folders = set(segments)
+        plain = folders | {info.key[len(prefix) :] for info in infos}
         for segment, marker in zip(segments, markers, strict=True):
             if (node := self._merge_folder(parent, segment, marker, seq)) is not None:
                 nodes.append(node)
@@ -325,28 +359,37 @@ class Namespace:
                     self._set_marker(parent, info)
                 continue
             segment = info.key[len(prefix) :]
-            if not self._legal(segment):
+            name = self._shown_name(segment, folders, plain)
+            if name is None:
                 continue
-            name = self._shown_name(segment, folders)
             if (node := self._merge_object(parent, segment, name, info, seq)) is not None:
                 nodes.append(node)
         return nodes
 
-    def _shown_name(self, segment: str, folders: set[str]) -> bytes:
-        if segment in folders:
-            return keys.name_of(segment + keys.OBJECT_BESIDE)
-        name = keys.name_of(segment)
-        if segment.endswith(keys.RCLONE_LINK) and segment != keys.RCLONE_LINK:
-            return keys.name_of(segment.removesuffix(keys.RCLONE_LINK))
-        return name
+    def _shown_name(self, segment: str, folders: set[str], plain: set[str]) -> bytes | None:
+        """The name of an object beside `folders`, in a page with the segments `plain`; None: it cannot be shown."""
+        shown = segment + keys.OBJECT_BESIDE if segment in folders else segment
+        if segment.endswith(keys.RCLONE_LINK):
+            shown = segment.removesuffix(keys.RCLONE_LINK)
+            if shown in plain:
+                self._left_out(f"{segment!r} is hidden by {shown!r}")
+                return None
+        try:
+            return keys.name_of(shown)
+        except IllegalName as exc:
+            self._left_out(str(exc))
+            return None
+
+    def _left_out(self, reason: str) -> None:
+        self.illegal_keys += 1
+        log.info("left out: %s", reason)
 
     def _legal(self, segment: str) -> bool:
-        """Whether a key found in the store can be shown; if not it is counted."""
+        """Whether a folder found in the store can be shown; if not it is counted."""
         try:
             keys.name_of(segment)
         except IllegalName as exc:
-            self.illegal_keys += 1
-            log.info("left out: %s", exc)
+            self._left_out(str(exc))
             return False
         return True
 
@@ -375,7 +418,7 @@ class Namespace:
 
     def complete_listing(self, parent: Node) -> list[Node] | None:
         """All children, if they are known and recent enough."""
-        if not self._complete(parent, trio.current_time()):
+        if not self._complete(parent, trio.current_time()) and not (self._is_away and parent.complete_at > NEVER):
             return None
         return list((parent.kids or {}).values())
 
@@ -387,7 +430,7 @@ class Namespace:
         """Whether nothing is below the directory, here or in the store."""
         if node.kids:
             return False
-        if self._complete(node, trio.current_time()):
+        if self._complete(node, trio.current_time()) or (self._is_away and node.complete_at > NEVER):
             return True
         key = self._inodes.key(node)
         seq = self._changes.seq

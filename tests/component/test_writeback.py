@@ -18,7 +18,7 @@ from trio.testing import MockClock
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import TreeConfig, WritebackConfig
-from phfs_fuse.errors import Exists, NotEmpty, NotFound, PhfsError
+from phfs_fuse.errors import Exists, NotEmpty, NotFound, PhfsError, StoreUnavailable
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Journal
 from phfs_fuse.kernelstate import KernelState
@@ -374,6 +374,37 @@ async def test_conflict_keeps_both(world: World, autojump_clock: MockClock, capl
     assert content(world, kept) == b"ours"
     assert len(world.journal.conflicts()) == 1
     caplog.clear()
+
+
+async def test_odd_names_leave_the_rest_of_a_listing_alone(world: World) -> None:
+    long = "y" * 250
+    for key in ("..rclonelink", f"{long}/z", long, "q", "q.rclonelink", "link.rclonelink", "d/f", "d"):
+        world.store.seed(ObjectKey(PREFIX + key), b"target")
+    assert sorted(await world.names()) == sorted(["d", "d.phfs-file", "link", "q", long])
+    for name in (b"q.phfs-file", b"link.rclonelink", b"..rclonelink"):
+        with pytest.raises(NotFound):
+            await world.vfs.lookup(1, name)
+    assert (await world.node("link")).is_symlink
+    assert await world.read("d.phfs-file") == b"target"
+
+
+async def test_names_go_on_while_the_store_is_away(world: World, autojump_clock: MockClock) -> None:
+    world.store.seed(ObjectKey(PREFIX + "d/f"), b"x")
+    folder = await world.node("d")
+    assert await world.names(folder.ino) == ["f"]
+    world.store.is_away = True
+    await trio.sleep(100)
+    await world.write("d/new", b"made meanwhile")
+    assert sorted(await world.names(folder.ino)) == ["f", "new"]
+    with pytest.raises(NotFound):
+        await world.vfs.lookup(folder.ino, b"other")
+    await world.vfs.mkdir(folder.ino, b"sub", 0o755, 0, 0)
+    await world.vfs.unlink(folder.ino, b"f")
+    with pytest.raises(StoreUnavailable):
+        await world.vfs.lookup(1, b"never seen")
+    world.store.is_away = False
+    await trio.sleep(100)
+    assert keys(world) == ["d/new", "d/sub/"]
 
 
 async def test_restart_finds_everything(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -19,6 +19,7 @@ from phfs_fuse.errors import (
     BucketNotFound,
     InvalidArgument,
     NotFound,
+    StoreUnavailable,
     VersionChanged,
 )
 from phfs_fuse.store.answers import check_key, check_metadata, check_text
@@ -76,6 +77,7 @@ class FakeStore:
         self.requests: Counter[str] = Counter()
         self.bucket_exists = bucket_exists
         self.denied = False  # True: every call is refused, as with wrong credentials
+        self.is_away = False  # True: no call is answered
         self._lists_metadata = lists_metadata
         self._part_bytes_min = part_bytes_min
         self._clock = clock
@@ -251,6 +253,8 @@ class FakeStore:
             check_text(method, key)
         else:
             check_key(method, key)
+        if self.is_away:
+            raise StoreUnavailable(method, key, "ConnectionRefused")
         if self.denied:
             raise AccessDenied(method, key, "SignatureDoesNotMatch")
         if not self.bucket_exists:
