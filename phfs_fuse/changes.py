@@ -345,7 +345,10 @@ class Changes:
             self._journal.put_gone(key, etag)
             return
         node = self._find(key)
-        if node is not None and node is not except_node and node.dirty is not None:
+        if node is None:
+            if etag is not None:  # it was renamed or removed while it went up, and who had the name then is gone too
+                self._add_gone(key, etag, request=True)
+        elif node is not except_node and node.dirty is not None:
             node.dirty.over = etag
             self.save(node)
 

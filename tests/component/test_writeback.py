@@ -32,6 +32,7 @@ from phfs_fuse.vfs import Change, Vfs
 from phfs_fuse.writeback import Writeback
 from tests.support.fake_blocks import FakeBlocks
 from tests.support.fake_store import FakeStore
+from tests.support.fault_store import FaultStore
 
 PREFIX = "groups/a/"
 
@@ -97,7 +98,7 @@ def content(world: World, path: str) -> bytes:
     return bytes(world.store.objects[ObjectKey(PREFIX + path)].data)
 
 
-def made(store: FakeStore, directory: Path) -> World:
+def made(store: FakeStore | FaultStore, directory: Path) -> World:
     config = WritebackConfig(directory=directory, delay_seconds=0.5, multipart_bytes_min=8 * MIB, part_bytes=5 * MIB)
     tree = TreeConfig()
     journal = Journal(directory, "volume")
@@ -374,6 +375,34 @@ async def test_conflict_keeps_both(world: World, autojump_clock: MockClock, capl
     assert content(world, kept) == b"ours"
     assert len(world.journal.conflicts()) == 1
     caplog.clear()
+
+
+@pytest.mark.parametrize("act", ["create and unlink", "rename over and away"])
+async def test_an_upload_that_lands_where_nobody_is_any_more(
+    tmp_path: Path, autojump_clock: MockClock, act: str
+) -> None:
+    store = FakeStore()
+    faults = FaultStore(store)
+    async with running(made(faults, tmp_path)) as world:
+        gate = faults.hold("put")
+        await world.write("k", b"first")
+        await gate.entered.wait()
+        await world.vfs.rename(1, b"k", 1, b"moved", 0)
+        if act == "create and unlink":
+            await world.write("k", b"second")
+            await world.vfs.unlink(1, b"k")
+        else:
+            await world.write("other", b"second")
+            await world.vfs.rename(1, b"other", 1, b"k", 0)
+            await world.vfs.rename(1, b"k", 1, b"away", 0)
+        gate.open.set()
+        await trio.sleep(20)
+        assert bytes(store.objects[ObjectKey(PREFIX + "moved")].data) == b"first"
+        assert ObjectKey(PREFIX + "k") not in store.objects
+        await world.write("k", b"third")
+        await trio.sleep(20)
+        assert bytes(store.objects[ObjectKey(PREFIX + "k")].data) == b"third"
+        assert not world.journal.conflicts()
 
 
 async def test_odd_names_leave_the_rest_of_a_listing_alone(world: World) -> None:
