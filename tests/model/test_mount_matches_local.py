@@ -114,9 +114,7 @@ class MountMatchesLocal(RuleBasedStateMachine):
     @rule(path=PATHS, data=DATA)
     def foreign_write(self, path: str, data: str) -> None:
         """Another client of the store writes an object where a file is, or could be."""
-        parent = os.path.dirname(path)
-        kind = self._kind(path)
-        if kind not in ("", "file") or (parent and self._kind(parent) != "dir"):
+        if self._kind(path) not in ("", "file") or not self._names_an_object(path):
             return
         self._pair.both("close_all")  # an open file keeps its version, and a dirty one would conflict
         self._place.sync()
@@ -128,13 +126,19 @@ class MountMatchesLocal(RuleBasedStateMachine):
     def foreign_delete(self, path: str) -> None:
         """Another client removes an object; a folder that it empties would be gone there, so not the last."""
         folder = os.path.dirname(path) or "."
-        if self._kind(path) != "file" or (folder != "." and len(self._pair.model("listdir", folder)[1]) < 2):
+        if self._kind(path) != "file" or not self._names_an_object(path):
+            return
+        if folder != "." and len(self._pair.model("listdir", folder)[1]) < 2:
             return
         self._pair.both("close_all")
         self._place.sync()
         self._pair.model("unlink", path)
         self._place.foreign_delete(self._folder / path)
         self._pair.agree_within(FOREIGN_SECONDS)
+
+    def _names_an_object(self, path: str) -> bool:
+        """Whether `path` goes through folders only: through a link, the key of the same spelling is another file."""
+        return all(self._kind(str(folder)) == "dir" for folder in Path(path).parents[:-1])
 
     def _kind(self, path: str) -> str:
         """What the model has at `path`: "dir", "file", "other", or "" for nothing. Links are not followed."""
