@@ -1,18 +1,19 @@
 """One open directory: its names in the order of their keys, page by page. Owns the position of one reader.
 
-The names that exist only here are merged into the pages of the store. A window of about one page is held; reading
-again from an earlier offset starts the listing over. The order is fixed, so that a reader can go on after a restart
-behind the last name it was given.
+The names that exist only here are merged into the pages of the store. A window of about one page is held, and what is
+in it is not forgotten meanwhile; reading again from an earlier offset starts the listing over. The order is fixed, so
+that a reader can go on after a restart behind the last name it was given.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import trio
 
-from phfs_fuse.inodes import Node
+from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.namespace import Namespace
 
 
@@ -24,8 +25,9 @@ def sort_key(node: Node) -> bytes:
 class DirStream:
     """`cookie` and `after` are where an earlier process was: the last cookie that it gave, and for which name."""
 
-    def __init__(self, namespace: Namespace, node: Node, cookie: int = 0, after: bytes = b"") -> None:
+    def __init__(self, namespace: Namespace, inodes: Inodes, node: Node, cookie: int = 0, after: bytes = b"") -> None:
         self._namespace = namespace
+        self._inodes = inodes
         self._node = node
         self._lock = trio.Lock()
         self._start(cookie, after)
@@ -35,24 +37,41 @@ class DirStream:
         self._cookie = cookie
         self._pages = self._behind(after)
 
-    async def _behind(self, after: bytes) -> AsyncIterator[list[Node]]:
-        async for page in self._all():
-            yield [node for node in page if sort_key(node) > after] if after else page
+    async def _behind(self, after: bytes) -> AsyncGenerator[list[Node]]:
+        async with aclosing(self._all()) as pages:
+            async for page in pages:
+                yield [node for node in page if sort_key(node) > after] if after else page
 
-    async def _all(self) -> AsyncIterator[list[Node]]:
+    async def _all(self) -> AsyncGenerator[list[Node]]:
         """Every child once, in order."""
         if (known := self._namespace.complete_listing(self._node)) is not None:
             yield sorted(known, key=sort_key)
             return
         local = deque(sorted(self._namespace.local_only(self._node), key=sort_key))
         shown = set(local)
-        async for page in self._namespace.pages(self._node):
-            stored = sorted((node for node in page if node not in shown), key=sort_key)
-            before = []
-            while local and stored and sort_key(local[0]) < sort_key(stored[-1]):
-                before.append(local.popleft())
-            yield sorted(before + stored, key=sort_key) if before else stored
-        yield list(local)
+        try:
+            for node in shown:
+                node.holds += 1
+            async with aclosing(self._namespace.pages(self._node)) as pages:
+                async for page in pages:
+                    stored = sorted((node for node in page if node not in shown), key=sort_key)
+                    before = []
+                    while local and stored and sort_key(local[0]) < sort_key(stored[-1]):
+                        before.append(local.popleft())
+                    yield sorted(before + stored, key=sort_key) if before else stored
+            yield list(local)
+        finally:
+            for node in shown:
+                self._release(node)
+
+    def _current(self, node: Node) -> Node | None:
+        """What has the name of `node` now: maybe a newer version."""
+        return (self._node.kids or {}).get(node.name) if node.detached else node
+
+    def _release(self, node: Node) -> None:
+        node.holds -= 1
+        if node.detached:
+            self._inodes.drop_unused(node)
 
     async def read(self, offset: int) -> list[tuple[int, Node]]:
         """Some entries after `offset` (a cookie that came with an entry, 0: from the start), each with its own
@@ -64,8 +83,8 @@ class DirStream:
                 self._start(0, b"")
             while True:
                 while self._window and self._window[0][0] <= offset:
-                    self._window.popleft()
-                found = [(cookie, node) for cookie, node in self._window if not node.detached]
+                    self._release(self._window.popleft()[1])
+                found = [(cookie, now) for cookie, node in self._window if (now := self._current(node)) is not None]
                 if found:
                     return found
                 try:
@@ -74,7 +93,10 @@ class DirStream:
                     return []
                 for node in page:
                     self._cookie += 1
+                    node.holds += 1
                     self._window.append((self._cookie, node))
 
     async def aclose(self) -> None:
-        await self._pages.aclose()  # type: ignore[attr-defined]
+        while self._window:
+            self._release(self._window.pop()[1])
+        await self._pages.aclose()

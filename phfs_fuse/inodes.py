@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,9 @@ class Node:
         "ctime_ns",
         "detached",
         "dirty",
+        "gaps",
         "gid",
+        "holds",
         "ino",
         "kids",
         "link",
@@ -84,6 +87,7 @@ class Node:
         self.noted = False  # kernel state on disk has it as it is
         self.opens = 0  # open files and directory streams
         self.writers = 0  # of these, open for writing
+        self.holds = 0  # directory streams that are about to show it
         self.checked_at = NEVER  # when the store last said that this is what the name means
         self.seq = 0  # of the last local change: answers that are older say nothing about it
         self.detached = False
@@ -95,6 +99,7 @@ class Node:
         self.complete_at = NEVER  # when `kids` was all that there is
         self.marker: ETag | None = None  # version of the marker object in the store
         self.own_attrs = False  # has attributes that only a marker can keep
+        self.gaps = 0  # how often `kids` lost a name that the store has
         self.subdirs = 0
         self.misses = 0  # names that had to be asked for since `complete_at`
 
@@ -138,7 +143,7 @@ class Node:
     @property
     def busy(self) -> bool:
         """Whether something still refers to it."""
-        return bool(self.lookups or self.opens or self.dirty or self.kids)
+        return bool(self.lookups or self.opens or self.holds or self.dirty or self.kids)
 
 
 class Inodes:
@@ -148,6 +153,7 @@ class Inodes:
         self._prefix = prefix
         self._next = first_ino
         self._nodes: dict[int, Node] = {}
+        self._questions: dict[Ino, list[int]] = {}  # directory -> the change numbers at which it was asked for
         self.on_changed: Callable[[Node], None] | None = None  # a node got another name, or lost it
         self.root = Node(ROOT_INO, root_attrs, ctime_ns=now_ns)
         self.root.lookups = 1  # never forgotten
@@ -253,7 +259,7 @@ class Inodes:
     def drop_unused(self, node: Node) -> None:
         """Let go of a node that nothing refers to, and of its parents likewise."""
         at: Node | None = node
-        while at is not None and not at.busy and at is not self.root:
+        while at is not None and not at.busy and at is not self.root and not self._outdates_an_answer(at):
             parent = at.parent
             self._nodes.pop(at.ino, None)
             if at.version is not None:
@@ -262,11 +268,35 @@ class Inodes:
             if at.detached or parent is None or parent.kids is None:
                 return
             parent.kids.pop(at.name, None)
-            parent.complete_at = NEVER
+            self.incomplete(parent)
             if at.is_dir:
                 parent.subdirs -= 1
             at.detached = True
             at = parent
+
+    @staticmethod
+    def incomplete(parent: Node) -> None:
+        """The store has a name in `parent` that `kids` lacks, whatever a listing that is under way has found."""
+        parent.complete_at = NEVER
+        parent.gaps += 1
+
+    @contextmanager
+    def asking(self, parent: Node, seq: int) -> Iterator[None]:
+        """While the store is asked about names in `parent`, at change number `seq`, and until the answer is merged:
+        nodes changed since then stay, they know what the answer cannot know. May be held over an await."""
+        asked = self._questions.setdefault(parent.ino, [])
+        asked.append(seq)
+        try:
+            yield
+        finally:
+            asked.remove(seq)
+            if not asked:
+                del self._questions[parent.ino]
+
+    def _outdates_an_answer(self, node: Node) -> bool:
+        if node.detached or node.parent is None or (asked := self._questions.get(node.parent.ino)) is None:
+            return False
+        return node.seq > min(asked)
 
     @staticmethod
     def descendants(node: Node) -> Iterator[Node]:

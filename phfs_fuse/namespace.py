@@ -11,7 +11,8 @@ import logging
 import math
 import stat
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from functools import partial
 
 import trio
@@ -177,6 +178,10 @@ class Namespace:
             return
         prefix = self._inodes.key(parent)
         seq = self._changes.seq
+        with self._inodes.asking(parent, seq):
+            await self._ask_plain(parent, name, segment, prefix, seq)
+
+    async def _ask_plain(self, parent: Node, name: bytes, segment: str, prefix: str, seq: int) -> None:
         folder: tuple[bool, ObjectInfo | None] = (False, None)
         found: ObjectInfo | None = None
 
@@ -307,38 +312,45 @@ class Namespace:
 
     async def _list_once(self, parent: Node) -> bool:
         """List `parent` if one page is enough for it; returns whether all its names are known now."""
-        async for _ in self.pages(parent, pages_max=1):
-            pass
+        async with aclosing(self.pages(parent, pages_max=1)) as pages:
+            async for _ in pages:
+                pass
         if (whole := self._complete(parent, trio.current_time())) is False:
             parent.misses = -1000  # a big one: asking for single names is cheaper for long
         return whole
 
-    async def pages(self, parent: Node, *, pages_max: int = 1 << 60) -> AsyncIterator[list[Node]]:
+    async def pages(self, parent: Node, *, pages_max: int = 1 << 60) -> AsyncGenerator[list[Node]]:
         """The directory page by page, in the order of the store; then `kids` has all that is not forgotten
         meanwhile, and what is not there any more has left it. Local names that the store lacks are not in
         the pages. Raises: PhfsError."""
         prefix = self._inodes.key(parent)
         seq = self._changes.seq
         asked_at = trio.current_time()
-        before = set(parent.kids or ())
+        gaps = parent.gaps
+        before = dict(parent.kids or {})
         token: str | None = None
         for _ in range(pages_max):
             try:
-                page = await self._store.list(prefix, delimiter=True, token=token)
+                page_seq = self._changes.seq
+                with self._inodes.asking(parent, page_seq):
+                    page = await self._store.list(prefix, delimiter=True, token=token)
+                    nodes = await self._merge_page(parent, prefix, page.objects, page.prefixes, page_seq)
             except StoreUnavailable:
                 self._found_away()
                 if token is not None or parent.complete_at == NEVER:
                     raise
                 yield list((parent.kids or {}).values())  # as it was known last
                 return
-            nodes = await self._merge_page(parent, prefix, page.objects, page.prefixes, seq)
-            before.difference_update(node.name for node in nodes)
+            for node in nodes:
+                before.pop(node.name, None)
             yield nodes
             if (token := page.next_token) is None:
-                for name in before:
-                    self._vanish(parent, name, seq)
-                parent.complete_at = asked_at
+                for name, node in before.items():
+                    if not node.detached:
+                        self._vanish(parent, name, seq)
                 parent.misses = 0
+                if parent.gaps == gaps:
+                    parent.complete_at = asked_at
                 return
 
     async def _merge_page(
@@ -449,7 +461,8 @@ class Namespace:
 
     async def load_below(self, node: Node) -> None:
         """Bring all that the store has below `node` into the tree, so that it can be renamed as a whole."""
-        async for nodes in self.pages(node):
-            for kid in nodes:
-                if kid.is_dir and not kid.detached:
-                    await self.load_below(kid)
+        async with aclosing(self.pages(node)) as pages:
+            async for nodes in pages:
+                for kid in nodes:
+                    if kid.is_dir and not kid.detached:
+                        await self.load_below(kid)

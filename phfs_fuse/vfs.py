@@ -545,7 +545,7 @@ class Vfs:
         stream = self._streams.get(fh)
         if stream is None:
             node, position = self._inodes.get(fh >> STREAM_BITS), self._positions.pop(fh, (0, b""))
-            stream = self._streams[fh] = DirStream(self._namespace, node, *position)
+            stream = self._streams[fh] = DirStream(self._namespace, self._inodes, node, *position)
         return await stream.read(offset)
 
     async def releasedir(self, fh: int) -> None:

@@ -480,7 +480,7 @@ class Writeback:
     def _forget_changes(self, node: Node) -> None:
         """Show what the store has instead of `node`."""
         if node.parent is not None:
-            node.parent.complete_at = -math.inf
+            self._inodes.incomplete(node.parent)
         self._inodes.detach(node)
         self._changes.abandon(node)
 
@@ -513,7 +513,7 @@ class Writeback:
             return
         path = self._inodes.path(node)
         self._inodes.move(node, parent, name)
-        parent.complete_at = -math.inf
+        self._inodes.incomplete(parent)
         self.conflicts += 1
         dirty.over = None
         self._changes.track(node)

@@ -88,6 +88,7 @@ def test_the_life_of_a_mount(commands: Commands) -> None:
     assert commands.is_mounted
     commands.sh("echo hello > file; mkdir d")
     assert ok(commands.phfs("sync", str(commands.mnt / "file"))) == ""
+    assert ok(commands.phfs("sync", str(commands.mnt))) == ""  # the marker of d as well
     status = json.loads(ok(commands.phfs("status", "--json", str(commands.mnt / "d"))))
     assert (status["mountpoint"], status["url"]) == (str(commands.mnt), "s3://lives/a/")
     assert (status["pending"]["files"], status["errors"]) == (0, [])

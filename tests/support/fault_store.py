@@ -26,6 +26,10 @@ class Gate:
     entered: trio.Event = field(default_factory=trio.Event)
     open: trio.Event = field(default_factory=trio.Event)
 
+    async def wait(self) -> None:
+        self.entered.set()
+        await self.open.wait()
+
 
 @dataclass(slots=True)
 class Fault:
@@ -79,10 +83,18 @@ class FaultStore:
         error = error or StoreUnavailable(method, "", "made to fail")
         self._faults.append(Fault(method, nth - 1, count, when, error=error, after=after))
 
-    def hold(self, method: str, *, nth: int = 1, count: int = 1, when: Callable[[str], bool] = any_key) -> Gate:
-        """Let calls wait, before they have an effect, until the gate is opened."""
+    def hold(
+        self,
+        method: str,
+        *,
+        nth: int = 1,
+        count: int = 1,
+        when: Callable[[str], bool] = any_key,
+        after: bool = False,
+    ) -> Gate:
+        """Let calls wait, before they have an effect, until the gate is opened; `after`: only their answers."""
         gate = Gate()
-        self._faults.append(Fault(method, nth - 1, count, when, gate=gate))
+        self._faults.append(Fault(method, nth - 1, count, when, gate=gate, after=after))
         return gate
 
     def delay(
@@ -109,16 +121,20 @@ class FaultStore:
         hit = [fault for fault in self._faults if fault.hits(method, key)]
         for fault in hit:
             await self._before(fault)
-        result = await call()
+        try:
+            result = await call()
+        finally:
+            for fault in hit:
+                if fault.gate and fault.after:
+                    await fault.gate.wait()
         for fault in hit:
             if fault.error and fault.after:
                 raise fault.error
         return result
 
     async def _before(self, fault: Fault) -> None:
-        if fault.gate:
-            fault.gate.entered.set()
-            await fault.gate.open.wait()
+        if fault.gate and not fault.after:
+            await fault.gate.wait()
         if fault.seconds:
             await trio.sleep(fault.seconds)
         if fault.error and not fault.after:

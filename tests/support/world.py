@@ -1,0 +1,144 @@
+"""The tree and the write-back over a store in memory, put together as a mount does it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import trio
+
+from phfs_fuse.blocks import BlockCache
+from phfs_fuse.changes import Changes
+from phfs_fuse.config import TreeConfig, WritebackConfig
+from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.journal import Journal
+from phfs_fuse.kernelstate import KernelState
+from phfs_fuse.namespace import Namespace
+from phfs_fuse.staging import StagingArea
+from phfs_fuse.types import MIB, ObjectKey
+from phfs_fuse.uploadqueue import UploadQueue
+from phfs_fuse.vfs import Vfs
+from phfs_fuse.writeback import Writeback
+from tests.support.fake_blocks import FakeBlocks
+from tests.support.fake_store import FakeStore
+from tests.support.fault_store import FaultStore
+
+PREFIX = "groups/a/"
+
+
+@dataclass
+class World:
+    store: FakeStore
+    blocks: FakeBlocks
+    journal: Journal
+    area: StagingArea
+    inodes: Inodes
+    changes: Changes
+    writeback: Writeback
+    namespace: Namespace
+    vfs: Vfs
+
+    async def write(self, path: str, data: bytes) -> Node:
+        *folders, name = path.split("/")
+        at = 1
+        for folder in folders:
+            at = (await self.vfs.lookup(at, folder.encode())).ino
+        node, fh = await self.vfs.create(at, name.encode(), 0o644, os.O_RDWR, 0, 0)
+        node.lookups += 1
+        await self.vfs.write(fh, 0, data)
+        await self.vfs.flush(fh)
+        self.vfs.release(fh)
+        return node
+
+    async def write_again(self, path: str, data: bytes) -> Node:
+        """Write over the start of a file that exists."""
+        node = await self.node(path)
+        fh = self.vfs.open(node.ino, os.O_WRONLY)
+        await self.vfs.write(fh, 0, data)
+        await self.vfs.flush(fh)
+        self.vfs.release(fh)
+        return node
+
+    async def read(self, path: str) -> bytes:
+        node = await self.node(path)
+        fh = self.vfs.open(node.ino, os.O_RDONLY)
+        try:
+            return await self.vfs.read(fh, 0, 1 << 30)
+        finally:
+            self.vfs.release(fh)
+
+    async def node(self, path: str) -> Node:
+        at = self.inodes.root
+        for part in path.split("/"):
+            at = await self.vfs.lookup(at.ino, part.encode())
+        at.lookups += 1
+        return at
+
+    async def names(self, ino: int = 1) -> list[str]:
+        fh = self.vfs.opendir(ino)
+        found: list[str] = []
+        offset = 0
+        while page := await self.vfs.readdir(fh, offset):
+            found += [node.name.decode() for _, node in page]
+            offset = page[-1][0]
+        await self.vfs.releasedir(fh)
+        return found
+
+    async def settle(self) -> None:
+        await self.writeback.settle_below(self.inodes.root)
+
+
+def keys(world: World) -> list[str]:
+    return sorted(str(key).removeprefix(PREFIX) for key in world.store.objects)
+
+
+def content(world: World, path: str) -> bytes:
+    return bytes(world.store.objects[ObjectKey(PREFIX + path)].data)
+
+
+def made(store: FakeStore | FaultStore, directory: Path) -> World:
+    config = WritebackConfig(directory=directory, delay_seconds=0.5, multipart_bytes_min=8 * MIB, part_bytes=5 * MIB)
+    tree = TreeConfig()
+    journal = Journal(directory, "volume")
+    area = StagingArea(directory / "staging", first_id=1)
+    blocks = FakeBlocks(store)
+    inodes = Inodes(PREFIX, Namespace.root_attrs(tree), now_ns=time.time_ns())
+    queue = UploadQueue(config)
+    kernel = KernelState(directory / "kernel.log", inodes)
+    kernel.begin()
+    changes = Changes(inodes=inodes, journal=journal, area=area, queue=queue, kernel=kernel)
+    writeback = Writeback(
+        store=store,
+        inodes=inodes,
+        blocks=cast(BlockCache, blocks),
+        journal=journal,
+        area=area,
+        changes=changes,
+        queue=queue,
+        config=config,
+    )
+    namespace = Namespace(store=store, inodes=inodes, changes=changes, config=tree)
+    vfs = Vfs(
+        inodes=inodes,
+        namespace=namespace,
+        blocks=cast(BlockCache, blocks),
+        changes=changes,
+        writeback=writeback,
+        kernel=kernel,
+        config=tree,
+        write_through=False,
+    )
+    return World(store, blocks, journal, area, inodes, changes, writeback, namespace, vfs)
+
+
+@asynccontextmanager
+async def running(world: World) -> AsyncIterator[World]:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(world.writeback.run)
+        yield world
+        nursery.cancel_scope.cancel()
