@@ -43,6 +43,15 @@ def segment_of(name: bytes) -> str:
     return "".join(f"{QUOTE}{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in text)
 
 
+def new_segment(name: bytes) -> str:
+    """The key segment for a name that is to be made. Raises: NameTooLong, IllegalName also for names that would
+    show as something else at the next mount."""
+    for suffix in (RCLONE_LINK, OBJECT_BESIDE):
+        if name.endswith(suffix.encode()):
+            raise IllegalName("name", repr(name), f"the ending {suffix} has a meaning of its own, choose another")
+    return segment_of(name)
+
+
 def name_of(segment: str) -> bytes:
     """The name that shows a segment found in the store. Raises: IllegalName if there is none: the segment is
     empty, `.`, `..`, too long, or not what `segment_of` would make of that name."""

@@ -179,7 +179,7 @@ class Vfs:
         return node
 
     def _add(self, parent: Node, name: bytes, attrs: Attrs, act: Act | None) -> Node:
-        key = keys.join(self._inodes.key(parent), keys.segment_of(name))
+        key = keys.join(self._inodes.key(parent), keys.new_segment(name))
         if stat.S_ISDIR(attrs.mode):
             keys.join(key, "/")
         node = self._inodes.new(attrs, ctime_ns=attrs.mtime_ns)
@@ -322,8 +322,7 @@ class Vfs:
     ) -> None:
         moved = [source, *self._inodes.descendants(source)]
         old = [self._inodes.key(node) for node in moved]
-        keys.segment_of(to_name)
-        new_prefix = keys.join(self._inodes.key(target_dir), keys.segment_of(to_name))
+        new_prefix = keys.join(self._inodes.key(target_dir), keys.new_segment(to_name))
         longest = max(len(key.encode()) for key in old) - len(old[0].encode()) + len(new_prefix.encode()) + 1
         if longest > 1024:
             raise NameTooLong("rename", self._inodes.path(source), "a key would be longer than 1024 bytes")

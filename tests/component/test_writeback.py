@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from phfs_fuse.errors import Exists, NotEmpty, NotFound, PhfsError, StoreUnavailable
+from phfs_fuse.errors import Exists, IllegalName, NotEmpty, NotFound, PhfsError, StoreUnavailable
 from phfs_fuse.recovery import Recovery
 from phfs_fuse.store.base import Expect
 from phfs_fuse.types import MIB, ObjectKey
@@ -295,6 +295,21 @@ async def test_odd_names_leave_the_rest_of_a_listing_alone(world: World) -> None
             await world.vfs.lookup(1, name)
     assert (await world.node("link")).is_symlink
     assert await world.read("d.phfs-file") == b"target"
+
+
+@pytest.mark.parametrize("name", [b"new.rclonelink", b"new.phfs-file"])
+async def test_names_that_would_show_as_something_else_are_refused(
+    world: World, name: bytes, autojump_clock: MockClock
+) -> None:
+    with pytest.raises(IllegalName):
+        await world.vfs.create(1, name, 0o644, os.O_RDWR, 0, 0)
+    with pytest.raises(IllegalName):
+        await world.vfs.mkdir(1, name, 0o755, 0, 0)
+    await world.write("f", b"bytes")
+    with pytest.raises(IllegalName):
+        await world.vfs.rename(1, b"f", 1, name, 0)
+    await world.settle()
+    assert keys(world) == ["f"]
 
 
 async def test_names_go_on_while_the_store_is_away(world: World, autojump_clock: MockClock) -> None:
