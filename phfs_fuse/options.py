@@ -218,7 +218,7 @@ SETTINGS: Final = (
         "writeback.open_seconds",
         TIME,
         "Age at which a small file that stays open goes up.",
-        "4s",
+        "2.5s",
     ),
     _tuning("uploads", "writeback.uploads", "writeback.uploads_max", COUNT, "Uploads at a time.", "16"),
     _tuning(

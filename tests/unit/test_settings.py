@@ -12,7 +12,7 @@ import pytest
 
 from phfs_fuse.config import MountConfig, OnConflict, PosixAttrs
 from phfs_fuse.errors import UsageError
-from phfs_fuse.options import SETTINGS
+from phfs_fuse.options import COUNT, SETTINGS, SIZE, TIME, Setting
 from phfs_fuse.settings import (
     Resolved,
     dump_config,
@@ -392,3 +392,11 @@ def test_every_setting_is_documented() -> None:
 def _spelled(key: str) -> str:
     table, _, name = key.partition(".")
     return f"[{table}] {name}" if key else ""
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if s.kind in (SIZE, TIME, COUNT) and s.field], ids=str)
+def test_the_default_that_is_told_is_the_default(setting: Setting) -> None:
+    value: Any = config_of()
+    for name in setting.field.split("."):
+        value = getattr(value, name)
+    assert setting.kind.parse(setting.default) == value
