@@ -290,7 +290,8 @@ class Changes:
         self.untrack(node)
         if node.staged is not None:
             for layer in node.staged.layers:
-                self._area.discard(layer)
+                self._journal.end_layer(layer.id)
+                self._journal.after(partial(self._area.discard, layer))
             node.staged = None
         if node.dirty is not None:
             self.clean(node)

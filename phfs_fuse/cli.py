@@ -171,6 +171,40 @@ def status(
     return 0
 
 
+@app.command(epilog="phfs conflicts resolve --keep ours|theirs|both PATH settles the one of PATH.")
+def conflicts(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[MOUNTPOINT] | resolve PATH")] = None,
+    keep: Annotated[str | None, typer.Option(metavar="ours|theirs|both", help="With resolve: what stays.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list.")] = False,
+) -> int:
+    """List what somebody else had changed under unsaved bytes, and settle it."""
+    from phfs_fuse import settle
+
+    match arguments or []:
+        case ["resolve", path]:
+            settle.resolve(path, keep)
+        case [] | [_] if keep is None:
+            settle.show(arguments[0] if arguments else None, as_json=as_json)
+        case _:
+            raise UsageError("usage: phfs conflicts [MOUNTPOINT], or phfs conflicts resolve --keep WHAT PATH")
+    return 0
+
+
+@app.command()
+def upgrade(
+    mountpoint: Annotated[str | None, typer.Argument(help="Default: all mounts.")] = None,
+) -> int:
+    """Let a worker of the version that is installed now take over; open files go on."""
+    if mountpoint is not None:
+        records = [client.mount_of(mountpoint, mount_table())[0]]
+    else:
+        records = [record for record in registry.records() if record.alive]
+    for record in records:
+        before, after = client.upgrade(record)
+        print(f"{record.mountpoint}: {before} -> {after}")
+    return 0
+
+
 @app.command()
 def demo(
     directory: Annotated[

@@ -12,7 +12,7 @@ import select
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,7 +23,12 @@ from phfs_fuse.registry import MountRecord
 
 Answer = Mapping[str, Any]
 STATUS_SECONDS: Final = 5.0
+UPGRADE_SECONDS: Final = 90.0
 ANSWER_BYTES_MAX: Final = 16 << 20
+
+
+class _Ended(MountpointError):
+    """The connection ended without an answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +38,25 @@ class Progress:
     files_pending: int
     bytes_pending: int
     bytes_done: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """What lost `path` (below the mount point) was kept as `kept_as`: below it too, or `outside`, or "": nothing."""
+
+    record: MountRecord
+    path: str
+    kept_as: str
+    outside: bool
+    at: float  # seconds since the epoch
+
+    @property
+    def original(self) -> str:
+        return os.path.join(self.record.mountpoint, self.path)
+
+    @property
+    def copy(self) -> str:
+        return self.kept_as if self.outside else os.path.join(self.record.mountpoint, self.kept_as)
 
 
 def mount_of(path: str, table: MountTable) -> tuple[MountRecord, str]:
@@ -69,6 +93,44 @@ def umount(record: MountRecord, timeout: float | None, *, lazy: bool) -> Iterato
     return _follow(record, {"op": "umount", "lazy": lazy}, timeout)
 
 
+def conflicts(record: MountRecord) -> list[Conflict]:
+    """Those whose copy is still there, oldest first; the others are settled. Raises: MountpointError."""
+    found = []
+    for row in next(ask(record, {"op": "conflicts"}, STATUS_SECONDS))["conflicts"]:
+        conflict = Conflict(record, row["path"], row["kept_as"], row["outside"], row["at"])
+        if conflict.kept_as and not os.path.lexists(conflict.copy):
+            settled(conflict)
+        else:
+            found.append(conflict)
+    return found
+
+
+def settled(conflict: Conflict) -> None:
+    """Show it no more. Raises: MountpointError."""
+    request = {"op": "settled", "path": conflict.path, "kept_as": conflict.kept_as}
+    next(ask(conflict.record, request, STATUS_SECONDS))
+
+
+def upgrade(record: MountRecord) -> tuple[str, str]:
+    """Have a worker of what is installed now take over; returns the versions before and after, when it serves.
+
+    Raises: StartupError, and the mount goes on as it was.
+    """
+    before = status(record)
+    with suppress(_Ended, TimeoutError):
+        for _ in ask(record, {"op": "upgrade"}, UPGRADE_SECONDS):
+            pass
+    deadline = time.monotonic() + UPGRADE_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(MountpointError):
+            if (now := status(record))["pid"] != before["pid"]:
+                return before["version"], now["version"]
+        time.sleep(0.1)
+    raise MountpointError(
+        f"{record.mountpoint}: no other worker has taken over in {UPGRADE_SECONDS:g} s; see its log"
+    )
+
+
 def _follow(record: MountRecord, request: Mapping[str, object], timeout: float | None) -> Iterator[Progress]:
     last = None
     try:
@@ -96,7 +158,7 @@ def ask(record: MountRecord, request: Mapping[str, object], timeout: float | Non
             yield answer
             if "progress" not in answer:
                 return
-    raise MountpointError(f"{record.mountpoint}: the mount ended before it had answered")
+    raise _Ended(f"{record.mountpoint}: the mount ended before it had answered")
 
 
 def wait_for_end(pid: int, timeout: float | None) -> bool:
@@ -132,6 +194,10 @@ def _lines(channel: socket.socket, deadline: float | None) -> Iterator[bytes]:
         if left is not None and left <= 0:
             raise TimeoutError
         channel.settimeout(left)
-        if not (received := channel.recv(65536)):
+        try:
+            received = channel.recv(65536)
+        except ConnectionError:  # the process at the other end died
+            return
+        if not received:
             return
         buffer += received

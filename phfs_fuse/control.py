@@ -4,6 +4,9 @@
     {"op": "status"}                    the status itself
     {"op": "sync", "path": "a/b"}       {"progress": {...}} five times a second, then {"done": {...}}
     {"op": "umount", "lazy": false}     the same; uploads everything first
+    {"op": "conflicts"}                 {"conflicts": [{"path": ..., "kept_as": ..., "outside": ..., "at": ...}, ...]}
+    {"op": "settled", "path": ..., "kept_as": ...}      {"done": {}}; the conflict is not shown any more
+    {"op": "upgrade"}                   the end of the connection: another worker takes over
 
 What cannot be done is answered by {"error": "one line", "exit_code": n}; n is that of a command that ends so.
 State: the socket file and its connections. Heard are the user of the mount and root. A request ends with its
@@ -19,7 +22,7 @@ import math
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
@@ -46,20 +49,27 @@ class Controllable(Protocol):
     def pending(self) -> Mapping[str, int]:
         """What is not in the store yet; of `bytes_done` only the growth counts."""
 
+    def conflicts(self) -> Sequence[Fields]: ...
+
+    def settled(self, path: str, kept_as: str) -> None: ...
+
     async def sync(self, path: str | None) -> None:
         """Return when `path` (None: everything) is in the store. Raises: PhfsError."""
 
 
-class Shutdown(Protocol):
-    async def __call__(self, *, lazy: bool) -> None:
+class Ending(Protocol):
+    async def shutdown(self, *, lazy: bool) -> None:
         """Upload everything, unmount. Raises: StartupError, PhfsError."""
+
+    async def upgrade(self) -> None:
+        """Return when this process ends because another takes over. Raises: StartupError."""
 
 
 class ControlServer:
-    def __init__(self, path: Path, mount: Controllable, shutdown: Shutdown) -> None:
+    def __init__(self, path: Path, mount: Controllable, worker: Ending) -> None:
         self._path = path
         self._mount = mount
-        self._shutdown = shutdown
+        self._worker = worker
         self._connections = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -120,6 +130,13 @@ class ControlServer:
                     await self._with_progress(stream, partial(self._mount.sync, _path(request)))
                 case "umount":
                     await self._umount(stream, lazy=_lazy(request))
+                case "conflicts":
+                    await _send(stream, {"conflicts": self._mount.conflicts()})
+                case "settled":
+                    self._mount.settled(_text(request, "path"), _text(request, "kept_as"))
+                    await _send(stream, {"done": {}})
+                case "upgrade":
+                    await self._worker.upgrade()
                 case other:
                     raise UsageError(f"no such op: {other!r}")
         except (PhfsError, StartupError) as exc:
@@ -132,7 +149,7 @@ class ControlServer:
 
     async def _umount(self, stream: trio.SocketStream, *, lazy: bool) -> None:
         try:
-            await self._with_progress(stream, partial(self._shutdown, lazy=lazy))
+            await self._with_progress(stream, partial(self._worker.shutdown, lazy=lazy))
         except BaseException:  # trio.Cancelled, or a group of it
             if trio.current_effective_deadline() > -math.inf:
                 raise
@@ -203,10 +220,14 @@ def _parse(line: bytes) -> Fields:
 
 
 def _path(request: Fields) -> str | None:
-    path = request.get("path")
-    if path is None or isinstance(path, str):
-        return path
-    raise UsageError("path: not a string")
+    return None if request.get("path") is None else _text(request, "path")
+
+
+def _text(request: Fields, name: str) -> str:
+    text = request.get(name)
+    if isinstance(text, str):
+        return text
+    raise UsageError(f"{name}: not a string")
 
 
 def _lazy(request: Fields) -> bool:

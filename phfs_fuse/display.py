@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -59,6 +60,19 @@ def mounts(answers: Iterable[Mapping[str, Any]]) -> None:
     console.print(table)
     for mountpoint, error in errors:
         console.print(f"{mountpoint}: {error['path']}: {error['reason']} ({error['count']} times)", markup=False)
+
+
+def conflicts(found: Iterable[client.Conflict]) -> None:
+    """A table, one row per conflict."""
+    table = Table("FILE", "OURS IS KEPT AS", "SINCE", box=None)
+    for one in found:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.at))
+        table.add_row(*map(escape, (_shown(one.original), _shown(one.copy) if one.kept_as else "- (lost)", since)))
+    Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
+
+
+def _shown(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _row(answer: Mapping[str, Any]) -> tuple[str, ...]:

@@ -242,12 +242,17 @@ class Inodes:
 
     def path(self, node: Node) -> str:
         """Path below the mount point, for people."""
+        return self.raw_path(node).decode("utf-8", "replace")
+
+    @staticmethod
+    def raw_path(node: Node) -> bytes:
+        """Path below the mount point."""
         parts: list[bytes] = []
         at: Node | None = node
         while at is not None and at.parent is not None:
             parts.append(at.name)
             at = at.parent
-        return b"/".join(reversed(parts)).decode("utf-8", "replace")
+        return b"/".join(reversed(parts))
 
     def forget(self, ino: int, count: int) -> None:
         """The kernel gives `count` references back."""

@@ -10,6 +10,7 @@ each thread, since the kernel may ask again for one that was done and not answer
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sqlite3
@@ -24,6 +25,7 @@ from phfs_fuse.errors import LocalStateError
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
 FORMAT: Final = 1
+ENDED: Final = Ino(0)  # in place of the file that a layer was of
 
 SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -40,8 +42,9 @@ CREATE TABLE IF NOT EXISTS upload (upload_id TEXT PRIMARY KEY, key TEXT NOT NULL
 CREATE TABLE IF NOT EXISTS act (
     pid INTEGER PRIMARY KEY, op TEXT NOT NULL, parent INTEGER NOT NULL, name BLOB NOT NULL,
     to_parent INTEGER NOT NULL, to_name BLOB NOT NULL, ino INTEGER NOT NULL, seq INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS conflict (path TEXT PRIMARY KEY, kept_as TEXT NOT NULL, at_ns INTEGER NOT NULL)
-    WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS conflict (
+    path BLOB NOT NULL, kept_as BLOB NOT NULL, outside INTEGER NOT NULL, at_ns INTEGER NOT NULL,
+    PRIMARY KEY (path, kept_as)) WITHOUT ROWID;
 """
 
 
@@ -80,6 +83,17 @@ class LayerRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ConflictRow:
+    """The bytes that lost `path` were kept as `kept_as`: beside it, both below the mount point, or `outside` as a
+    file of this machine; empty if there were none to keep."""
+
+    path: bytes
+    kept_as: bytes
+    outside: bool
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Act:
     """A change of names that the thread `pid` asks for; numbers and names as the kernel gave them."""
 
@@ -111,6 +125,16 @@ class Journal:
         if fresh:
             os.chmod(self.path, 0o600)
 
+    @staticmethod
+    def check(directory: Path) -> None:
+        """Raises: LocalStateError if the journal there, which another process may have open, is of a newer format."""
+        path = directory / "journal.db"
+        try:
+            with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+                _require_known(path, db)
+        except sqlite3.Error as exc:
+            raise LocalStateError(f"journal {path} cannot be read ({exc}); check the disk") from exc
+
     def _open(self, volume: str) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
@@ -126,12 +150,7 @@ class Journal:
             raise
 
     def _check_format(self, db: sqlite3.Connection, volume: str) -> None:
-        found = db.execute("PRAGMA user_version").fetchone()[0]
-        if found > FORMAT:
-            raise LocalStateError(
-                f"state {self.path.parent} was written by a newer phfs (format {found}, this one knows {FORMAT}); "
-                "mount with that version, or with another --state-dir"
-            )
+        _require_known(self.path, db)
         db.executescript(SCHEMA)
         db.execute(f"PRAGMA user_version={FORMAT}")
         db.execute("INSERT OR IGNORE INTO meta VALUES ('volume', ?)", (volume,))
@@ -246,8 +265,14 @@ class Journal:
     def put_layer(self, row: LayerRow) -> None:
         self._run("INSERT OR REPLACE INTO layer VALUES (?,?,?)", (row.id, row.ino, row.seen))
 
-    def drop_layer(self, layer_id: int) -> None:
-        self._run("DELETE FROM layer WHERE id=?", (layer_id,))
+    def end_layer(self, layer_id: int) -> None:
+        """Its files are of no use once this is committed; they go `after` that. Until `forget_ended` a restart finds
+        out here which files those are."""
+        self._run("UPDATE layer SET ino=? WHERE id=?", (ENDED, layer_id))
+
+    def forget_ended(self) -> None:
+        """The files of all ended layers are gone."""
+        self._run("DELETE FROM layer WHERE ino=?", (ENDED,))
 
     # what is to be deleted
 
@@ -282,12 +307,16 @@ class Journal:
     def drop_upload(self, upload_id: str) -> None:
         self._run("DELETE FROM upload WHERE upload_id=?", (upload_id,))
 
-    def put_conflict(self, path: str, kept_as: str) -> None:
-        self._run("INSERT OR REPLACE INTO conflict VALUES (?,?,?)", (path, kept_as, time.time_ns()))
+    def put_conflict(self, path: bytes, kept_as: bytes, *, outside: bool) -> None:
+        self._run("INSERT OR REPLACE INTO conflict VALUES (?,?,?,?)", (path, kept_as, outside, time.time_ns()))
 
-    def conflicts(self) -> list[tuple[str, str, int]]:
-        """(path, name that the losing bytes were kept under, time in ns), oldest first."""
-        return list(self._run("SELECT path, kept_as, at_ns FROM conflict ORDER BY at_ns"))
+    def drop_conflict(self, path: bytes, kept_as: bytes) -> None:
+        self._run("DELETE FROM conflict WHERE path=? AND kept_as=?", (path, kept_as))
+
+    def conflicts(self) -> list[ConflictRow]:
+        """Oldest first."""
+        rows = self._run("SELECT path, kept_as, outside, at_ns FROM conflict ORDER BY at_ns")
+        return [ConflictRow(path, kept_as, bool(outside), at_ns) for path, kept_as, outside, at_ns in rows]
 
     def set_number(self, name: str, value: int) -> None:
         self._run("INSERT OR REPLACE INTO meta VALUES (?,?)", (name, str(value)))
@@ -320,3 +349,12 @@ def _readable_rows(db: sqlite3.Connection, table: str) -> Iterator[tuple[object,
         yield from db.execute(f"SELECT * FROM {table}")
     except sqlite3.Error:
         return  # the rest is in pages that cannot be read
+
+
+def _require_known(path: Path, db: sqlite3.Connection) -> None:
+    found = db.execute("PRAGMA user_version").fetchone()[0]
+    if found > FORMAT:
+        raise LocalStateError(
+            f"state {path.parent} was written by a newer phfs (format {found}, this one knows {FORMAT}); "
+            "mount with that version, or with another --state-dir"
+        )

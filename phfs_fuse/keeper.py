@@ -5,7 +5,8 @@ State: the /dev/fuse descriptor, the worker's process and the socket to it, the 
 The worker first checks the store, then the keeper mounts and hands the descriptor over: a mount that cannot
 work never appears. A worker that dies is started again on the same connection, and open files go on. When
 that does not help the keeper gives up and ends; the mount point then stays broken (ENOTCONN), never empty.
-SIGTERM, SIGINT and SIGHUP upload and unmount, a second one unmounts without waiting for uploads.
+SIGTERM and SIGINT upload and unmount, a second one unmounts without waiting for uploads. SIGHUP upgrades: a worker
+of the version that is installed now takes over (at a terminal, whose end it means, it unmounts).
 
 Nothing here touches a file of the mount: the call would wait for a worker that waits for the keeper.
 Standard library only, one thread, no event loop.
@@ -43,6 +44,7 @@ log = logging.getLogger("phfs_fuse.keeper")
 RESTART_DELAYS: Final = (0.0, 0.2, 1.0, 3.0, 8.0)  # seconds before the n-th restart within RESTARTS_SECONDS
 RESTARTS_SECONDS: Final = 60.0  # with one more death in this time than there are delays the keeper gives up
 UNMOUNT_SECONDS: Final = 60.0  # for the kernel's dirty pages to reach the worker
+STANDBY_SECONDS: Final = 60.0  # for a worker to load and look at the state, before it may take over
 END_SECONDS: Final = 5.0  # for a child that has nothing left to do
 LOG_BYTES_MAX: Final = 10 * MIB  # a longer one is put aside at the next start
 NO_ALLOW_OTHER: Final = "allow-other is left out: /etc/fuse.conf has no line user_allow_other"
@@ -166,12 +168,14 @@ class Keeper:
         self._selector = selectors.DefaultSelector()
         self._device: int | None = None
         self._worker: Worker | None = None
+        self._standby: Worker | None = None  # waits to take over
         self._unmounting: subprocess.Popen[bytes] | None = None
         self._due: dict[Callable[[], None], float] = {}
         self._restarts: deque[float] = deque()
         self._serving = False  # this worker has said READY
         self._was_ready = False  # one of them has
         self._failure = Message(kind=Kind.FAILED)
+        self._refusal = Message(kind=Kind.REFUSED)  # what the one on standby says last
         self._drain: Message | None = None  # what was asked, of this worker and of those after it
         self._detached = False  # unmounted, though perhaps still in use
         self._exit_code: int | None = None
@@ -182,6 +186,7 @@ class Keeper:
             self._start_worker()
             while self._exit_code is None:
                 self._step()
+        self._end_standby()
         self._end_worker()
         return self._exit_code
 
@@ -213,7 +218,9 @@ class Keeper:
     def _on_signal(self, number: bytes) -> None:
         if number[0] not in END_SIGNALS:
             return
-        if self._was_ready:
+        if self._was_ready and number[0] == signal.SIGHUP and not os.isatty(sys.stderr.fileno()):
+            self._start_upgrade()
+        elif self._was_ready:
             self._ask_for_drain()
         elif self._worker is not None:
             self._failure = Message(kind=Kind.FAILED, reason="interrupted before it was ready", exit_code=1)
@@ -227,26 +234,36 @@ class Keeper:
     # --- the worker
 
     def _start_worker(self) -> None:
+        try:
+            self._worker = self._spawn(["--resume"] if self._was_ready else [])
+        except OSError as exc:  # no memory, or the program is being replaced
+            self._failure = Message(kind=Kind.FAILED, reason=f"no worker: {exc}", exit_code=1)
+            self._without_worker(1)
+            return
+        self._listen(self._worker)
+
+    def _listen(self, worker: Worker) -> None:
+        """Hear `worker` as the one that serves."""
+        self._selector.register(worker.link, selectors.EVENT_READ, self._on_packet)
+        self._selector.register(worker.pidfd, selectors.EVENT_READ, self._on_worker_end)
+
+    def _spawn(self, flags: Sequence[str]) -> Worker:
+        """Raises: OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        resume = ["--resume"] if self._was_ready else []
         with theirs:
             try:
                 process = subprocess.Popen(
-                    [*self._command, "--fd", str(theirs.fileno()), *resume],
+                    [*self._command, "--fd", str(theirs.fileno()), *flags],
                     env=fusemount.environment(),
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,  # Ctrl-C at a terminal is for the keeper alone
                 )
-            except OSError as exc:  # no memory, or the program is being replaced
+            except OSError:
                 ours.close()
-                self._failure = Message(kind=Kind.FAILED, reason=f"no worker: {exc}", exit_code=1)
-                self._without_worker(1)
-                return
-        self._worker = Worker(process, ours, os.pidfd_open(process.pid))
-        self._selector.register(ours, selectors.EVENT_READ, self._on_packet)
-        self._selector.register(self._worker.pidfd, selectors.EVENT_READ, self._on_worker_end)
+                raise
+        return Worker(process, ours, os.pidfd_open(process.pid))
 
     def _end_worker(self) -> None:
         if self._worker is None:
@@ -265,6 +282,7 @@ class Keeper:
             Kind.FAILED: self._on_failed,
             Kind.READY: self._on_ready,
             Kind.UNMOUNT: self._on_unmount,
+            Kind.UPGRADE: lambda _message: self._start_upgrade(),
         }
         if not (packet := self._receive(self._worker.link)):
             self._selector.unregister(self._worker.link)
@@ -315,12 +333,18 @@ class Keeper:
         worker, links = self._worker, self._selector.get_map()
         while worker.link in links:
             self._on_packet()  # its last words
-        self._selector.unregister(worker.pidfd)
-        os.close(worker.pidfd)
-        worker.link.close()
-        code = worker.process.wait()
+        code = self._reap(worker)
         self._worker, self._serving = None, False
         self._without_worker(code)
+
+    def _reap(self, worker: Worker) -> int:
+        """Close all that belongs to a worker that has ended, heard to the last word; returns its exit code."""
+        for source in (worker.pidfd, worker.link):
+            if source in self._selector.get_map():
+                self._selector.unregister(source)
+        os.close(worker.pidfd)
+        worker.link.close()
+        return worker.process.wait()
 
     def _without_worker(self, code: int) -> None:
         if self._exit_code is not None:
@@ -329,6 +353,8 @@ class Keeper:
             self._fail_to_start(code)
         elif self._has_ended(code):
             self._end_cleanly(code)
+        elif self._standby is not None:
+            self._promote()
         else:
             self._plan_restart(code)
 
@@ -374,6 +400,71 @@ class Keeper:
     def _finish(self, exit_code: int, reason: str) -> None:
         self._exit_code = exit_code
         self._report(exit_code, reason)
+
+    # --- its replacement
+
+    def _start_upgrade(self) -> None:
+        """Start a worker of what is installed now; it takes over once it has seen that it can."""
+        if not self._serving or self._standby or self._drain or self._unmounting:
+            self._refuse(Message(kind=Kind.REFUSED, reason="the mount is being restarted or ended", exit_code=1))
+            return
+        try:
+            standby = self._standby = self._spawn(["--resume", "--standby"])
+        except OSError as exc:
+            self._refuse(Message(kind=Kind.REFUSED, reason=f"no worker: {exc}", exit_code=1))
+            return
+        self._refusal = Message(kind=Kind.REFUSED)
+        self._selector.register(standby.link, selectors.EVENT_READ, self._on_standby_packet)
+        self._selector.register(standby.pidfd, selectors.EVENT_READ, self._on_standby_end)
+        self._due[self._end_slow_standby] = time.monotonic() + STANDBY_SECONDS
+
+    def _refuse(self, message: Message) -> None:
+        log.error("not upgraded: %s", message.reason)
+        self._send(message)
+
+    def _on_standby_packet(self) -> None:
+        assert self._standby is not None
+        if not (packet := self._receive(self._standby.link)):
+            self._selector.unregister(self._standby.link)
+            return
+        message = messages.decode(packet)
+        if message.kind is Kind.STANDBY:
+            self._due.pop(self._end_slow_standby, None)
+            self._send(Message(kind=Kind.HANDOVER))
+        elif message.kind is Kind.FAILED:
+            self._refusal = Message(kind=Kind.REFUSED, reason=message.reason, exit_code=message.exit_code)
+
+    def _on_standby_end(self) -> None:
+        assert self._standby is not None
+        while self._standby.link in self._selector.get_map():
+            self._on_standby_packet()
+        code = self._reap(self._standby)
+        self._standby = None
+        self._due.pop(self._end_slow_standby, None)
+        reason = self._refusal.reason or f"the new worker ended with {_ending(code)}"
+        self._refuse(Message(kind=Kind.REFUSED, reason=reason, exit_code=self._refusal.exit_code or 1))
+
+    def _end_slow_standby(self) -> None:
+        if self._standby is not None:
+            self._refusal = Message(kind=Kind.REFUSED, reason="the new worker does not get ready", exit_code=1)
+            self._standby.process.kill()
+
+    def _promote(self) -> None:
+        """The worker has ended, by HANDOVER or by itself: the one on standby goes on."""
+        assert self._standby is not None
+        self._due.pop(self._end_slow_standby, None)
+        worker, self._standby = self._standby, None
+        for source in (worker.pidfd, worker.link):
+            if source in self._selector.get_map():
+                self._selector.unregister(source)
+        self._worker = worker
+        self._listen(worker)
+        self._send(Message(kind=Kind.GO))
+
+    def _end_standby(self) -> None:
+        if self._standby is not None:
+            self._standby.process.kill()
+            self._reap(self._standby)
 
     # --- the mount
 

@@ -4,8 +4,8 @@ A worker that resumes the connection of one that died has to know the same numbe
 reply that hands something out, in one append, and holds absolute values: the last one counts. The page cache keeps
 it over the death of the process; nothing here has to survive the end of the connection, so nothing is synced.
 
-Records: `node` (an inode as it was told), `refs` (lookups, open files, of these writers), `position` (a directory
-stream: cookie and sort key of the last name that was given).
+Records: first the format; `node` (an inode as it was told), `refs` (lookups, open files, of these writers),
+`position` (a directory stream: cookie and sort key of the last name that was given).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any, Final, NamedTuple
 
 import trio
 
+from phfs_fuse import __version__
+from phfs_fuse.errors import LocalStateError
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
@@ -30,7 +32,8 @@ log = logging.getLogger(__name__)
 
 _HEAD: Final = struct.Struct("<II")  # length and CRC-32 of the body
 _MARSHAL: Final = 4  # the format of all Pythons since 3.4
-_NODE, _REFS, _POSITION = 1, 2, 3
+FORMAT: Final = 1
+_FORMAT, _NODE, _REFS, _POSITION = 0, 1, 2, 3
 COMPACT_BYTES: Final = 16 << 20  # beyond twice what was needed last time
 COMPACT_BATCH: Final = 500  # nodes between two looks at the event loop
 
@@ -121,8 +124,19 @@ class KernelState:
         self._is_torn = False
         self._positions: dict[int, tuple[int, bytes]] = {}
 
+    @staticmethod
+    def check(path: Path) -> None:
+        """Raises: LocalStateError if a worker of this version cannot go on from the log at `path`."""
+        found = next(_records(path), (None,))
+        if found != (_FORMAT, FORMAT):
+            raise LocalStateError(
+                f"{path} is not of the format that phfs {__version__} reads: unmount, and mount anew"
+            )
+
     def load(self) -> Known:
-        """What the process before noted; a torn record at the end belongs to a reply that was not given."""
+        """What the process before noted; a torn record at the end belongs to a reply that was not given.
+        Raises: LocalStateError."""
+        self.check(self._path)
         known = Known({}, {}, {})
         for kind, *fields in _records(self._path):
             if kind == _NODE:
@@ -142,6 +156,7 @@ class KernelState:
         """Start a log with what `Inodes` has now in place of the one that is there. Raises: OSError."""
         self._bytes = 0
         self._fd = self._next_file()
+        self._append(_packed(_FORMAT, FORMAT))
         for node in list(self._inodes.all()):
             self._append(self._snapshot(node))
         self._replace()
@@ -220,6 +235,7 @@ class KernelState:
         self._is_torn = False
         self._next_fd = self._next_file()
         try:
+            self._write(self._next_fd, _packed(_FORMAT, FORMAT))
             nodes = list(self._inodes.all())
             for at in range(0, len(nodes), COMPACT_BATCH):
                 self._write(self._next_fd, b"".join(map(self._snapshot, nodes[at : at + COMPACT_BATCH])))

@@ -3,7 +3,11 @@
 Start: worker CHECKED (or FAILED), keeper DESCRIPTOR with the open connection as SCM_RIGHTS, worker READY (or
 FAILED).
 End: keeper DRAIN (once more with `now` when it is in a hurry), worker UNMOUNT, keeper UNMOUNTED or BUSY.
-A worker that resumes starts in the same way. End of file means that the other side is gone.
+A worker that resumes starts in the same way.
+Upgrade: worker UPGRADE (or a signal to the keeper); a second worker of what is installed now looks at the state and
+says STANDBY (or FAILED: the first one gets REFUSED), the first gets HANDOVER, answers what is in work and ends, the
+second gets GO and resumes.
+End of file means that the other side is gone.
 Owns no state. Standard library only: the keeper imports this.
 """
 
@@ -22,10 +26,15 @@ class Kind(Enum):
     CHECKED = "checked"  # nothing stands against mounting
     FAILED = "failed"  # the worker cannot serve and ends: `reason`, `exit_code`
     READY = "ready"  # the worker serves
+    STANDBY = "standby"  # can take over, and waits for GO
+    UPGRADE = "upgrade"  # asks for another worker in its place
     UNMOUNT = "unmount"  # asks for the end of the mount: `lazy`
     DESCRIPTOR = "descriptor"  # carries the /dev/fuse descriptor of the mount
     DRAIN = "drain"  # upload everything, then ask for UNMOUNT; `now`: wait for no upload
     UNMOUNTED = "unmounted"
+    HANDOVER = "handover"  # answer what is in work, then end: another worker goes on
+    REFUSED = "refused"  # no upgrade: `reason`, `exit_code`
+    GO = "go"  # the worker before has ended
     BUSY = "busy"  # still mounted: `reason`
 
 

@@ -57,10 +57,12 @@ from phfs_fuse.writeback import Writeback
 
 log = logging.getLogger(__name__)
 
+KERNEL_LOG: Final = "kernel.log"
 KERNEL_FLUSH_SECONDS: Final = 2.0  # how long the kernel may keep bytes of open files to itself (its default: 30)
 CHECKPOINT_SECONDS: Final = 5.0
 CHECKPOINT_BYTES: Final = 4 << 20
 RESEND_SECONDS: Final = 5.0  # until when a request may be one that the process before had done
+HANDOVER_SECONDS: Final = 5.0  # for requests in work, when another worker waits to go on
 BUSY_SECONDS: Final = 5.0  # for programs to let go of a mount that is asked to end
 EPOCH_INODES: Final = 1 << 28  # numbers of one process: none is given out twice over restarts
 
@@ -89,7 +91,7 @@ class Mount:
             now_ns=time.time_ns(),
             first_ino=epoch * EPOCH_INODES + 2,
         )
-        self.kernel = KernelState(directory / "kernel.log", self.inodes)
+        self.kernel = KernelState(directory / KERNEL_LOG, self.inodes)
         queue = UploadQueue(config.writeback)
         self.changes = Changes(
             inodes=self.inodes, journal=self.journal, area=self.area, queue=queue, kernel=self.kernel
@@ -204,6 +206,20 @@ class Mount:
             "store": {"state": "unavailable" if writeback.store_is_away else "ok"},
         }
 
+    def conflicts(self) -> Sequence[Mapping[str, object]]:
+        return [
+            {
+                "path": os.fsdecode(row.path),
+                "kept_as": os.fsdecode(row.kept_as),
+                "outside": row.outside,
+                "at": row.at_ns / 1e9,
+            }
+            for row in self.journal.conflicts()
+        ]
+
+    def settled(self, path: str, kept_as: str) -> None:
+        self.journal.drop_conflict(os.fsencode(path), os.fsencode(kept_as))
+
     async def sync(self, path: str | None) -> None:
         await flush_kernel(self.config.kernel.mountpoint)
         await self.vfs.settle_path(path or "")
@@ -230,24 +246,26 @@ class Worker:
         self._link = link
         self._session = session
         self._drain_now = trio.Event()
+        self._handing_over = False
         self._ending = trio.Event()
         self._nursery: trio.Nursery | None = None
 
     async def run(self, listener: ControlServer) -> None:
         """Returns when the mount has ended and what was pending is in the store. Raises: NotDrained."""
-        mount = self._mount
+        mount, drained = self._mount, True
         async with trio.open_nursery() as services:
             self._nursery = services
             await services.start(mount.blocks.run)
             await services.start(mount.writeback.run)
-            services.start_soon(partial(self._link.run, on_drain=self._on_drain, on_gone=self._on_gone))
+            services.start_soon(self._hear_keeper)
             services.start_soon(self._announce)
             await services.start(listener.run)
             services.start_soon(self._flush_kernel)
             services.start_soon(self._checkpoint)
             await self._session.serve()
-            log.info("unmounted mountpoint=%s", mount.config.kernel.mountpoint)
-            drained = await self._drain()
+            if not self._handing_over:
+                log.info("unmounted mountpoint=%s", mount.config.kernel.mountpoint)
+                drained = await self._drain()
             services.cancel_scope.cancel()
         if not drained:
             left = mount.writeback.pending()
@@ -255,6 +273,9 @@ class Worker:
                 f"{mount.config.kernel.mountpoint}: {left.files} files and {left.bytes} bytes are not in the store "
                 f"yet; they stay in {mount.config.writeback.directory} and go up at the next mount"
             )
+
+    async def _hear_keeper(self) -> None:
+        await self._link.run(on_drain=self._on_drain, on_handover=self._on_handover, on_gone=self._on_gone)
 
     async def _announce(self) -> None:
         await self._session.established.wait()
@@ -279,6 +300,19 @@ class Worker:
         if not self._ending.is_set():
             self._ending.set()
             self._nursery.start_soon(self._end)
+
+    def _on_handover(self) -> None:
+        """Another worker waits to go on: take no more requests, answer those in work, end. What takes too long (it
+        may wait for the store) is asked of the other one again, as after a crash."""
+        assert self._nursery is not None
+        log.info("handing over to another worker")
+        self._handing_over = True
+        self._session.stop()
+        self._nursery.cancel_scope.deadline = trio.current_time() + HANDOVER_SECONDS
+
+    async def upgrade(self) -> None:
+        """For `phfs upgrade`. Returns when this worker ends. Raises: StartupError, nothing has changed."""
+        await self._link.upgrade()
 
     def _on_gone(self) -> None:
         log.error("the keeper is gone; the mount ends here and stays broken until it is mounted again")
@@ -329,6 +363,8 @@ class Worker:
         """Service: keep the journal's log short."""
         while True:
             await trio.sleep(CHECKPOINT_SECONDS)
+            with contextlib.suppress(OSError):
+                self._mount.journal.forget_ended()
             if self._mount.journal.log_bytes > CHECKPOINT_BYTES:
                 await trio.to_thread.run_sync(self._mount.journal.checkpoint)
             if self._mount.kernel.wants_compaction:
@@ -361,14 +397,18 @@ async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None
         session = Session(operations(mount.vfs, config.tree), fd, resume=resume)
         worker = Worker(mount, link, session, resumed=resume)
         try:
-            await worker.run(ControlServer(config.control_socket, mount, worker.shutdown))
+            await worker.run(ControlServer(config.control_socket, mount, worker))
         finally:
             session.close()
 
 
-async def _main(config: MountConfig, fd: int, *, resume: bool) -> int:
+async def _main(config: MountConfig, fd: int, *, resume: bool, standby: bool) -> int:
     link = KeeperLink(fd)
     try:
+        if standby:
+            Journal.check(config.writeback.directory)
+            KernelState.check(config.writeback.directory / KERNEL_LOG)
+            await link.standby()
         await _serve(config, link, resume=resume)
     except* StartupError as group:
         exc: BaseException = group
@@ -395,14 +435,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m phfs_fuse.mount")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--fd", type=int, required=True)
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="the kernel knows the mount already")
+    parser.add_argument("--standby", action="store_true", help="begin when the worker before has ended")
     options = parser.parse_args(arguments)
     config = load_config(options.config.read_text())
     logs.setup(config.log_level, config.log_format)
     _raise_limits()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    return trio.run(partial(_main, config, options.fd, resume=options.resume))
+    return trio.run(partial(_main, config, options.fd, resume=options.resume, standby=options.standby))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.errors import IllegalName
 from phfs_fuse.inodes import Base, Inodes, Node
-from phfs_fuse.journal import Journal, LayerRow, PresentRow
+from phfs_fuse.journal import ENDED, Journal, LayerRow, PresentRow
 from phfs_fuse.staging import Layer, Staged, StagingArea
 from phfs_fuse.types import Ino, ObjectKey
 
@@ -51,6 +51,9 @@ class Recovery:
         layers: dict[Ino, list[LayerRow]] = defaultdict(list)
         for layer in self._journal.layers():
             layers[layer.ino].append(layer)
+        for layer in layers.pop(ENDED, []):
+            self._unlink(layer)
+        self._journal.forget_ended()
         known = {layer.id for rows in layers.values() for layer in rows}
         found = []
         for row in self._journal.present():
@@ -83,9 +86,12 @@ class Recovery:
 
     def _drop(self, row: PresentRow, layers: list[LayerRow]) -> None:
         for layer in layers:
-            self._area.path(layer.id).unlink(missing_ok=True)
-            self._area.log_path(layer.id).unlink(missing_ok=True)
+            self._unlink(layer)
         self._journal.drop(row.ino)
+
+    def _unlink(self, layer: LayerRow) -> None:
+        self._area.path(layer.id).unlink(missing_ok=True)
+        self._area.log_path(layer.id).unlink(missing_ok=True)
 
     def _place(self, row: PresentRow, rows: list[LayerRow]) -> Node | None:
         if row.ino == self._inodes.root.ino:

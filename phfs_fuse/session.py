@@ -17,7 +17,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Flag
 from typing import Final
 
@@ -25,7 +25,7 @@ import pyfuse3
 import trio
 
 from phfs_fuse import messages
-from phfs_fuse.errors import MountpointError
+from phfs_fuse.errors import MountpointError, startup_error
 from phfs_fuse.messages import Kind, Message
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ class KeeperLink:
 
     def __init__(self, fd: int) -> None:
         self._socket = trio.socket.from_stdlib_socket(socket.socket(fileno=fd))
-        self._unmounting = trio.Lock()
+        self._asking = trio.Lock()
+        self._awaited: Sequence[Kind] = ()
         self._answers, self._answered = trio.open_memory_channel[Message](1)
 
     async def receive_descriptor(self) -> int:
@@ -109,16 +110,43 @@ class KeeperLink:
         Raises:
             MountpointError: not `lazy`, and files are open; the mount stays as it is.
         """
-        async with self._unmounting:
-            await self._send(Message(kind=Kind.UNMOUNT, lazy=lazy))
-            answer = await self._answered.receive()
+        answer = await self._ask(Message(kind=Kind.UNMOUNT, lazy=lazy), Kind.UNMOUNTED, Kind.BUSY)
         if answer.kind is Kind.BUSY:
             raise MountpointError(answer.reason)
 
-    async def run(self, *, on_drain: Callable[[bool], None], on_gone: Callable[[], None]) -> None:
+    async def standby(self) -> None:
+        """Say that this worker can take over; returns when the one before has ended."""
+        await self._send(Message(kind=Kind.STANDBY))
+        if not await self._receive():
+            raise MountpointError("the keeper of this mount is gone")
+
+    async def upgrade(self) -> None:
+        """Have the keeper put another worker in the place of this one. Returns when this one has to end.
+        Raises: StartupError, nothing has changed."""
+        answer = await self._ask(Message(kind=Kind.UPGRADE), Kind.HANDOVER, Kind.REFUSED)
+        if answer.kind is Kind.REFUSED:
+            raise startup_error(answer.exit_code, f"not upgraded: {answer.reason}")
+
+    async def _ask(self, message: Message, *answers: Kind) -> Message:
+        async with self._asking:
+            self._awaited = answers
+            try:
+                await self._send(message)
+                return await self._answered.receive()
+            finally:
+                self._awaited = ()
+
+    async def run(
+        self,
+        *,
+        on_drain: Callable[[bool], None],
+        on_handover: Callable[[], None],
+        on_gone: Callable[[], None],
+    ) -> None:
         """Service: hear the keeper until it is gone, or until cancelled.
 
         `on_drain(now)` asks for upload and unmount, a second time with `now`: without further uploads.
+        `on_handover` asks to answer what is in work, and then to end: another worker goes on.
         `on_gone` says that nobody would restart this worker or unmount for it: it has to end, and the mount
         stays broken.
         """
@@ -126,14 +154,12 @@ class KeeperLink:
             message = messages.decode(packet)
             if message.kind is Kind.DRAIN:
                 on_drain(message.now)
-            elif message.kind in (Kind.UNMOUNTED, Kind.BUSY):
-                self._hear_answer(message)
+            elif message.kind in self._awaited:  # else it may be for the worker before: nobody waits for it
+                self._awaited = ()
+                self._answers.send_nowait(message)
+            if message.kind is Kind.HANDOVER:
+                on_handover()
         on_gone()
-
-    def _hear_answer(self, message: Message) -> None:
-        # After a resume the answer may be for the worker before: nobody waits for it then.
-        if self._unmounting.locked():
-            self._answers.send_nowait(message)
 
     async def _receive(self) -> bytes:
         try:

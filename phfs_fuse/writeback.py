@@ -365,14 +365,19 @@ class Writeback:
         if node.version is not None:
             node.version.close()
             node.version = None
-        self._area.release(layer)
-        self._blocks.adopt(info.key, info.etag, info.size, layer.path, covered, base=base, base_bytes=layer.seen)
-        self._area.discard(layer)
-        self._journal.drop_layer(layer.id)
+        self._journal.end_layer(layer.id)
+        self._journal.after(partial(self._keep, layer, info, covered, base))
         del staged.layers[0]
         staged.frozen = False
         if not staged.layers:
             node.staged = None
+
+    def _keep(
+        self, layer: Layer, info: ObjectInfo, covered: Extents, base: tuple[ObjectKey, ETag, int] | None
+    ) -> None:
+        self._area.release(layer)
+        self._blocks.adopt(info.key, info.etag, info.size, layer.path, covered, base=base, base_bytes=layer.seen)
+        self._area.discard(layer)
 
     async def _store_marker(self, node: Node, dirty: DirtyFile, key: ObjectKey) -> None:
         marker = node.marker
@@ -489,7 +494,8 @@ class Writeback:
         layers = node.staged.layers if node.staged else []
         saved = [target for layer in layers if (target := self._area.save_aside(layer.path)) is not None]
         self.conflicts += 1
-        self._journal.put_conflict(path, " ".join(map(str, saved)) or "lost")
+        for kept_as in [os.fsencode(target) for target in saved] or [b""]:
+            self._journal.put_conflict(self._inodes.raw_path(node), kept_as, outside=True)
         log.error(
             "%s cannot be stored: somebody else has replaced the version it was made from (%s); changes are in %s",
             path,
@@ -511,17 +517,19 @@ class Writeback:
         if (name := self._conflict_name(parent, node.name)) is None:
             self._save_aside(node, NameTooLong("rename", key, "there is no room for a second name"))
             return
-        path = self._inodes.path(node)
+        path = self._inodes.raw_path(node)
         self._inodes.move(node, parent, name)
         self._inodes.incomplete(parent)
         self.conflicts += 1
         dirty.over = None
         self._changes.track(node)
         with self._journal.batch():
-            self._journal.put_conflict(path, self._inodes.path(node))
+            self._journal.put_conflict(path, self._inodes.raw_path(node), outside=False)
             self._changes.save(node)
         log.warning(
-            "conflict: %s was changed by somebody else, ours is kept as %s", path, name.decode(errors="replace")
+            "conflict: %s was changed by somebody else, ours is kept as %s",
+            path.decode(errors="replace"),
+            name.decode(errors="replace"),
         )
 
     def _conflict_name(self, parent: Node, name: bytes) -> bytes | None:

@@ -16,7 +16,7 @@ from trio.testing import MockClock as Clock
 
 from phfs_fuse import control
 from phfs_fuse.control import ControlServer
-from phfs_fuse.errors import AccessDenied, MountpointError, NotFound
+from phfs_fuse.errors import AccessDenied, LocalStateError, MountpointError, NotFound
 
 
 class Mount:
@@ -52,6 +52,11 @@ class Mount:
     async def shutdown(self, *, lazy: bool) -> None:
         await self.sync(f"lazy={lazy}")
 
+    async def upgrade(self) -> None:
+        self.asked.append("upgrade")
+        if self.failure is not None:
+            raise self.failure
+
 
 class Client:
     def __init__(self, stream: trio.SocketStream) -> None:
@@ -84,7 +89,7 @@ def mount() -> Mount:
 async def served(path: Path, mount: Mount) -> AsyncIterator[trio.CancelScope]:
     with trio.fail_after(100):
         async with trio.open_nursery() as nursery:
-            await nursery.start(ControlServer(path, mount, mount.shutdown).run)
+            await nursery.start(ControlServer(path, mount, mount).run)
             yield nursery.cancel_scope
             nursery.cancel_scope.cancel()
 
@@ -153,6 +158,12 @@ async def test_umount_passes_lazy_on(client: Client, mount: Mount) -> None:
     while "progress" in answer:
         answer = await client.receive()
     assert mount.asked == ["lazy=True"]
+
+
+async def test_a_refused_upgrade_is_one_line(client: Client, mount: Mount) -> None:
+    mount.failure = LocalStateError("not upgraded: the state is of a newer format")
+    assert await client.ask(op="upgrade") == {"error": str(mount.failure), "exit_code": 5}
+    assert mount.asked == ["upgrade"]
 
 
 async def test_a_bug_is_an_answer_and_the_server_lives(client: Client, mount: Mount) -> None:

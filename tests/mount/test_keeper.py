@@ -345,7 +345,7 @@ def test_a_signal_before_it_is_ready_ends_the_start(place: Place) -> None:
 # --- the end
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_uploads_and_unmounts(place: Place, number: int) -> None:
     place.start()
     place.signal(number)
@@ -469,6 +469,37 @@ def test_writes_go_on_over_the_death_of_the_worker(place: Place) -> None:
     assert ended(place.keeper_pid, SECONDS)
     want = b"".join(i.to_bytes(4, "big") * 1024 for i in range(4000))
     assert (place.state / "data").read_bytes() == want
+
+
+def test_a_hangup_puts_another_worker_in_its_place(place: Place) -> None:
+    place.start()
+    first = place.worker_pid
+    reader = Reader(place, "text")
+    place.signal(signal.SIGHUP)
+    until(lambda: place.log().count("resumed") == 1)
+    assert place.worker_pid != first
+    assert ended(first, SECONDS)
+    assert reader.read() == "the same text fr"
+    assert "starting it again" not in place.log()
+    place.signal(signal.SIGHUP)
+    until(lambda: place.log().count("resumed") == 2)
+    assert reader.read() == "the same text fr"
+    reader.close()
+    assert place.unmount() == (0, "")
+
+
+def test_a_worker_that_cannot_take_over_changes_nothing(place: Place) -> None:
+    place.start("--no-takeover")
+    first = place.worker_pid
+    reader = Reader(place, "text")
+    place.signal(signal.SIGHUP)
+    until(lambda: "not upgraded: the state is of a newer format" in place.log())
+    assert place.worker_pid == first
+    assert reader.read() == "the same text fr"
+    reader.close()
+    place.signal()
+    assert ended(place.keeper_pid, SECONDS)
+    assert not place.mounted
 
 
 def test_a_signal_that_comes_while_no_worker_runs_is_not_lost(place: Place) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from phfs_fuse.kernelstate import _FORMAT, FORMAT, _packed
 from tests.mount.place import MountPlace, a_mount, attempt, run
 
 pytestmark = [pytest.mark.fuse, pytest.mark.minio]
@@ -130,7 +131,8 @@ def test_a_directory_stream_goes_on_where_it_was(place: MountPlace) -> None:
     assert sorted(found) == sorted([f"{number:05}" for number in range(1500)] + ["00001-local"])
 
 
-def test_killed_again_and_again_under_load(place: MountPlace) -> None:
+@pytest.mark.parametrize("how", ["killed", "upgraded"])
+def test_again_and_again_under_load(place: MountPlace, how: str) -> None:
     """Programs that write, rename, list and delete see no error, and nothing they did is missing or done twice."""
     code = """if True:
         import os, sys
@@ -163,7 +165,10 @@ def test_killed_again_and_again_under_load(place: MountPlace) -> None:
     ]
     for _ in range(4):
         time.sleep(1.5)
-        place.mount.kill_worker()
+        if how == "killed":
+            place.mount.kill_worker()
+        else:
+            place.mount.upgrade()
     time.sleep(1)
     stop.touch()
     done = [worker.communicate(timeout=60) for worker in workers]
@@ -176,6 +181,24 @@ def test_killed_again_and_again_under_load(place: MountPlace) -> None:
         for number in range(1, int(out) + 1):
             assert (folder / f"{number}-moved/c").read_text() == "c" * number
             assert (folder / f"{number}-moved/link").read_text() == "a" * number
+
+
+def test_a_version_that_cannot_read_the_state_does_not_take_over(place: MountPlace) -> None:
+    (log,) = place.mount.state.glob("*/kernel.log")
+    known = log.read_bytes()
+    newer = _packed(_FORMAT, FORMAT + 1)
+    log.write_bytes(newer + known[len(newer) :])
+    place.mount.expected.append("is not of the format")
+    with open(place.path / "file", "w") as file:
+        found = place.mount.phfs("upgrade", place.path)
+        assert (found.returncode, found.stdout) == (5, "")
+        assert "is not of the format that phfs" in found.stderr
+        assert found.stderr.count("\n") == 1
+        file.write("goes on")
+    assert (place.path / "file").read_text() == "goes on"
+    log.write_bytes(known)
+    place.mount.upgrade()
+    assert (place.path / "file").read_text() == "goes on"
 
 
 def test_many_known_inodes(place: MountPlace, tmp_path: Path) -> None:

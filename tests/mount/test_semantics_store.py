@@ -6,6 +6,7 @@ Every test here needs the store; there is nothing to compare on a local disk.
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -406,6 +407,44 @@ def test_the_loser_of_a_conflict_is_kept_beside(place: MountPlace, mnt: Path) ->
     within(LATE_SECONDS, (mnt / "f").read_bytes, b"theirs")
     within(LATE_SECONDS, lambda: sorted(os.listdir(mnt)), ["f", beside])
     assert (mnt / beside).read_bytes() == b"ours"
+
+
+def make_conflict(place: MountPlace, path: Path) -> Path:
+    """Returns the copy that ours is kept as."""
+    place.mount.expected.append("conflict: .* was changed by somebody else")
+    put(place, path, b"base")
+    with shown(path).open("r+b", buffering=0) as file:
+        file.read()
+        put(place, path, b"theirs")
+        file.write(b"ours")
+    place.sync()
+    (beside,) = path.parent.glob(f"{path.name}.conflict-*")
+    return beside
+
+
+def listed_below(place: MountPlace, folder: Path) -> list[tuple[str, str]]:
+    rows = json.loads(place.mount.must("conflicts", folder, "--json"))
+    return [(row["original"], row["copy"]) for row in rows if row["original"].startswith(f"{folder}/")]
+
+
+def test_conflicts_are_listed_and_settled(place: MountPlace, mnt: Path) -> None:
+    copies = [make_conflict(place, mnt / name) for name in ("ours", "theirs", "both", "by hand")]
+    count = place.mount.status()["conflicts"]
+    assert listed_below(place, mnt) == [
+        (str(copy.with_name(name)), str(copy))
+        for name, copy in zip(("ours", "theirs", "both", "by hand"), copies, strict=True)
+    ]
+    place.mount.must("conflicts", "resolve", "--keep", "ours", mnt / "ours")
+    place.mount.must("conflicts", "resolve", "--keep", "theirs", copies[1])
+    place.mount.must("conflicts", "resolve", "--keep", "both", mnt / "both")
+    copies[3].unlink()
+    assert listed_below(place, mnt) == []
+    assert place.mount.status()["conflicts"] == count - 4
+    place.sync()
+    assert keys(place, mnt) == sorted(["ours", "theirs", "both", "by hand", copies[2].name])
+    assert [(mnt / name).read_bytes() for name in ("ours", "theirs", "both")] == [b"ours", b"theirs", b"theirs"]
+    found = place.mount.phfs("conflicts", "resolve", "--keep", "ours", mnt / "ours")
+    assert (found.returncode, "has no conflict" in found.stderr) == (2, True)
 
 
 # --- other mounts

@@ -130,6 +130,11 @@ class MemoryWorker:
         if self._options.fail_check:
             await link.failed("s3://bucket/: there is no such bucket", 3)
             return 3
+        if self._options.standby:
+            if self._options.no_takeover:
+                await link.failed("the state is of a newer format", 5)
+                return 5
+            await link.standby()
         resumed = self._options.resume
         ops = MemoryOps(self._config, resumed=resumed)
         session = Session(ops, await link.receive_descriptor(), resume=resumed)
@@ -137,7 +142,8 @@ class MemoryWorker:
             return 7
         with self._root:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(link.run, on_drain=self._on_drain, on_gone=self._root.cancel))
+                hear = partial(link.run, on_drain=self._on_drain, on_handover=session.stop)
+                nursery.start_soon(partial(hear, on_gone=self._root.cancel))
                 nursery.start_soon(self._serve, session)
                 await session.established.wait()
                 await link.ready()
@@ -175,7 +181,16 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--resume", action="store_true")
-    for fault in ("--slow-check", "--fail-check", "--no-serve", "--no-resume", "--never-drained", "--impatient"):
+    parser.add_argument("--standby", action="store_true")
+    for fault in (
+        "--slow-check",
+        "--fail-check",
+        "--no-serve",
+        "--no-resume",
+        "--never-drained",
+        "--impatient",
+        "--no-takeover",
+    ):
         parser.add_argument(fault, action="store_true")
     return trio.run(MemoryWorker(parser.parse_args()).run)
 

@@ -84,7 +84,7 @@ class TestMount:
             timeout=seconds,
         )
 
-    def _must(self, *arguments: str | Path) -> str:
+    def must(self, *arguments: str | Path) -> str:
         done = self.phfs(*arguments)
         assert done.returncode == 0, f"phfs {arguments[0]} ended with {done.returncode}: {done.stderr}\n{self.log()}"
         return done.stdout
@@ -92,12 +92,12 @@ class TestMount:
     def mount(self, *flags: str) -> None:
         """`flags` come after those of the mount; the last of a name counts."""
         places = ("--endpoint-url", self.endpoint_url, "--state-dir", self.state, "--cache-dir", self.cache)
-        self._must("mount", f"s3://{self.bucket}/{self.prefix}", self.path, *places, *self.flags, *flags)
+        self.must("mount", f"s3://{self.bucket}/{self.prefix}", self.path, *places, *self.flags, *flags)
 
     def unmount(self) -> None:
         """Upload what is pending and unmount; returns when keeper and worker have ended."""
         keeper_pid = self.record().keeper_pid
-        self._must("umount", self.path)
+        self.must("umount", self.path)
         assert ended(keeper_pid, END_SECONDS), f"the keeper goes on after umount\n{self.log()}"
 
     def remount(self, *flags: str) -> None:
@@ -107,10 +107,10 @@ class TestMount:
 
     def sync(self, path: str | Path | None = None) -> None:
         """Wait until everything, or one path of the mount, is in the store."""
-        self._must("sync", self.path / path if path else self.path)
+        self.must("sync", self.path / path if path else self.path)
 
     def status(self) -> Mapping[str, Any]:
-        status: Mapping[str, Any] = json.loads(self._must("status", self.path, "--json"))
+        status: Mapping[str, Any] = json.loads(self.must("status", self.path, "--json"))
         return status
 
     # --- its processes
@@ -143,6 +143,14 @@ class TestMount:
                     return pid
             time.sleep(0.1)  # the next worker announces itself to the keeper only
         raise AssertionError(f"no worker after kill -9\n{self.log()}")
+
+    def upgrade(self) -> int:
+        """Put another worker in the place of this one; returns its pid."""
+        old = self.worker_pid
+        self.must("upgrade", self.path)
+        new = int(self.status()["pid"])
+        assert new != old
+        return new
 
     # --- its log
 

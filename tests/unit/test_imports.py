@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 ORDER = """
 __main__
 cli
-bench demo
+bench demo settle
 display
 client prepare
 keeper
@@ -66,7 +66,7 @@ types
 RANK = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}
 
 # What the commands may see of a mount: its config and its control socket, never its insides.
-FRONT = {"__main__", "cli", "bench", "demo", "display", "client", "prepare", "keeper", "fusemount"}
+FRONT = {"__main__", "cli", "bench", "demo", "display", "settle", "client", "prepare", "keeper", "fusemount"}
 FRONT_SEES = FRONT | {
     "messages", "settings", "options", "values", "registry", "mountpoint", "dirs", "logs",
     "config", "errors", "types",
