@@ -442,7 +442,7 @@ def test_conflicts_are_listed_and_settled(place: MountPlace, mnt: Path) -> None:
     assert place.mount.status()["conflicts"] == count - 4
     place.sync()
     assert keys(place, mnt) == sorted(["ours", "theirs", "both", "by hand", copies[2].name])
-    assert [(mnt / name).read_bytes() for name in ("ours", "theirs", "both")] == [b"ours", b"theirs", b"theirs"]
+    assert [(mnt / name).read_bytes() for name in ("ours", "theirs", "both")] == [b"baseours", b"theirs", b"theirs"]
     found = place.mount.phfs("conflicts", "resolve", "--keep", "ours", mnt / "ours")
     assert (found.returncode, "has no conflict" in found.stderr) == (2, True)
 
