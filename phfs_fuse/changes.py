@@ -60,6 +60,10 @@ class Changes:
         """The number of the last local change; an answer asked for before it may be outdated."""
         return self._seq
 
+    def go_on(self, seq: int) -> None:
+        """The process before had come to `seq`."""
+        self._seq = max(self._seq, seq)
+
     def touch(self, node: Node) -> None:
         self._seq += 1
         node.seq = self._seq

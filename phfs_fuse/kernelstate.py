@@ -127,7 +127,7 @@ class KernelState:
     @staticmethod
     def check(path: Path) -> None:
         """Raises: LocalStateError if a worker of this version cannot go on from the log at `path`."""
-        found = next(_records(path), (None,))
+        _, found = next(_records(path), (0, ()))
         if found != (_FORMAT, FORMAT):
             raise LocalStateError(
                 f"{path} is not of the format that phfs {__version__} reads: unmount, and mount anew"
@@ -138,7 +138,8 @@ class KernelState:
         Raises: LocalStateError."""
         self.check(self._path)
         known = Known({}, {}, {})
-        for kind, *fields in _records(self._path):
+        for at, (kind, *fields) in _records(self._path):
+            self._bytes = at
             if kind == _NODE:
                 record = NodeRecord(*fields)
                 known.nodes[record.ino] = record
@@ -150,10 +151,17 @@ class KernelState:
                     known.positions.pop(fh, None)
                 else:
                     known.positions[fh] = (cookie, after)
+        self._positions = dict(known.positions)
         return known
 
+    def go_on(self) -> None:
+        """Append to the log that was loaded. Raises: OSError."""
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        os.ftruncate(self._fd, self._bytes)  # what follows a torn record would not be found
+        self._needed_bytes = self._bytes
+
     def begin(self) -> None:
-        """Start a log with what `Inodes` has now in place of the one that is there. Raises: OSError."""
+        """Start a log for a new connection. Raises: OSError."""
         self._bytes = 0
         self._fd = self._next_file()
         self._append(_packed(_FORMAT, FORMAT))
@@ -267,7 +275,8 @@ class KernelState:
         self._bytes = self._needed_bytes = os.fstat(self._fd).st_size
 
 
-def _records(path: Path) -> Iterator[Any]:
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Each whole record, with the offset of its end."""
     raw = b""
     with contextlib.suppress(FileNotFoundError):
         raw = path.read_bytes()
@@ -277,5 +286,5 @@ def _records(path: Path) -> Iterator[Any]:
         body = raw[at + _HEAD.size : at + _HEAD.size + length]
         if len(body) < length or zlib.crc32(body) != crc:
             return
-        yield marshal.loads(body)
         at += _HEAD.size + length
+        yield at, marshal.loads(body)

@@ -45,7 +45,7 @@ from phfs_fuse.localstate import StateLock
 from phfs_fuse.namespace import Namespace
 from phfs_fuse.ops import operations
 from phfs_fuse.recovery import Recovery
-from phfs_fuse.resume import restore
+from phfs_fuse.resume import last_change, restore
 from phfs_fuse.session import KeeperLink, Session
 from phfs_fuse.settings import load_config
 from phfs_fuse.staging import StagingArea
@@ -133,10 +133,15 @@ class Mount:
         """Put the tree back as the kernel knows it, before `recover`."""
         known, done = self.kernel.load(), self.journal.acts()
         restore(self.inodes, known, done)
+        self.changes.go_on(last_change(known, done))
+        self.kernel.go_on()
+        for _, ino, _ in done:  # `recover` ends their rows
+            if (node := self.inodes.find(ino)) is not None:
+                self.kernel.changed(node)
         self.vfs.resume(known.positions, {act.pid: (act, ino) for act, ino, _ in done})
 
     def recover(self) -> None:
-        """Take up what an earlier process left. Says so."""
+        """Take up what an earlier process left in the journal. Says so."""
         recovery = Recovery(self.journal, self.area, self.inodes, self.namespace.default_directory)
         found = recovery.nodes()
         self.changes.recover(found)
@@ -144,7 +149,6 @@ class Mount:
             if node.detached and node.opens and not node.is_dir:
                 self.changes.track(node)
         self.journal.drop_acts()
-        self.kernel.begin()
         for path in recovery.saved:
             log.error("bytes that no file could be found for are saved as %s", path)
         pending = self.writeback.pending()
@@ -392,6 +396,7 @@ async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None
             mount.resume()
         else:
             await mount.check()
+            mount.kernel.begin()
         mount.recover()
         fd = await link.receive_descriptor()
         session = Session(operations(mount.vfs, config.tree), fd, resume=resume)

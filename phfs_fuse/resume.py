@@ -64,10 +64,18 @@ def _attrs(record: NodeRecord) -> Attrs:
 
 
 def _fill(node: Node, record: NodeRecord, refs: Refs) -> None:
+    node.noted = True
+    node.seq = record.seq
     node.size = record.size
     node.base = Base(*record.base) if record.base else None
     node.marker, node.own_attrs = record.marker, record.own_attrs
     node.lookups, node.opens, node.writers = refs
+
+
+def last_change(known: Known, done: Done) -> int:
+    """The number of the last local change that was noted: new ones come after it."""
+    noted = [record.seq for record in known.nodes.values()]
+    return max([*noted, *(seq for _, _, seq in done)], default=0)
 
 
 def restore(inodes: Inodes, known: Known, done: Done) -> None:
