@@ -8,7 +8,7 @@ is in the journal when it returns. It does not upload: it puts the file on the q
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -22,8 +22,11 @@ from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Act, Journal, LayerRow, PresentRow
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.staging import Layer, Staged, StagingArea
+from phfs_fuse.store.base import ObjectInfo
 from phfs_fuse.types import ETag, Ino, ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue
+
+ATTEMPTS_MAX = 8  # of one key that are remembered
 
 
 class Changes:
@@ -40,6 +43,7 @@ class Changes:
         self._dirty: dict[Ino, Node] = {}
         self._sources: dict[ObjectKey, set[Node]] = {}  # who needs the stored bytes of a key that is not its own
         self._source_of: dict[Node, ObjectKey] = {}
+        self._attempts: dict[ObjectKey, list[tuple[int, str]]] = {}  # (size, metadata) that the store may have
         self._seq = 0
         self._waiters: dict[Ino, trio.Event] = {}
         self.settled = trio.Event()  # set, and replaced, when something has reached the store or failed
@@ -65,8 +69,12 @@ class Changes:
         self._seq = max(self._seq, seq)
 
     def touch(self, node: Node) -> None:
+        """`node` changed, and with it the directories that are there because of it."""
         self._seq += 1
-        node.seq = self._seq
+        at: Node | None = node
+        while at is not None:
+            at.seq = self._seq
+            at = at.parent
 
     def created(self, node: Node) -> None:
         """`node` has just got a name that nothing had. A file starts empty and is not in the store."""
@@ -168,7 +176,31 @@ class Changes:
         else:
             over = node.base.etag if node.base else None
         coming = node.dirty is not None and node.dirty.uploading and node.dirty.target == key
-        return over, over is not None or coming
+        return over, over is not None or coming or key in self._attempts
+
+    def attempt(self, key: ObjectKey, size: int, metadata: Mapping[str, str]) -> None:
+        """An upload is about to be sent. Until its answer is known the store may have it, also after a restart."""
+        known = self._attempts.setdefault(key, [])
+        text = json.dumps(dict(metadata), sort_keys=True)
+        if (size, text) in known:
+            return
+        known.append((size, text))
+        if len(known) > ATTEMPTS_MAX:
+            self.answered(key)
+            known = self._attempts[key] = known[-ATTEMPTS_MAX:]
+        with self._journal.batch():
+            for row in known:
+                self._journal.put_attempt(key, *row)
+
+    def answered(self, key: ObjectKey) -> None:
+        """What the store has under `key` is known now."""
+        if self._attempts.pop(key, None) is not None:
+            self._journal.drop_attempts(key)
+
+    def is_ours(self, found: ObjectInfo) -> bool:
+        """Whether the store has what an upload of ours has sent without getting an answer."""
+        text = json.dumps(dict(found.metadata or {}), sort_keys=True)
+        return (found.size, text) in self._attempts.get(found.key, ())
 
     def renamed(self, node: Node, old_key: ObjectKey, over: ETag | None) -> None:
         """`node` had the name `old_key` and now has another, where the store has version `over` (None: nothing)."""
@@ -217,6 +249,8 @@ class Changes:
 
     def recover(self, found: Iterable[tuple[Node, PresentRow]]) -> None:
         """Take up what an earlier process left in the journal (the nodes are in the tree again)."""
+        for known_key, size, metadata in self._journal.attempts():
+            self._attempts.setdefault(known_key, []).append((size, metadata))
         for key, etag in self._journal.gone():
             self.gone.add(gone := Gone(key, etag, True, 0.0))
             self._queue.push(gone, 0.0)
@@ -339,6 +373,7 @@ class Changes:
         self._seq += 1
         for key in done:
             self.gone.take(key, self._seq)
+            self.answered(key)
         self._journal.drop_gone(done)
         self.announce()
 

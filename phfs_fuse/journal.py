@@ -4,7 +4,8 @@ A commit is in the kernel's page cache before the call returns, so it survives t
 synced to the disk at checkpoints (`checkpoint`, called off the event loop), so after a power cut the newest
 commits may be missing, but never half a commit. Rows: `present` (a file, symlink or directory marker that the
 store lacks in this form), `layer` (its staging files, bottom first), `gone` (a key that has to be deleted),
-`upload` (multipart uploads under way, so that only our own are ever aborted), `act` (the last change of names by
+`upload` (multipart uploads under way, so that only our own are ever aborted), `attempt` (what was sent and not
+answered: the store may have it), `act` (the last change of names by
 each thread, since the kernel may ask again for one that was done and not answered), `conflict`, `meta`.
 """
 
@@ -39,6 +40,8 @@ CREATE TABLE IF NOT EXISTS layer (id INTEGER PRIMARY KEY, ino INTEGER NOT NULL, 
 CREATE INDEX IF NOT EXISTS layer_ino ON layer (ino, id);
 CREATE TABLE IF NOT EXISTS gone (key TEXT PRIMARY KEY, etag TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS upload (upload_id TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS attempt (key TEXT NOT NULL, size INTEGER NOT NULL, metadata TEXT NOT NULL,
+    PRIMARY KEY (key, size, metadata)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS act (
     pid INTEGER PRIMARY KEY, op TEXT NOT NULL, parent INTEGER NOT NULL, name BLOB NOT NULL,
     to_parent INTEGER NOT NULL, to_name BLOB NOT NULL, ino INTEGER NOT NULL, seq INTEGER NOT NULL);
@@ -171,7 +174,7 @@ class Journal:
         db = self._open(volume)
         copy = sqlite3.connect(aside)
         try:
-            for table in ("present", "layer", "gone", "upload", "conflict"):
+            for table in ("present", "layer", "gone", "upload", "attempt", "conflict"):
                 for row in _readable_rows(copy, table):
                     marks = ",".join("?" * len(row))
                     try:
@@ -306,6 +309,15 @@ class Journal:
 
     def drop_upload(self, upload_id: str) -> None:
         self._run("DELETE FROM upload WHERE upload_id=?", (upload_id,))
+
+    def put_attempt(self, key: ObjectKey, size: int, metadata: str) -> None:
+        self._run("INSERT OR REPLACE INTO attempt VALUES (?,?,?)", (key, size, metadata))
+
+    def drop_attempts(self, key: ObjectKey) -> None:
+        self._run("DELETE FROM attempt WHERE key=?", (key,))
+
+    def attempts(self) -> list[tuple[ObjectKey, int, str]]:
+        return list(self._run("SELECT key, size, metadata FROM attempt"))
 
     def put_conflict(self, path: bytes, kept_as: bytes, *, outside: bool) -> None:
         self._run("INSERT OR REPLACE INTO conflict VALUES (?,?,?,?)", (path, kept_as, outside, time.time_ns()))

@@ -68,7 +68,7 @@ class Recovery:
             if path.suffix == ".data" and path.stat().st_size:
                 self._save_aside(path)
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)  # its log went with the data
         return found
 
     def _open_still(self, row: PresentRow, rows: list[LayerRow]) -> Node | None:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import select
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,12 +29,13 @@ class MountRecord:
     def alive(self) -> bool:
         """Whether the keeper's process is there. A process of another user counts."""
         try:
-            os.kill(self.keeper_pid, 0)
-        except ProcessLookupError:
+            watch = os.pidfd_open(self.keeper_pid)
+        except OSError:
             return False
-        except PermissionError:
-            return True
-        return True
+        try:  # one that has ended may stay as a zombie where nobody reaps, as in a container without an init
+            return not select.select([watch], [], [], 0)[0]
+        finally:
+            os.close(watch)
 
 
 def path_of(mountpoint: str) -> Path:

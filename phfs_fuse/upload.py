@@ -40,6 +40,10 @@ class Snapshot:
     layer: Layer | None
     fill: Fill
 
+    @property
+    def size(self) -> int:
+        return self.layer.size if self.layer else self.base.size if self.base else 0
+
 
 class Uploader:
     """Puts snapshots into the store. Cancelling a call aborts what it began."""

@@ -275,6 +275,7 @@ class Writeback:
         )
         dirty.attrs = dirty.content = False
         try:
+            self._changes.attempt(key, snap.size, snap.metadata)
             info = await self._uploader.store(snap)
         except (VersionChanged, StaleVersion) as exc:
             self._failed(node, dirty, key, None)
@@ -335,6 +336,7 @@ class Writeback:
         if not node.detached and self._inodes.key(node) == key:
             dirty.over = info.etag
         with self._journal.batch():
+            self._changes.answered(key)
             if snap.layer is not None:
                 self._uncover(node, snap.layer, old_base, info)
             elif old_base is not None:
@@ -384,6 +386,7 @@ class Writeback:
         try:
             wanted = node.own_attrs or (not node.kids and await self._is_empty(key))
             if wanted:
+                self._changes.attempt(key, 0, {})
                 info = await self._store.put(key, b"", to_metadata(node.attrs), expect=None)
                 marker = info.etag
             elif marker is not None:
@@ -404,6 +407,7 @@ class Writeback:
         dirty.target = None
         dirty.on(Event.STORED)
         self._changes.touch(node)
+        self._changes.answered(key)
         if node.detached or self._inodes.key(node) != key:
             self._changes.landed(key, marker)
             if node.detached:
@@ -438,12 +442,11 @@ class Writeback:
             return
         if node.detached or node.dirty is not dirty or self._inodes.key(node) != key:
             return
-        size = snap.layer.size if snap.layer else snap.base.size if snap.base else 0
         if found is None:
             log.warning("key=%s was deleted by somebody else while changes waited; storing it again", key)
             dirty.over = None
-        elif found.size == size and dict(found.metadata or {}) == dict(snap.metadata):
-            dirty.over = found.etag  # our own upload, whose answer was lost: once more, over it
+        elif self._changes.is_ours(found):
+            dirty.over = found.etag  # an upload whose answer was lost: once more, over it
         elif found.etag == dirty.over:
             self._retry(node, dirty, exc)  # not our name has changed, but the base that we started from
             return
@@ -519,6 +522,7 @@ class Writeback:
             return
         path = self._inodes.raw_path(node)
         self._inodes.move(node, parent, name)
+        self._changes.answered(key)
         self._inodes.incomplete(parent)
         self.conflicts += 1
         dirty.over = None
