@@ -300,8 +300,8 @@ class Changes:
                 base_etag=base.etag if base else None,
                 base_size=base.size if base else None,
                 over=dirty.over,
-                content=dirty.content,
-                attrs=dirty.attrs,
+                content=dirty.content or node.staged is not None,  # what an upload took is not stored yet
+                attrs=dirty.attrs or dirty.uploading,
             )
         )
 

@@ -1,0 +1,141 @@
+"""Uploads of which nobody knows whether the store has them: no answer, or no process any more to hear it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from phfs_fuse.recovery import Recovery
+from tests.support.fake_store import FakeStore
+from tests.support.fault_store import FaultStore
+from tests.support.world import PREFIX, World, made, running
+
+FIRST_TRY_SECONDS = 0.7  # after the quiet time, before the second one
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore()
+
+
+@pytest.fixture
+def faults(store: FakeStore) -> FaultStore:
+    return FaultStore(store)
+
+
+@pytest.fixture
+async def world(faults: FaultStore, tmp_path: Path) -> AsyncIterator[World]:
+    (tmp_path / "state").mkdir()
+    async with running(made(faults, tmp_path / "state")) as world:
+        yield world
+
+
+def stored(store: FakeStore) -> dict[str, bytes]:
+    return {str(key).removeprefix(PREFIX): bytes(found.data) for key, found in store.objects.items()}
+
+
+async def recovered(store: FakeStore | FaultStore, directory: Path) -> World:
+    """A process that takes up what is in a copy of the state."""
+    world = made(store, directory)
+    recovery = Recovery(world.journal, world.area, world.inodes, world.namespace.default_directory)
+    world.changes.recover(recovery.nodes())
+    assert recovery.saved == []
+    return world
+
+
+async def test_a_file_changed_after_its_lost_answer_is_no_conflict(
+    world: World, store: FakeStore, faults: FaultStore, autojump_clock: MockClock
+) -> None:
+    faults.fail("put", after=True)
+    await world.write("f", b"first")
+    await trio.sleep(FIRST_TRY_SECONDS)
+    await world.write_again("f", b"second version")
+    await world.settle()
+    assert stored(store) == {"f": b"second version"}
+    assert world.journal.conflicts() == []
+    assert world.journal.attempts() == []
+
+
+async def test_a_file_removed_after_its_lost_answer_does_not_come_back(
+    world: World, store: FakeStore, faults: FaultStore, autojump_clock: MockClock
+) -> None:
+    faults.fail("put", after=True, count=2)
+    await world.write("f", b"bytes")
+    await world.vfs.mkdir(1, b"d", 0o700, 0, 0)
+    await trio.sleep(FIRST_TRY_SECONDS)
+    await world.vfs.unlink(1, b"f")
+    await world.vfs.rmdir(1, b"d")
+    await world.settle()
+    assert stored(store) == {"": b""}  # the directory of the mount itself, now empty
+    assert world.journal.attempts() == []
+
+
+async def test_a_name_used_again_after_a_lost_answer_is_no_conflict(
+    world: World, store: FakeStore, faults: FaultStore, autojump_clock: MockClock
+) -> None:
+    faults.fail("put", after=True)
+    await world.write("f", b"first")
+    await trio.sleep(FIRST_TRY_SECONDS)
+    await world.vfs.unlink(1, b"f")
+    await world.write("f", b"another file")
+    await world.settle()
+    assert stored(store) == {"f": b"another file"}
+    assert world.journal.conflicts() == []
+
+
+async def test_a_process_that_died_while_it_uploaded_is_followed_by_one_that_knows(
+    world: World, store: FakeStore, faults: FaultStore, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    sent = faults.hold("put", after=True)
+    await world.write("f", b"first")
+    await sent.entered.wait()
+    shutil.copytree(tmp_path / "state", tmp_path / "copy")
+    two = await recovered(store, tmp_path / "copy")
+    await two.write_again("f", b"second version")
+    async with running(two):
+        await two.settle()
+        assert stored(store) == {"f": b"second version"}
+        assert two.journal.conflicts() == []
+
+
+async def test_a_file_renamed_during_its_upload_is_whole_after_a_crash(
+    world: World, store: FakeStore, faults: FaultStore, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    await world.write("f", b"old bytes")
+    await world.settle()
+    held = faults.hold("put")
+    await world.write_again("f", b"new")
+    await held.entered.wait()
+    await world.vfs.rename(1, b"f", 1, b"g", 0)
+    await world.vfs.rename(1, b"g", 1, b"f", 0)
+    shutil.copytree(tmp_path / "state", tmp_path / "copy")
+    two = await recovered(store, tmp_path / "copy")
+    async with running(two):
+        await two.settle()
+        assert stored(store) == {"f": b"new bytes"}
+
+
+async def test_a_folder_is_not_missed_while_its_first_file_lands(
+    world: World, faults: FaultStore, autojump_clock: MockClock
+) -> None:
+    folder = await world.vfs.mkdir(1, b"d", 0o755, 0, 0)
+    folder.lookups += 1
+    await world.write("d/f", b"bytes")
+    held = faults.hold("list", when=lambda key: key == f"{PREFIX}d/", after=True)
+    folder.checked_at = float("-inf")
+    found = []
+
+    async def look_up() -> None:
+        found.append(await world.vfs.lookup(1, b"d"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look_up)
+        await held.entered.wait()  # the store has said that there is nothing
+        await world.settle()
+        held.open.set()
+    assert found == [folder]
