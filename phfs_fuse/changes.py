@@ -85,7 +85,6 @@ class Changes:
             return
         layer = self._area.new(seen=0, size=0)
         dirty = self._make_dirty(node, self._take_gone(key))
-        dirty.content = True
         node.staged = Staged([layer])
         dirty.on(Event.CHANGE)
         with self._journal.batch():
@@ -107,7 +106,6 @@ class Changes:
         if node.dirty is None:
             self._make_dirty(node, node.base.etag if node.base else None)
         assert node.dirty is not None
-        node.dirty.content = True
         if staged is None:
             node.staged = Staged([layer])
         else:
@@ -135,7 +133,7 @@ class Changes:
     def closed(self, node: Node) -> None:
         """The last descriptor that could write is closed: from now on the quiet time counts."""
         if node.dirty is not None and node.dirty.state is not State.CLEAN:
-            if node.dirty.content:
+            if node.staged is not None:
                 self.save(node)  # size and times are final
             self._queue.schedule(node)
 
@@ -256,7 +254,7 @@ class Changes:
             self._queue.push(gone, 0.0)
         for node, row in found:
             dirty = self._make_dirty(node, row.over)
-            dirty.content, dirty.attrs = row.content, row.attrs
+            dirty.attrs = row.attrs
             if node.is_dir:
                 node.marker = row.over
             self._changed(node, dirty)
@@ -300,8 +298,7 @@ class Changes:
                 base_etag=base.etag if base else None,
                 base_size=base.size if base else None,
                 over=dirty.over,
-                content=dirty.content or node.staged is not None,  # what an upload took is not stored yet
-                attrs=dirty.attrs or dirty.uploading,
+                attrs=dirty.attrs or dirty.uploading,  # what an upload took is not stored yet
             )
         )
 

@@ -52,7 +52,6 @@ class DirtyFile:
     over: ETag | None
     since: float  # clock of the scheduler, of the oldest change that is not stored
     state: State = State.CLEAN
-    content: bool = False  # bytes changed (they are staged)
     attrs: bool = False  # attributes or the name changed
     changes: int = 0
     stored: int = 0

@@ -35,7 +35,7 @@ CREATE TABLE IF NOT EXISTS present (
     mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL, rdev INTEGER NOT NULL,
     mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, xattrs BLOB, link BLOB, own_attrs INTEGER NOT NULL,
     base_key TEXT, base_etag TEXT, base_size INTEGER, over TEXT,
-    content INTEGER NOT NULL, attrs INTEGER NOT NULL);
+    attrs INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS layer (id INTEGER PRIMARY KEY, ino INTEGER NOT NULL, seen INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS layer_ino ON layer (ino, id);
 CREATE TABLE IF NOT EXISTS gone (key TEXT PRIMARY KEY, etag TEXT) WITHOUT ROWID;
@@ -72,7 +72,6 @@ class PresentRow:
     base_etag: ETag | None
     base_size: int | None
     over: ETag | None
-    content: bool
     attrs: bool
 
 
@@ -252,11 +251,11 @@ class Journal:
 
     def put(self, row: PresentRow) -> None:
         self._run(
-            "INSERT OR REPLACE INTO present VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            "INSERT OR REPLACE INTO present VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             (
                 row.ino, row.key, row.name, row.detached, row.mode, row.uid, row.gid, row.rdev, row.mtime_ns,
                 row.ctime_ns, row.xattrs, row.link, row.own_attrs, row.base_key, row.base_etag, row.base_size,
-                row.over, row.content, row.attrs,
+                row.over, row.attrs,
             ),
         )  # fmt: skip
 

@@ -118,6 +118,7 @@ class Writeback:
         self._running = 0
         self._nursery: trio.Nursery | None = None
         self._materialising: set[Node] = set()
+        self._filling: set[Node] = set()  # files whose bottom layer is being completed: no upload starts
         self.uploaded_files = 0
         self.uploaded_bytes = 0
         self.conflicts = 0
@@ -240,12 +241,12 @@ class Writeback:
 
     def _start(self, node: Node, dirty: DirtyFile) -> None:
         key = self._inodes.key(node)
-        if self._blocked(key, node):
+        if node in self._filling or self._blocked(key, node):
             return
         if node.is_dir:
             task: Callable[..., Awaitable[None]] = self._store_marker
         else:
-            unchanged = not dirty.content and not dirty.attrs
+            unchanged = node.staged is None and not dirty.attrs
             if unchanged and node.base and (node.base.key, node.base.etag) == (key, dirty.over):
                 self._changes.clean(node)  # renamed there and back
                 return
@@ -273,7 +274,7 @@ class Writeback:
             layer=staged.bottom if staged else None,
             fill=self._filler(node),
         )
-        dirty.attrs = dirty.content = False
+        dirty.attrs = False
         try:
             self._changes.attempt(key, snap.size, snap.metadata)
             info = await self._uploader.store(snap)
@@ -310,7 +311,6 @@ class Writeback:
         dirty.target = None
         dirty.attrs = True
         if node.staged is not None:
-            dirty.content = True
             node.staged.frozen = len(node.staged.layers) > 1
         if node.detached:
             if not node.opens:
@@ -580,6 +580,7 @@ class Writeback:
             self._changes.stage(node)
         staged = node.staged
         assert staged is not None
+        self._filling.add(node)
         staged.frozen = True
         layer = staged.bottom
         fill = self._filler(node)
@@ -593,6 +594,8 @@ class Writeback:
                 layer.filled(start, end)
         finally:
             staged.frozen = len(staged.layers) > 1
+            self._filling.discard(node)
+            self._queue.hurry(node)
         if node.dirty is not None and node.dirty.state is State.CLEAN:
             node.dirty.on(Event.CHANGE)
         self._changes.track(node)

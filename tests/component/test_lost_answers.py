@@ -139,3 +139,18 @@ async def test_a_folder_is_not_missed_while_its_first_file_lands(
         await world.settle()
         held.open.set()
     assert found == [folder]
+
+
+async def test_what_is_written_during_an_upload_that_fails_is_stored_too(
+    world: World, store: FakeStore, faults: FaultStore, autojump_clock: MockClock
+) -> None:
+    held = faults.hold("put")
+    faults.fail("put")
+    await world.write("f", b"first bytes")
+    await held.entered.wait()
+    node = await world.write_again("f", b"OTHER")
+    held.open.set()
+    await world.settle()
+    assert stored(store) == {"f": b"OTHER bytes"}
+    assert node.staged is None
+    assert await world.read("f") == b"OTHER bytes"

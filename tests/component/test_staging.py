@@ -120,7 +120,6 @@ def row(ino: int, key: str) -> PresentRow:
         base_etag=ETag("e"),
         base_size=7,
         over=ETag("e"),
-        content=True,
         attrs=False,
     )
 
@@ -134,7 +133,7 @@ def test_journal_comes_back(tmp_path: Path) -> None:
     journal.set_number("epoch", 4)
     journal.close()
     again = Journal(tmp_path, "v")
-    assert [(r.ino, r.key, bool(r.content)) for r in again.present()] == [(2, "a", True)]
+    assert [(r.ino, r.key) for r in again.present()] == [(2, "a")]
     assert again.layers() == [LayerRow(1, 2, 7)]
     assert again.gone() == [("b", None)]
     assert again.uploads() == [("u", "a")]
