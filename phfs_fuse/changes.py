@@ -321,7 +321,8 @@ class Changes:
     def abandon(self, node: Node) -> None:
         """Nobody can ever read `node` again: its bytes need no upload."""
         if node.dirty is not None and node.dirty.uploading:
-            return  # `_landed` comes back to this
+            self.save(node)  # as detached: a restart must not take it for what has the name now
+            return  # the end of the upload comes back to this
         self.untrack(node)
         if node.staged is not None:
             for layer in node.staged.layers:

@@ -154,3 +154,23 @@ async def test_what_is_written_during_an_upload_that_fails_is_stored_too(
     assert stored(store) == {"f": b"OTHER bytes"}
     assert node.staged is None
     assert await world.read("f") == b"OTHER bytes"
+
+
+@pytest.mark.parametrize("how", ["unlinked", "replaced"])
+async def test_a_file_that_went_during_its_upload_is_gone_after_a_crash(
+    world: World, store: FakeStore, faults: FaultStore, tmp_path: Path, how: str, autojump_clock: MockClock
+) -> None:
+    await world.write("z", b"newer")
+    await world.settle()
+    held = faults.hold("put")
+    await world.write("f", b"first")
+    await held.entered.wait()
+    if how == "unlinked":
+        await world.vfs.unlink(1, b"f")
+    else:
+        await world.vfs.rename(1, b"z", 1, b"f", 0)
+    shutil.copytree(tmp_path / "state", tmp_path / "copy")
+    two = await recovered(store, tmp_path / "copy")
+    async with running(two):
+        await two.settle()
+        assert stored(store) == ({"z": b"newer"} if how == "unlinked" else {"f": b"newer"})

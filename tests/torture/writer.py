@@ -146,6 +146,7 @@ class Writer:
         if (name := self.any_file()) is None:
             return
         data = self.bytes(5_000)
+        again(get, self.path(name))  # an append needs the last page: that write may not be made again
         with again(open, self.path(name), "ab") as file:
             file.write(data)
         self.model.files[name] += data
