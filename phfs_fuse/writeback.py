@@ -59,6 +59,7 @@ from phfs_fuse.uploadqueue import UploadQueue, Work
 
 log = logging.getLogger(__name__)
 
+LATE_SECONDS = 2.0  # a deletion that has waited so much longer than meant looks first
 FINAL = (  # asking again soon does not help
     AccessDenied,
     IllegalName,
@@ -215,7 +216,12 @@ class Writeback:
     async def _delete(self, batch: list[Gone]) -> None:
         failed = {gone.key: "was cancelled" for gone in batch}
         try:
-            if len(batch) == 1:
+            spared = await gather([partial(self._is_spared, gone) for gone in batch])
+            batch = [gone for gone, is_spared in zip(batch, spared, strict=True) if not is_spared]
+            failed = {gone.key: "was cancelled" for gone in batch}
+            if not batch:
+                pass
+            elif len(batch) == 1:
                 await self._store.delete(batch[0].key)
                 failed = {}
             else:
@@ -225,6 +231,22 @@ class Writeback:
         finally:
             self._deleted(batch, failed)
             self._done()
+
+    async def _is_spared(self, gone: Gone) -> bool:
+        """Whether somebody else has stored the key anew while its deletion waited for the store, or over a restart:
+        the deletion then ends here. Raises: PhfsError."""
+        if trio.current_time() < gone.due + LATE_SECONDS or gone.key.endswith("/"):
+            return False
+        try:
+            found = await self._store.head(gone.key)
+        except NotFound:
+            return False
+        if found.etag == gone.etag or self._changes.is_ours(found):
+            return False
+        log.warning("key=%s was stored anew by somebody else after it was removed here; it is kept", gone.key)
+        self._changes.deleted([gone])
+        self._free(gone.key)
+        return True
 
     def _deleted(self, batch: list[Gone], failed: dict[ObjectKey, str]) -> None:
         for gone in batch:

@@ -11,6 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from phfs_fuse.recovery import Recovery
+from phfs_fuse.types import ObjectKey
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, made, running
@@ -174,3 +175,23 @@ async def test_a_file_that_went_during_its_upload_is_gone_after_a_crash(
     async with running(two):
         await two.settle()
         assert stored(store) == ({"z": b"newer"} if how == "unlinked" else {"f": b"newer"})
+
+
+async def test_what_somebody_else_stored_while_a_deletion_waited_is_kept(
+    world: World, store: FakeStore, faults: FaultStore, autojump_clock: MockClock
+) -> None:
+    for name in ("theirs", "ours"):
+        await world.write(name, b"bytes")
+    await world.settle()
+    faults.down = True
+    for name in (b"theirs", b"ours"):
+        await world.vfs.unlink(1, name)
+    await trio.sleep(30)
+    store.seed(ObjectKey(PREFIX + "theirs"), b"stored meanwhile")
+    faults.down = False
+    await world.settle()
+    found = stored(store)
+    found.pop("", None)  # the directory may have been taken for empty meanwhile
+    assert found == {"theirs": b"stored meanwhile"}
+    await trio.sleep(10)
+    assert await world.read("theirs") == b"stored meanwhile"

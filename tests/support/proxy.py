@@ -6,11 +6,13 @@ Owns its threads and the list of the requests seen.
 from __future__ import annotations
 
 import http.client
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import urlsplit
 
 UPSTREAM_SECONDS = 30
@@ -56,12 +58,20 @@ class Proxy:
         self.requests: list[Request] = []
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that is killed leaves requests behind."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def proxy(upstream_url: str = "") -> Iterator[Proxy]:
     """A proxy in front of the store at `upstream_url`; without one its script must answer everything."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+    with _Server(("127.0.0.1", 0), _Handler) as server:
         seen = Proxy(f"http://127.0.0.1:{server.server_address[1]}")
-        server.daemon_threads = True
         server.seen = seen  # type: ignore[attr-defined]
         server.upstream = urlsplit(upstream_url).netloc  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
