@@ -235,7 +235,7 @@ class Changes:
         """A directory got or lost a child, or its attributes `changed`: decide whether it needs a marker object."""
         if node.detached or not self._inodes.key(node):
             return
-        wanted = node.own_attrs or not node.kids
+        wanted = node.own_attrs or not (node.kids or node.unseen)
         if wanted == (node.marker is not None) and not (wanted and changed):
             if not wanted and node.dirty is not None and not node.dirty.uploading:
                 self.clean(node)

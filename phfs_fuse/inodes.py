@@ -68,6 +68,7 @@ class Node:
         "staged",
         "subdirs",
         "uid",
+        "unseen",
         "version",
         "writers",
         "xattrs",
@@ -101,6 +102,7 @@ class Node:
         self.own_attrs = False  # has attributes that only a marker can keep
         self.gaps = 0  # how often `kids` lost a name that the store has
         self.subdirs = 0
+        self.unseen = False  # the store has more in it than `kids`
         self.misses = 0  # names that had to be asked for since `complete_at`
 
     @property

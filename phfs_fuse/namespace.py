@@ -349,6 +349,7 @@ class Namespace:
                     if not node.detached:
                         self._vanish(parent, name, seq)
                 parent.misses = 0
+                parent.unseen = False
                 if parent.gaps == gaps:
                     parent.complete_at = asked_at
                 return

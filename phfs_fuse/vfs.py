@@ -150,6 +150,7 @@ class Vfs:
         """`parent` has got or lost a name."""
         parent.mtime_ns = parent.ctime_ns = time.time_ns()
         parent.own_attrs = self._namespace.differs(parent.attrs)
+        parent.unseen = False  # to be asked again, should `kids` be empty
         self._changes.review_marker(parent)
 
     async def _make(

@@ -406,8 +406,9 @@ class Writeback:
     async def _store_marker(self, node: Node, dirty: DirtyFile, key: ObjectKey) -> None:
         marker = node.marker
         try:
-            wanted = node.own_attrs or (not node.kids and await self._is_empty(key))
-            if wanted:
+            if not node.own_attrs and not node.kids:
+                node.unseen = await self._has_more(key)
+            if node.own_attrs or not (node.kids or node.unseen):
                 self._changes.attempt(key, 0, {})
                 info = await self._store.put(key, b"", to_metadata(node.attrs), expect=None)
                 marker = info.etag
@@ -444,12 +445,16 @@ class Writeback:
             self._queue.schedule(node)
         self._changes.announce(node)
 
-    async def _is_empty(self, key: ObjectKey) -> bool:
-        """Whether the store has nothing below the directory but what is deleted here."""
-        page = await self._store.list(key, delimiter=False, count_max=10)
-        return (
-            all(found.key == key or found.key in self._changes.gone for found in page.objects) and not page.next_token
-        )
+    async def _has_more(self, key: ObjectKey) -> bool:
+        """Whether the store has more below the directory than what is removed here, or was while it was asked."""
+        seq, token = self._changes.seq, None
+        while True:
+            page = await self._store.list(key, delimiter=False, token=token)
+            for found in page.objects:
+                if found.key != key and found.key not in self._busy and not self._changes.gone.hides(found.key, seq):
+                    return True
+            if (token := page.next_token) is None:
+                return False
 
     async def _lost_race(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, exc: PhfsError) -> None:
         """The store moved on under our bytes (or our own earlier try did reach it). Nothing is overwritten."""
