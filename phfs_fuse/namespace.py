@@ -22,7 +22,7 @@ from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs, from_metadata
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import PosixAttrs, TreeConfig
-from phfs_fuse.errors import IllegalName, NameTooLong, NotADirectory, NotFound, StoreUnavailable
+from phfs_fuse.errors import IllegalName, NameTooLong, NotADirectory, NotFound, ReadOnly, StoreUnavailable
 from phfs_fuse.inodes import NEVER, Base, Inodes, Node
 from phfs_fuse.store.base import ObjectInfo, ObjectStore
 from phfs_fuse.tasks import gather
@@ -49,6 +49,11 @@ class Namespace:
         self._heads = trio.CapacityLimiter(HEADS_MAX)
         self._away_until = -math.inf
         self.illegal_keys = 0
+
+    def require_writable(self) -> None:
+        """Raises: ReadOnly."""
+        if self._config.read_only:
+            raise ReadOnly("write", "mount", "is read-only")
 
     # ---- defaults ----
 

@@ -29,7 +29,8 @@ mount
 control
 ops session
 vfs
-dirstream
+fileattrs names
+openfiles dirstream
 namespace
 writeback
 upload changes

@@ -1,0 +1,175 @@
+"""Open files and their bytes: layers that exist only here over clean blocks. Owns the count of open files.
+
+A file handle is the inode number and whether it may write, so it means the same after a restart.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from phfs_fuse.blocks import BlockCache, Version
+from phfs_fuse.changes import Changes
+from phfs_fuse.errors import IsADirectory, StaleVersion, TooLarge
+from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.kernelstate import KernelState
+from phfs_fuse.namespace import Namespace
+from phfs_fuse.types import S3_OBJECT_BYTES_MAX, Fh
+from phfs_fuse.writeback import Writeback
+
+
+class OpenFiles:
+    def __init__(
+        self,
+        *,
+        inodes: Inodes,
+        namespace: Namespace,
+        blocks: BlockCache,
+        changes: Changes,
+        writeback: Writeback,
+        kernel: KernelState,
+        write_through: bool,
+    ) -> None:
+        self._inodes = inodes
+        self._namespace = namespace
+        self._blocks = blocks
+        self._changes = changes
+        self._writeback = writeback
+        self._kernel = kernel
+        self._write_through = write_through
+        self.count = 0
+        self.writers = 0
+
+    def resume(self) -> None:
+        """The nodes that a process before had open are in the tree, with the references that it had noted."""
+        for node in self._inodes.all():
+            if not node.is_dir:
+                self.count += node.opens
+                self.writers += node.writers
+
+    def open(self, ino: int, flags: int) -> Fh:
+        """The times that O_TRUNC moves are the kernel's, as with `write`.
+        Raises: ReadOnly, IsADirectory, StaleVersion, OSError (O_TRUNC needs the local disk)."""
+        node = self._inodes.get(ino)
+        if node.is_dir:
+            raise IsADirectory("open", self._inodes.path(node))
+        if node.detached and not node.opens:  # the kernel looks the name up again
+            raise StaleVersion("open", self._inodes.path(node))
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if writable or flags & os.O_TRUNC:
+            self._namespace.require_writable()
+        if flags & os.O_TRUNC and node.size:
+            self._changes.stage(node).truncate(0)
+            node.size = 0
+            self._changes.written(node)
+        node.opens += 1
+        self.count += 1
+        if writable:
+            node.writers += 1
+            self.writers += 1
+        self._kernel.referred(node)
+        return Fh(node.ino << 1 | writable)
+
+    async def read(self, fh: int, offset: int, length: int) -> bytes | bytearray:
+        node = self._inodes.get(fh >> 1)
+        return await self.read_node(node, offset, offset + length)
+
+    async def read_node(self, node: Node, start: int, end: int) -> bytes | bytearray:
+        end = min(end, node.size)
+        if start >= end:
+            return b""
+        if node.staged is not None:
+            return await self._read_staged(node, start, end)
+        version = node.version or self._open_version(node)
+        data = version.read_now(start, end)
+        return data if data is not None else await version.read(start, end)
+
+    def _open_version(self, node: Node) -> Version:
+        base = node.base
+        assert base is not None
+        node.version = self._blocks.open(base.key, base.etag, base.size)
+        return node.version
+
+    async def _read_staged(self, node: Node, start: int, end: int) -> bytes | bytearray:
+        """Layers first, in one go: after an await they may be gone, uploaded; the base's version stays open."""
+        staged = node.staged
+        assert staged is not None
+        pieces = staged.pieces(start, end)
+        if len(pieces) == 1 and (only := pieces[0]).layer is not None:
+            return os.pread(only.layer.fd, end - start, start)
+        out = bytearray(end - start)
+        missing = []
+        for piece in pieces:
+            if piece.layer is not None:
+                data = os.pread(piece.layer.fd, piece.end - piece.start, piece.start)
+                out[piece.start - start : piece.start - start + len(data)] = data
+            elif not piece.zero:
+                missing.append(piece)
+        if missing and node.base is not None:
+            version = self._blocks.open(node.base.key, node.base.etag, node.base.size)
+            try:
+                for piece in missing:
+                    out[piece.start - start : piece.end - start] = await version.read(piece.start, piece.end)
+            finally:
+                version.close()
+        return out
+
+    async def write(self, fh: int, offset: int, data: bytes) -> int:
+        """Returns len(data); what was answered is found again after a crash of this process. Times do not move:
+        with its writeback cache the kernel keeps them, and sends them by setattr at the latest when it closes.
+        Raises: NoSpace (dirty limit), OSError (ENOSPC, EDQUOT of the local disk)."""
+        node = self._inodes.get(fh >> 1)
+        if offset + len(data) > S3_OBJECT_BYTES_MAX:
+            raise TooLarge("write", self._inodes.path(node), "an object holds at most 5 TiB")
+        if not self._writeback.has_room(len(data)):
+            await self._writeback.room(len(data))
+        self.put(node, offset, data)
+        return len(data)
+
+    def put(self, node: Node, offset: int, data: bytes) -> None:
+        layer = self._changes.stage(node)
+        layer.write(offset, data)
+        node.size = layer.size
+        self._changes.written(node)
+
+    def truncate(self, node: Node, size: int) -> None:
+        if node.is_dir:
+            raise IsADirectory("truncate", self._inodes.path(node))
+        if size > S3_OBJECT_BYTES_MAX:
+            raise TooLarge("truncate", self._inodes.path(node), "an object holds at most 5 TiB")
+        layer = self._changes.stage(node)
+        layer.truncate(size)
+        node.size = size
+        node.mtime_ns = time.time_ns()
+        self._changes.written(node)
+        if not node.writers:
+            self._changes.closed(node)
+
+    async def flush(self, fh: int) -> None:
+        """At each close(2). Raises: the failure of an upload that was not reported yet."""
+        node = self._inodes.get(fh >> 1)
+        if (error := self._writeback.take_error(node)) is not None:
+            raise error
+        if self._write_through and fh & 1:
+            await self._writeback.settle(node)
+
+    async def fsync(self, fh: int) -> None:
+        """Return when the store has the bytes. Raises: PhfsError, StoreTimeout (ETIMEDOUT)."""
+        await self._writeback.settle(self._inodes.get(fh >> 1))
+
+    def release(self, fh: int) -> None:
+        node = self._inodes.get(fh >> 1)
+        node.opens -= 1
+        self.count -= 1
+        if fh & 1:
+            node.writers -= 1
+            self.writers -= 1
+            if not node.writers:
+                self._changes.closed(node)
+        self._kernel.referred(node)
+        if not node.opens:
+            if node.version is not None:
+                node.version.close()
+                node.version = None
+            self._changes.released(node)
+            self._inodes.drop_unused(node)
