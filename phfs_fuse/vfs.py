@@ -41,8 +41,8 @@ from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Act
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.namespace import Namespace
+from phfs_fuse.settling import Settling
 from phfs_fuse.types import S3_OBJECT_BYTES_MAX, Fh, Ino
-from phfs_fuse.writeback import Writeback
 
 STREAM_BITS = 20  # of the handle of a directory stream: which one of its directory
 STREAM_MASK = (1 << STREAM_BITS) - 1
@@ -71,7 +71,7 @@ class Vfs:
         namespace: Namespace,
         blocks: BlockCache,
         changes: Changes,
-        writeback: Writeback,
+        writeback: Settling,
         kernel: KernelState,
         config: TreeConfig,
         write_through: bool,

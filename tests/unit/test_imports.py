@@ -32,13 +32,19 @@ vfs
 dirstream
 namespace
 writeback
+conflicts deletes
+sources markers settling
 upload changes
 uploadqueue
 recovery resume
 kernelstate
 inodes
 blocks staging
+adoption
 version
+fills
+blockfile
+cachedisk
 journal readahead cachedir
 cachefile
 tasks gone
