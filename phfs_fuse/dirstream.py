@@ -16,8 +16,8 @@ import trio
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.namespace import Namespace
+from phfs_fuse.settling import Settling
 from phfs_fuse.types import Fh
-from phfs_fuse.writeback import Writeback
 
 STREAM_BITS = 20  # of the handle of a directory stream: which one of its directory
 STREAM_MASK = (1 << STREAM_BITS) - 1
@@ -111,11 +111,11 @@ class DirStream:
 class DirStreams:
     """The open directories. A handle is the inode number and which one of its streams."""
 
-    def __init__(self, *, inodes: Inodes, namespace: Namespace, kernel: KernelState, writeback: Writeback) -> None:
+    def __init__(self, *, inodes: Inodes, namespace: Namespace, kernel: KernelState, settling: Settling) -> None:
         self._inodes = inodes
         self._namespace = namespace
         self._kernel = kernel
-        self._writeback = writeback
+        self._settling = settling
         self._streams: dict[int, DirStream] = {}
         self._stream_no = 0
         self._positions: dict[int, tuple[int, bytes]] = {}  # of streams that the process before had open
@@ -158,4 +158,4 @@ class DirStreams:
 
     async def fsyncdir(self, fh: int) -> None:
         """Return when the store has what was changed at the names in the directory."""
-        await self._writeback.settle_names(self._inodes.get(fh >> STREAM_BITS))
+        await self._settling.settle_names(self._inodes.get(fh >> STREAM_BITS))

@@ -48,6 +48,7 @@ from phfs_fuse.recovery import Recovery
 from phfs_fuse.resume import last_change, restore
 from phfs_fuse.session import KeeperLink, Session
 from phfs_fuse.settings import load_config
+from phfs_fuse.settling import Settling
 from phfs_fuse.staging import StagingArea
 from phfs_fuse.store import open_store
 from phfs_fuse.store.base import ObjectStore
@@ -96,6 +97,9 @@ class Mount:
         self.changes = Changes(
             inodes=self.inodes, journal=self.journal, area=self.area, queue=queue, kernel=self.kernel
         )
+        self.settling = Settling(
+            inodes=self.inodes, area=self.area, changes=self.changes, queue=queue, config=config.writeback
+        )
         self.writeback = Writeback(
             store=store,
             inodes=self.inodes,
@@ -112,7 +116,7 @@ class Mount:
             namespace=self.namespace,
             blocks=self.blocks,
             changes=self.changes,
-            writeback=self.writeback,
+            settling=self.settling,
             kernel=self.kernel,
             config=config.tree,
             write_through=config.writeback.write_through,
@@ -151,7 +155,7 @@ class Mount:
         self.journal.drop_acts()
         for path in recovery.saved:
             log.error("bytes that no file could be found for are saved as %s", path)
-        pending = self.writeback.pending()
+        pending = self.settling.pending()
         if pending.files or pending.deletes:
             log.info("found from before: files=%d deletes=%d bytes=%d", pending.files, pending.deletes, pending.bytes)
 
@@ -165,7 +169,7 @@ class Mount:
     # ---- what the control socket asks (see control.Controllable) ----
 
     def pending(self) -> Mapping[str, int]:
-        now = self.writeback.pending()
+        now = self.settling.pending()
         return {
             "files_pending": now.files + now.deletes,
             "bytes_pending": now.bytes,
@@ -173,8 +177,8 @@ class Mount:
         }
 
     def status(self) -> Mapping[str, object]:
-        config, writeback = self.config, self.writeback
-        pending, usage = writeback.pending(), self.blocks.usage()
+        config, writeback, settling = self.config, self.writeback, self.settling
+        pending, usage = settling.pending(), self.blocks.usage()
         asked = usage.hits + usage.misses
         return {
             "mountpoint": str(config.kernel.mountpoint),
@@ -204,10 +208,8 @@ class Mount:
             "open_files": self.vfs.open_files,
             "conflicts": len(self.journal.conflicts()),
             "illegal_keys": self.namespace.illegal_keys,
-            "errors": [
-                {"path": path, "reason": reason, "count": count} for path, reason, count in writeback.errors()
-            ],
-            "store": {"state": "unavailable" if writeback.store_is_away else "ok"},
+            "errors": [{"path": path, "reason": reason, "count": count} for path, reason, count in settling.errors()],
+            "store": {"state": "unavailable" if settling.store_is_away else "ok"},
         }
 
     def conflicts(self) -> Sequence[Mapping[str, object]]:
@@ -272,7 +274,7 @@ class Worker:
                 drained = await self._drain()
             services.cancel_scope.cancel()
         if not drained:
-            left = mount.writeback.pending()
+            left = mount.settling.pending()
             raise NotDrained(
                 f"{mount.config.kernel.mountpoint}: {left.files} files and {left.bytes} bytes are not in the store "
                 f"yet; they stay in {mount.config.writeback.directory} and go up at the next mount"
@@ -341,7 +343,7 @@ class Worker:
             await self._drain()
             await self._link.unmount(lazy=lazy)
         finally:
-            self._mount.writeback.end_drain()
+            self._mount.settling.end_drain()
 
     async def _drain(self) -> bool:
         done = False
@@ -352,7 +354,7 @@ class Worker:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(stop)
-            done = await self._mount.writeback.drain()
+            done = await self._mount.settling.drain()
             nursery.cancel_scope.cancel()
         return done
 

@@ -14,8 +14,8 @@ from phfs_fuse.errors import IsADirectory, StaleVersion, TooLarge
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.namespace import Namespace
+from phfs_fuse.settling import Settling
 from phfs_fuse.types import S3_OBJECT_BYTES_MAX, Fh
-from phfs_fuse.writeback import Writeback
 
 
 class OpenFiles:
@@ -26,7 +26,7 @@ class OpenFiles:
         namespace: Namespace,
         blocks: BlockCache,
         changes: Changes,
-        writeback: Writeback,
+        settling: Settling,
         kernel: KernelState,
         write_through: bool,
     ) -> None:
@@ -34,7 +34,7 @@ class OpenFiles:
         self._namespace = namespace
         self._blocks = blocks
         self._changes = changes
-        self._writeback = writeback
+        self._settling = settling
         self._kernel = kernel
         self._write_through = write_through
         self.count = 0
@@ -121,8 +121,8 @@ class OpenFiles:
         node = self._inodes.get(fh >> 1)
         if offset + len(data) > S3_OBJECT_BYTES_MAX:
             raise TooLarge("write", self._inodes.path(node), "an object holds at most 5 TiB")
-        if not self._writeback.has_room(len(data)):
-            await self._writeback.room(len(data))
+        if not self._settling.has_room(len(data)):
+            await self._settling.room(len(data))
         self.put(node, offset, data)
         return len(data)
 
@@ -148,14 +148,14 @@ class OpenFiles:
     async def flush(self, fh: int) -> None:
         """At each close(2). Raises: the failure of an upload that was not reported yet."""
         node = self._inodes.get(fh >> 1)
-        if (error := self._writeback.take_error(node)) is not None:
+        if (error := self._settling.take_error(node)) is not None:
             raise error
         if self._write_through and fh & 1:
-            await self._writeback.settle(node)
+            await self._settling.settle(node)
 
     async def fsync(self, fh: int) -> None:
         """Return when the store has the bytes. Raises: PhfsError, StoreTimeout (ETIMEDOUT)."""
-        await self._writeback.settle(self._inodes.get(fh >> 1))
+        await self._settling.settle(self._inodes.get(fh >> 1))
 
     def release(self, fh: int) -> None:
         node = self._inodes.get(fh >> 1)

@@ -21,8 +21,8 @@ from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.names import Names
 from phfs_fuse.namespace import Namespace
 from phfs_fuse.openfiles import OpenFiles
+from phfs_fuse.settling import Settling
 from phfs_fuse.types import Ino
-from phfs_fuse.writeback import Writeback
 
 
 class Vfs:
@@ -33,26 +33,26 @@ class Vfs:
         namespace: Namespace,
         blocks: BlockCache,
         changes: Changes,
-        writeback: Writeback,
+        settling: Settling,
         kernel: KernelState,
         config: TreeConfig,
         write_through: bool,
     ) -> None:
         self._inodes = inodes
         self._namespace = namespace
-        self._writeback = writeback
+        self._settling = settling
         self._kernel = kernel
         self._files = files = OpenFiles(
             inodes=inodes,
             namespace=namespace,
             blocks=blocks,
             changes=changes,
-            writeback=writeback,
+            settling=settling,
             kernel=kernel,
             write_through=write_through,
         )
         self._names = names = Names(inodes=inodes, namespace=namespace, changes=changes, files=files, config=config)
-        self._streams = streams = DirStreams(inodes=inodes, namespace=namespace, kernel=kernel, writeback=writeback)
+        self._streams = streams = DirStreams(inodes=inodes, namespace=namespace, kernel=kernel, settling=settling)
         attrs = FileAttrs(inodes=inodes, namespace=namespace, changes=changes, files=files, config=config)
         # what the kernel asks for, each by the one that does it
         self.lookup, self.readlink, self.rename = names.lookup, names.readlink, names.rename
@@ -112,9 +112,9 @@ class Vfs:
             if part not in (b"", b"."):
                 node = await self._namespace.child(node, part)
         if node.is_dir:
-            await self._writeback.settle_below(node)
+            await self._settling.settle_below(node)
         else:
-            await self._writeback.settle(node)
+            await self._settling.settle(node)
 
 
 __all__ = ["Change", "Ino", "PhfsError", "StaleVersion", "Vfs"]

@@ -14,7 +14,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from phfs_fuse import cachefile, version
+from phfs_fuse import cachedisk, cachefile
 from phfs_fuse.blocks import FULL_SECONDS, BlockCache
 from phfs_fuse.config import CacheConfig
 from phfs_fuse.errors import LocalStateError, PhfsError
@@ -216,7 +216,7 @@ def open_files(directory: Path) -> int:
 async def test_few_files_are_open_at_a_time(
     tmp_path: Path, store: RangeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(version, "FILES_OPEN_MAX", 4)
+    monkeypatch.setattr(cachedisk, "FILES_OPEN_MAX", 4)
     keys = [ObjectKey(f"groups/a/{at}") for at in range(20)]
     for at, key in enumerate(keys):
         store.seed(key, content(3 * BLOCK, seed=at))
@@ -235,7 +235,7 @@ async def test_a_new_file_is_not_taken_for_the_one_that_was_whole(
     tmp_path: Path, store: RangeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even if it got the same inode number."""
-    monkeypatch.setattr(version, "FILES_OPEN_MAX", 1)
+    monkeypatch.setattr(cachedisk, "FILES_OPEN_MAX", 1)
     store.seed(OTHER, content(BLOCK))
     async with running(store, tmp_path) as cache:
         await read_all(cache, store)
@@ -264,7 +264,7 @@ class StepStore(RangeStore):
 async def test_what_goes_into_a_file_that_was_deleted_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(version, "FILES_OPEN_MAX", 1)
+    monkeypatch.setattr(cachedisk, "FILES_OPEN_MAX", 1)
     store = StepStore()
     store.seed(KEY, DATA)
     store.seed(OTHER, content(BLOCK))
@@ -613,7 +613,7 @@ async def test_renamed_bytes_stay_cached(tmp_path: Path, store: RangeStore, is_o
         cache.rekey(KEY, old, OTHER, new)
         store.asked.clear()
         if is_open:
-            assert (kept.key, kept.etag) == (OTHER, new)
+            assert (kept.file.key, kept.file.etag) == (OTHER, new)
             assert kept.read_now(0, 5 * BLOCK) == DATA[: 5 * BLOCK]
             assert await kept.read(5 * BLOCK, SIZE) == DATA[5 * BLOCK :]
             kept.close()

@@ -19,6 +19,7 @@ from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Journal
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.namespace import Namespace
+from phfs_fuse.settling import Settling
 from phfs_fuse.staging import StagingArea
 from phfs_fuse.types import MIB, ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue
@@ -39,6 +40,7 @@ class World:
     area: StagingArea
     inodes: Inodes
     changes: Changes
+    settling: Settling
     writeback: Writeback
     namespace: Namespace
     vfs: Vfs
@@ -90,7 +92,7 @@ class World:
         return found
 
     async def settle(self) -> None:
-        await self.writeback.settle_below(self.inodes.root)
+        await self.settling.settle_below(self.inodes.root)
 
 
 def keys(world: World) -> list[str]:
@@ -112,6 +114,7 @@ def made(store: FakeStore | FaultStore, directory: Path) -> World:
     kernel = KernelState(directory / "kernel.log", inodes)
     kernel.begin()
     changes = Changes(inodes=inodes, journal=journal, area=area, queue=queue, kernel=kernel)
+    settling = Settling(inodes=inodes, area=area, changes=changes, queue=queue, config=config)
     writeback = Writeback(
         store=store,
         inodes=inodes,
@@ -128,12 +131,12 @@ def made(store: FakeStore | FaultStore, directory: Path) -> World:
         namespace=namespace,
         blocks=cast(BlockCache, blocks),
         changes=changes,
-        writeback=writeback,
+        settling=settling,
         kernel=kernel,
         config=tree,
         write_through=False,
     )
-    return World(store, blocks, journal, area, inodes, changes, writeback, namespace, vfs)
+    return World(store, blocks, journal, area, inodes, changes, settling, writeback, namespace, vfs)
 
 
 @asynccontextmanager

@@ -33,13 +33,19 @@ fileattrs names
 openfiles dirstream
 namespace
 writeback
+conflicts deletes
+sources markers settling
 upload changes
 uploadqueue
 recovery resume
 kernelstate
 inodes
 blocks staging
+adoption
 version
+fills
+blockfile
+cachedisk
 journal readahead cachedir
 cachefile
 tasks gone
