@@ -44,6 +44,7 @@ from phfs_fuse.namespace import Namespace
 from phfs_fuse.types import S3_OBJECT_BYTES_MAX, Fh, Ino
 from phfs_fuse.writeback import Writeback
 
+ROWS_BYTES = 4096  # of the journal, for one change
 STREAM_BITS = 20  # of the handle of a directory stream: which one of its directory
 STREAM_MASK = (1 << STREAM_BITS) - 1
 RENAME_NOREPLACE = 1  # Source: renameat2(2)
@@ -124,8 +125,16 @@ class Vfs:
             self._kernel.told_all([node for _, node in page], fh, cookie, sort_key(last))
 
     def _writable(self) -> None:
+        """Raises: ReadOnly, OSError (ENOSPC)."""
         if self._config.read_only:
             raise ReadOnly("write", "mount", "is read-only")
+        self._changes.require_some_space()
+
+    def _may_grow(self, size: int = ROWS_BYTES) -> None:
+        """Raises: ReadOnly, OSError (ENOSPC)."""
+        if self._config.read_only:
+            raise ReadOnly("write", "mount", "is read-only")
+        self._changes.require_space(size)
 
     def _folder(self, ino: int) -> Node:
         node = self._inodes.get(ino)
@@ -165,7 +174,7 @@ class Vfs:
         act: Act | None,
         content: bytes = b"",
     ) -> Node:
-        self._writable()
+        self._may_grow()
         if (ino := self._repeated(act)) is not None:
             return self._inodes.get(ino)
         parent = self._folder(parent_ino)
@@ -322,6 +331,7 @@ class Vfs:
         act: Act | None,
     ) -> None:
         moved = [source, *self._inodes.descendants(source)]
+        self._may_grow(len(moved) * ROWS_BYTES)
         old = [self._inodes.key(node) for node in moved]
         new_prefix = keys.join(self._inodes.key(target_dir), keys.new_segment(to_name))
         longest = max(len(key.encode()) for key in old) - len(old[0].encode()) + len(new_prefix.encode()) + 1
@@ -351,6 +361,8 @@ class Vfs:
         self._writable()
         node = self._inodes.get(ino)
         if change.size is not None and change.size != node.size:
+            if change.size > node.size:
+                self._may_grow()
             await self._truncate(node, change.size)
         changed = self._set_owner(node, change)
         if change.mtime_ns is not None and change.mtime_ns != node.mtime_ns:
@@ -423,7 +435,7 @@ class Vfs:
         parent = self._folder(parent_ino)
         node = await self._namespace.exists(parent, name)
         if node is None:
-            self._writable()
+            self._may_grow()
             if parent.detached:
                 raise NotFound("create", name.decode(errors="replace"), "its directory was removed")
             attrs = self._attrs(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, parent)
@@ -491,6 +503,7 @@ class Vfs:
         node = self._inodes.get(fh >> 1)
         if offset + len(data) > S3_OBJECT_BYTES_MAX:
             raise TooLarge("write", self._inodes.path(node), "an object holds at most 5 TiB")
+        self._changes.require_space(len(data))
         if not self._writeback.has_room(len(data)):
             await self._writeback.room(len(data))
         self._write(node, offset, data)
