@@ -76,6 +76,14 @@ class Changes:
             at.seq = self._seq
             at = at.parent
 
+    def require_space(self, size: int = 0) -> None:
+        """Before a change that makes the local state grow by `size`. Raises: OSError (ENOSPC)."""
+        self._journal.reserve.require(size)
+
+    def require_some_space(self) -> None:
+        """Before one that will give space back. Raises: OSError (ENOSPC)."""
+        self._journal.reserve.require_some()
+
     def created(self, node: Node) -> None:
         """`node` has just got a name that nothing had. A file starts empty and is not in the store."""
         key = self._inodes.key(node)
@@ -103,16 +111,23 @@ class Changes:
         if staged is None and node.base is not None:
             seen = min(size, node.base.size)
         layer = self._area.new(seen=seen, size=size)
-        if node.dirty is None:
+        was_dirty = node.dirty is not None
+        if not was_dirty:
             self._make_dirty(node, node.base.etag if node.base else None)
-        assert node.dirty is not None
+        try:
+            with self._journal.batch():
+                self._journal.put_layer(LayerRow(layer.id, node.ino, seen))
+                self.save(node)
+        except OSError:  # a layer without a row would not be found again
+            self._area.discard(layer)
+            if not was_dirty:
+                node.dirty = None
+                del self._dirty[node.ino]
+            raise
         if staged is None:
             node.staged = Staged([layer])
         else:
             staged.layers.append(layer)
-        with self._journal.batch():
-            self._journal.put_layer(LayerRow(layer.id, node.ino, seen))
-            self.save(node)
         return layer
 
     def written(self, node: Node) -> None:

@@ -44,6 +44,8 @@ class FileAttrs:
         self._namespace.require_writable()
         node = self._inodes.get(ino)
         if change.size is not None and change.size != node.size:
+            if change.size > node.size:
+                self._namespace.require_room()
             self._files.truncate(node, change.size)
         changed = self._set_owner(node, change)
         if change.mtime_ns is not None and change.mtime_ns != node.mtime_ns:

@@ -92,7 +92,7 @@ class Mount:
             now_ns=time.time_ns(),
             first_ino=epoch * EPOCH_INODES + 2,
         )
-        self.kernel = KernelState(directory / KERNEL_LOG, self.inodes)
+        self.kernel = KernelState(directory / KERNEL_LOG, self.inodes, self.journal.reserve.give_up)
         queue = UploadQueue(config.writeback)
         self.changes = Changes(
             inodes=self.inodes, journal=self.journal, area=self.area, queue=queue, kernel=self.kernel
@@ -370,9 +370,11 @@ class Worker:
         while True:
             await trio.sleep(CHECKPOINT_SECONDS)
             with contextlib.suppress(OSError):
+                self._mount.journal.reserve.review()
                 self._mount.journal.forget_ended()
             if self._mount.journal.log_bytes > CHECKPOINT_BYTES:
-                await trio.to_thread.run_sync(self._mount.journal.checkpoint)
+                with contextlib.suppress(OSError):  # the disk is full: the log stays as it is
+                    await trio.to_thread.run_sync(self._mount.journal.checkpoint)
             if self._mount.kernel.wants_compaction:
                 with contextlib.suppress(OSError):  # the disk is still full
                     await self._mount.kernel.compact()

@@ -26,7 +26,7 @@ from phfs_fuse.errors import (
 )
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Act
-from phfs_fuse.namespace import Namespace
+from phfs_fuse.namespace import ROWS_BYTES, Namespace
 from phfs_fuse.openfiles import OpenFiles
 from phfs_fuse.types import Fh, Ino
 
@@ -100,7 +100,7 @@ class Names:
         parent = self._folder(parent_ino)
         node = await self._namespace.exists(parent, name)
         if node is None:
-            self._namespace.require_writable()
+            self._namespace.require_room()
             if parent.detached:
                 raise NotFound("create", name.decode(errors="replace"), "its directory was removed")
             attrs = self._attrs(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, parent)
@@ -129,7 +129,7 @@ class Names:
         act: Act | None,
         content: bytes = b"",
     ) -> Node:
-        self._namespace.require_writable()
+        self._namespace.require_room()
         if (ino := self._repeated(act)) is not None:
             return self._inodes.get(ino)
         parent = self._folder(parent_ino)
@@ -268,6 +268,7 @@ class Names:
         act: Act | None,
     ) -> None:
         moved = [source, *self._inodes.descendants(source)]
+        self._namespace.require_room(len(moved) * ROWS_BYTES)
         old = [self._inodes.key(node) for node in moved]
         new_prefix = keys.join(self._inodes.key(target_dir), keys.new_segment(to_name))
         longest = max(len(key.encode()) for key in old) - len(old[0].encode()) + len(new_prefix.encode()) + 1

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 MISSES_MAX = 2  # names asked for one by one before the whole directory is listed
 AWAY_SECONDS = 2.0  # after a request that found the store away, names are answered from memory
+ROWS_BYTES = 4096  # of the journal, for one change
 HEADS_MAX = 32  # at a time, where a listing does not carry the metadata
 
 
@@ -51,7 +52,16 @@ class Namespace:
         self.illegal_keys = 0
 
     def require_writable(self) -> None:
-        """Raises: ReadOnly."""
+        """Raises: ReadOnly, OSError (ENOSPC, when not even what gives space back could be noted)."""
+        self._require_not_read_only()
+        self._changes.require_some_space()
+
+    def require_room(self, size: int = ROWS_BYTES) -> None:
+        """As `require_writable`, for what makes the local state grow. Raises: ReadOnly, OSError (ENOSPC)."""
+        self._require_not_read_only()
+        self._changes.require_space(size)
+
+    def _require_not_read_only(self) -> None:
         if self._config.read_only:
             raise ReadOnly("write", "mount", "is read-only")
 

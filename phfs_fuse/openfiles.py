@@ -121,6 +121,7 @@ class OpenFiles:
         node = self._inodes.get(fh >> 1)
         if offset + len(data) > S3_OBJECT_BYTES_MAX:
             raise TooLarge("write", self._inodes.path(node), "an object holds at most 5 TiB")
+        self._changes.require_space(len(data))
         if not self._settling.has_room(len(data)):
             await self._settling.room(len(data))
         self.put(node, offset, data)

@@ -6,7 +6,8 @@ import errno
 import os
 import random
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -462,15 +463,24 @@ def refuse_renames(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(os, "rename", rename)
 
 
+@pytest.fixture
+def other_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on another file system."""
+    shm = Path("/dev/shm")
+    if not os.access(shm, os.W_OK) or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("/dev/shm is no other file system that can be written")
+    with tempfile.TemporaryDirectory(dir=shm) as path:
+        yield Path(path)
+
+
 @pytest.mark.parametrize("size", [SIZE, MIB])
 async def test_a_file_on_another_file_system_is_copied(
-    tmp_path: Path, store: RangeStore, monkeypatch: pytest.MonkeyPatch, size: int
+    tmp_path: Path, other_disk: Path, store: RangeStore, size: int
 ) -> None:
     data = content(size, seed=4)
     etag = store.seed(OTHER, data)
-    refuse_renames(monkeypatch)
     async with running(store, tmp_path / "cache") as cache:
-        path = staged(tmp_path, data)
+        path = staged(other_disk, data)
         cache.adopt(OTHER, etag, size, path, Extents([(0, size)]))
         path.unlink()
         assert await read_all(cache, store, OTHER) == data

@@ -56,6 +56,7 @@ class Proxy:
         self.endpoint_url = endpoint_url
         self.script: Script = forward_all
         self.requests: list[Request] = []
+        self.keeps_requests = True  # in `requests`
 
 
 class _Server(ThreadingHTTPServer):
@@ -94,7 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, self.path, headers, body)
         seen: Proxy = self.server.seen  # type: ignore[attr-defined]
-        seen.requests.append(request)
+        if seen.keeps_requests:
+            seen.requests.append(request)
         action = seen.script(request)
         if isinstance(action, Answer):
             self._reply(action, len(action.body))

@@ -111,7 +111,7 @@ def made(store: FakeStore | FaultStore, directory: Path) -> World:
     blocks = FakeBlocks(store)
     inodes = Inodes(PREFIX, Namespace.root_attrs(tree), now_ns=time.time_ns())
     queue = UploadQueue(config)
-    kernel = KernelState(directory / "kernel.log", inodes)
+    kernel = KernelState(directory / "kernel.log", inodes, journal.reserve.give_up)
     kernel.begin()
     changes = Changes(inodes=inodes, journal=journal, area=area, queue=queue, kernel=kernel)
     settling = Settling(inodes=inodes, area=area, changes=changes, queue=queue, config=config)

@@ -63,7 +63,7 @@ messages
 settings
 options
 values
-registry mountpoint localstate
+registry mountpoint localstate reserve
 dirs logs
 metrics
 config
