@@ -21,6 +21,7 @@ from phfs_fuse.gone import Gone, GoneKeys
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Act, Journal, LayerRow, PresentRow
 from phfs_fuse.kernelstate import KernelState
+from phfs_fuse.quota import Quotas
 from phfs_fuse.staging import Layer, Staged, StagingArea
 from phfs_fuse.store.base import ObjectInfo
 from phfs_fuse.types import ETag, Ino, ObjectKey
@@ -31,7 +32,14 @@ ATTEMPTS_MAX = 8  # of one key that are remembered
 
 class Changes:
     def __init__(
-        self, *, inodes: Inodes, journal: Journal, area: StagingArea, queue: UploadQueue, kernel: KernelState
+        self,
+        *,
+        inodes: Inodes,
+        journal: Journal,
+        area: StagingArea,
+        queue: UploadQueue,
+        kernel: KernelState,
+        quotas: Quotas,
     ) -> None:
         self._inodes = inodes
         self._kernel = kernel
@@ -39,6 +47,7 @@ class Changes:
         self._journal = journal
         self._area = area
         self._queue = queue
+        self._quotas = quotas
         self.gone = GoneKeys()
         self._dirty: dict[Ino, Node] = {}
         self._sources: dict[ObjectKey, set[Node]] = {}  # who needs the stored bytes of a key that is not its own
@@ -130,9 +139,13 @@ class Changes:
             staged.layers.append(layer)
         return layer
 
-    def written(self, node: Node) -> None:
-        """Bytes of the staged `node` changed."""
+    def written(self, node: Node, size: int) -> None:
+        """Bytes of the staged `node` changed; it is `size` long now."""
         assert node.dirty is not None
+        if size != node.size:
+            if self._quotas and not node.detached:
+                self._quotas.changed(self._inodes.key(node), node.stored_size, size)
+            node.size = size
         self._changed(node, node.dirty)
 
     def attrs_changed(self, node: Node) -> None:
@@ -168,6 +181,7 @@ class Changes:
 
     def _replaced(self, node: Node, key: ObjectKey, *, keep_gone: bool) -> ETag | None:
         self.touch(node)
+        self._quotas.changed(key, node.stored_size, 0)
         over, in_store = self._stored_as(node, key)
         with self._journal.batch():
             if keep_gone and (in_store or node.is_dir):
@@ -219,6 +233,8 @@ class Changes:
         """`node` had the name `old_key` and now has another, where the store has version `over` (None: nothing)."""
         self.touch(node)
         key = self._inodes.key(node)
+        self._quotas.changed(old_key, node.stored_size, 0)
+        self._quotas.changed(key, 0, node.stored_size)
         over = self._take_gone(key) or over
         old_over, in_store = self._stored_as(node, old_key)
         with self._journal.batch():
@@ -233,6 +249,26 @@ class Changes:
             self.track(node)
             self.save(node)
         self._changed(node, dirty)
+
+    def displaced(self, node: Node, key: ObjectKey, winner_size: int | None) -> None:
+        """`node` lost its name `key` to what somebody else has stored there (None: of a size that is not known),
+        and has another one now, or none."""
+        if winner_size is None:
+            self._quotas.foreign(key, None, 0)
+        else:
+            self._quotas.changed(key, node.stored_size, winner_size)
+        if not node.detached:
+            self._quotas.changed(self._inodes.key(node), 0, node.stored_size)
+
+    def spared(self, gone: Gone, size: int) -> None:
+        """Somebody else has stored `size` bytes under a key that was to be deleted: it stays."""
+        self._quotas.changed(gone.key, 0, size)
+        self.deleted([gone])
+
+    def known_sizes(self) -> dict[str, int]:
+        """The keys of which the store does not know yet what they are here: the sizes of the files, 0: deleted."""
+        sizes = {str(gone.key): 0 for gone in self.gone.all()}
+        return sizes | {str(self._inodes.key(node)): node.stored_size for node in self.waiting()}
 
     def _moved(self, node: Node) -> None:
         self._journal.after(partial(self._kernel.changed, node))

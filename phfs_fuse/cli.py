@@ -40,7 +40,7 @@ INTERRUPTED = 130  # Source: bash(1), exit status of a command that SIGINT ended
 def mount(
     arguments: list[str],
     options: Layer,
-    flags: Mapping[str, Raw | None],
+    flags: Mapping[str, Raw | Sequence[Raw] | None],
     *,
     foreground: bool,
     fake: bool = False,
@@ -99,7 +99,8 @@ def _flag(setting: Setting) -> Any:
     text = f"{setting.help} [{setting.default}]" if setting.default else setting.help
     if setting.is_switch:
         return Annotated[bool | None, typer.Option(f"--{setting.name}/--no-{setting.name}", help=text)]
-    return Annotated[str | None, typer.Option(f"--{setting.name}", metavar=setting.kind.metavar, help=text)]
+    kind: Any = list[str] | None if setting.is_list else str | None
+    return Annotated[kind, typer.Option(f"--{setting.name}", metavar=setting.kind.metavar, help=text)]
 
 
 vars(_mount_command)["__signature__"] = _mount_signature()

@@ -137,6 +137,18 @@ class TreeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaConfig:
+    """How much may be stored."""
+
+    limits: dict[str, int] = field(default_factory=dict)  # bytes, by path below the mount point; "": all of it
+    file: Path | None = None  # with more of them
+    recount_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        _at_least("quota.recount_seconds", self.recount_seconds, 1, ">= 1s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KernelConfig:
     """What is asked of the kernel for this mount."""
 
@@ -156,6 +168,7 @@ class MountConfig:
     writeback: WritebackConfig
     tree: TreeConfig
     kernel: KernelConfig
+    quota: QuotaConfig = field(default_factory=QuotaConfig)
     log_level: str = "info"
     log_format: str = "text"  # or "json"
     extra: dict[str, str] = field(default_factory=dict)

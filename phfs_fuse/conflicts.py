@@ -82,7 +82,7 @@ class Conflicts:
             self._retry(node, dirty, exc)
             return
         else:
-            self._keep_both(node, dirty, key)
+            self._keep_both(node, dirty, key, found.size)
         self._changes.save(node)
         self._queue.hurry(node)
 
@@ -115,9 +115,11 @@ class Conflicts:
 
     def _forget_changes(self, node: Node) -> None:
         """Show what the store has instead of `node`."""
+        key = self._inodes.key(node)
         if node.parent is not None:
             self._inodes.incomplete(node.parent)
         self._inodes.detach(node)
+        self._changes.displaced(node, key, None)
         self._changes.abandon(node)
 
     def _save_aside(self, node: Node, exc: PhfsError) -> None:
@@ -141,7 +143,7 @@ class Conflicts:
         self._queue.enqueue(node, dirty, trio.current_time() + self._queue.backoff(dirty.attempts + 3))
         self._changes.announce(node)
 
-    def _keep_both(self, node: Node, dirty: DirtyFile, key: ObjectKey) -> None:
+    def _keep_both(self, node: Node, dirty: DirtyFile, key: ObjectKey, winner_size: int) -> None:
         """Our version goes on under another name beside the winner's."""
         parent = node.parent
         assert parent is not None
@@ -150,6 +152,7 @@ class Conflicts:
             return
         path = self._inodes.raw_path(node)
         self._inodes.move(node, parent, name)
+        self._changes.displaced(node, key, winner_size)
         self._changes.answered(key)
         self._inodes.incomplete(parent)
         self.count += 1

@@ -6,6 +6,7 @@
     {"op": "umount", "lazy": false}     the same; uploads everything first
     {"op": "conflicts"}                 {"conflicts": [{"path": ..., "kept_as": ..., "outside": ..., "at": ...}, ...]}
     {"op": "settled", "path": ..., "kept_as": ...}      {"done": {}}; the conflict is not shown any more
+    {"op": "quota", "path": "a/b", "size": n}       {"done": {}}; null takes the quota away, "" is the whole mount
     {"op": "upgrade"}                   the end of the connection: another worker takes over
 
 What cannot be done is answered by {"error": "one line", "exit_code": n}; n is that of a command that ends so.
@@ -29,6 +30,7 @@ from typing import Final, Protocol
 
 import trio
 
+from phfs_fuse import values
 from phfs_fuse.errors import NotDrained, NotFound, PhfsError, StartupError, UsageError
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,9 @@ class Controllable(Protocol):
     def conflicts(self) -> Sequence[Fields]: ...
 
     def settled(self, path: str, kept_as: str) -> None: ...
+
+    def set_quota(self, path: str, size: int | None) -> None:
+        """Raises: LocalStateError, it holds but will not after a restart."""
 
     async def sync(self, path: str | None) -> None:
         """Return when `path` (None: everything) is in the store. Raises: PhfsError."""
@@ -134,6 +139,9 @@ class ControlServer:
                     await _send(stream, {"conflicts": self._mount.conflicts()})
                 case "settled":
                     self._mount.settled(_text(request, "path"), _text(request, "kept_as"))
+                    await _send(stream, {"done": {}})
+                case "quota":
+                    self._mount.set_quota(*_quota(request))
                     await _send(stream, {"done": {}})
                 case "upgrade":
                     await self._worker.upgrade()
@@ -221,6 +229,16 @@ def _parse(line: bytes) -> Fields:
 
 def _path(request: Fields) -> str | None:
     return None if request.get("path") is None else _text(request, "path")
+
+
+def _quota(request: Fields) -> tuple[str, int | None]:
+    size = request.get("size")
+    try:
+        if size is not None and not (isinstance(size, int) and not isinstance(size, bool)):
+            raise ValueError("size as a number or null")
+        return values.folder(_text(request, "path")), None if size is None else values.quota_size(size)
+    except ValueError as exc:
+        raise UsageError(f"expected {exc}") from exc
 
 
 def _text(request: Fields, name: str) -> str:

@@ -74,7 +74,7 @@ class Deletes:
         if found.etag == gone.etag or self._changes.is_ours(found):
             return False
         log.warning("key=%s was stored anew by somebody else after it was removed here; it is kept", gone.key)
-        self._changes.deleted([gone])
+        self._changes.spared(gone, found.size)
         self._queue.free(gone.key)
         return True
 

@@ -44,6 +44,7 @@ class Node:
         "complete_at",
         "ctime_ns",
         "detached",
+        "direct_writers",
         "dirty",
         "gaps",
         "gid",
@@ -53,6 +54,7 @@ class Node:
         "link",
         "lookups",
         "marker",
+        "misjudged",
         "misses",
         "mode",
         "mtime_ns",
@@ -88,6 +90,8 @@ class Node:
         self.noted = False  # kernel state on disk has it as it is
         self.opens = 0  # open files and directory streams
         self.writers = 0  # of these, open for writing
+        self.direct_writers = 0  # of these, past the kernel's cache
+        self.misjudged = False  # the kernel takes it for longer, or older, than it is
         self.holds = 0  # directory streams that are about to show it
         self.checked_at = NEVER  # when the store last said that this is what the name means
         self.seq = 0  # of the last local change: answers that are older say nothing about it
@@ -141,6 +145,11 @@ class Node:
         self.mode, self.uid, self.gid = attrs.mode, attrs.uid, attrs.gid
         self.mtime_ns, self.rdev, self.xattrs = attrs.mtime_ns, attrs.rdev, attrs.xattrs
         self.link = attrs.link
+
+    @property
+    def stored_size(self) -> int:
+        """How many bytes its object has, or shall have."""
+        return 0 if self.link is not None or self.is_dir else self.size
 
     @property
     def busy(self) -> bool:

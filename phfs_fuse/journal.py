@@ -347,6 +347,17 @@ class Journal:
     def set_number(self, name: str, value: int) -> None:
         self._run("INSERT OR REPLACE INTO meta VALUES (?,?)", (name, str(value)))
 
+    def set_note(self, name: str, text: str | None) -> None:
+        """Remember a text; None: forget it."""
+        if text is None:
+            self._run("DELETE FROM meta WHERE name=?", (name,))
+        else:
+            self._run("INSERT OR REPLACE INTO meta VALUES (?,?)", (name, text))
+
+    def note(self, name: str) -> str | None:
+        row = self._run("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
     def number(self, name: str, default: int) -> int:
         row = self._run("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
         return int(row[0]) if row and str(row[0]).isdigit() else default

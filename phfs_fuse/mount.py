@@ -44,6 +44,8 @@ from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.localstate import StateLock
 from phfs_fuse.namespace import Namespace
 from phfs_fuse.ops import operations
+from phfs_fuse.quota import Quotas
+from phfs_fuse.quotakeeper import QuotaKeeper
 from phfs_fuse.recovery import Recovery
 from phfs_fuse.resume import last_change, restore
 from phfs_fuse.session import KeeperLink, Session
@@ -94,8 +96,22 @@ class Mount:
         )
         self.kernel = KernelState(directory / KERNEL_LOG, self.inodes, self.journal.reserve.give_up)
         queue = UploadQueue(config.writeback)
+        quotas = Quotas()
         self.changes = Changes(
-            inodes=self.inodes, journal=self.journal, area=self.area, queue=queue, kernel=self.kernel
+            inodes=self.inodes,
+            journal=self.journal,
+            area=self.area,
+            queue=queue,
+            kernel=self.kernel,
+            quotas=quotas,
+        )
+        self.quotas = QuotaKeeper(
+            quotas=quotas,
+            store=store,
+            changes=self.changes,
+            journal=self.journal,
+            config=config.quota,
+            prefix=config.store.prefix,
         )
         self.settling = Settling(
             inodes=self.inodes, area=self.area, changes=self.changes, queue=queue, config=config.writeback
@@ -118,6 +134,7 @@ class Mount:
             changes=self.changes,
             settling=self.settling,
             kernel=self.kernel,
+            quotas=quotas,
             config=config.tree,
             write_through=config.writeback.write_through,
         )
@@ -206,6 +223,7 @@ class Mount:
             "uploaded": {"files": writeback.uploaded_files, "bytes": writeback.uploaded_bytes},
             "inodes": len(self.inodes),
             "open_files": self.vfs.open_files,
+            "quotas": self.quotas.shown(),
             "conflicts": len(self.journal.conflicts()),
             "illegal_keys": self.namespace.illegal_keys,
             "errors": [{"path": path, "reason": reason, "count": count} for path, reason, count in settling.errors()],
@@ -225,6 +243,9 @@ class Mount:
 
     def settled(self, path: str, kept_as: str) -> None:
         self.journal.drop_conflict(os.fsencode(path), os.fsencode(kept_as))
+
+    def set_quota(self, path: str, size: int | None) -> None:
+        self.quotas.set(path, size)
 
     async def sync(self, path: str | None) -> None:
         await flush_kernel(self.config.kernel.mountpoint)
@@ -263,6 +284,7 @@ class Worker:
             self._nursery = services
             await services.start(mount.blocks.run)
             await services.start(mount.writeback.run)
+            await services.start(mount.quotas.run)
             services.start_soon(self._hear_keeper)
             services.start_soon(self._announce)
             await services.start(listener.run)
@@ -402,8 +424,10 @@ async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None
             await mount.check()
             mount.kernel.begin()
         mount.recover()
+        mount.quotas.begin(resumed=resume)
         fd = await link.receive_descriptor()
-        session = Session(operations(mount.vfs, config.tree), fd, resume=resume)
+        ops = operations(mount.vfs, config.tree)
+        session = Session(ops, fd, resume=resume, on_statfs=ops.statfs_for)
         worker = Worker(mount, link, session, resumed=resume)
         try:
             await worker.run(ControlServer(config.control_socket, mount, worker))

@@ -28,19 +28,28 @@ from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Act
 from phfs_fuse.namespace import ROWS_BYTES, Namespace
 from phfs_fuse.openfiles import OpenFiles
-from phfs_fuse.types import Fh, Ino
+from phfs_fuse.quota import Quotas
+from phfs_fuse.types import Fh, Ino, ObjectKey
 
 RENAME_NOREPLACE = 1  # Source: renameat2(2)
 
 
 class Names:
     def __init__(
-        self, *, inodes: Inodes, namespace: Namespace, changes: Changes, files: OpenFiles, config: TreeConfig
+        self,
+        *,
+        inodes: Inodes,
+        namespace: Namespace,
+        changes: Changes,
+        files: OpenFiles,
+        quotas: Quotas,
+        config: TreeConfig,
     ) -> None:
         self._inodes = inodes
         self._namespace = namespace
         self._changes = changes
         self._files = files
+        self._quotas = quotas
         self._config = config
         self._acts: dict[int, tuple[Act, Ino]] = {}  # what the process before did last and maybe did not answer
 
@@ -138,15 +147,18 @@ class Names:
         if parent.detached:
             raise NotFound("create", name.decode(errors="replace"), "its directory was removed")
         with self._changes.batch():
-            node = self._add(parent, name, self._attrs(attrs_mode, uid, gid, parent, rdev), act)
+            node = self._add(parent, name, self._attrs(attrs_mode, uid, gid, parent, rdev), act, len(content))
             if content:
                 self._files.put(node, 0, content)
         return node
 
-    def _add(self, parent: Node, name: bytes, attrs: Attrs, act: Act | None) -> Node:
+    def _add(self, parent: Node, name: bytes, attrs: Attrs, act: Act | None, size: int = 0) -> Node:
+        """Where the quota is used up there are no new files: what would be written to them is refused too late."""
         key = keys.join(self._inodes.key(parent), keys.new_segment(name))
         if stat.S_ISDIR(attrs.mode):
             keys.join(key, "/")
+        elif self._quotas:
+            self._quotas.require(key, max(1, size))
         node = self._inodes.new(attrs, ctime_ns=attrs.mtime_ns)
         node.checked_at = trio.current_time()
         if node.is_dir:
@@ -258,6 +270,16 @@ class Names:
         if target.is_dir and not await self._namespace.is_empty(target):
             raise NotEmpty("rename", path)
 
+    def _may_move(self, moved: list[Node], old: list[ObjectKey], to: ObjectKey, target: Node | None) -> None:
+        """Raises: QuotaExceeded, also where another errno would have programs copy what will not fit."""
+        moves: list[tuple[str, str | None, int]] = [
+            (key, to + key.removeprefix(old[0].rstrip("/")), node.stored_size)
+            for node, key in zip(moved, old, strict=True)
+        ]
+        if target is not None:
+            moves.append((self._inodes.key(target), None, target.stored_size))
+        self._quotas.require_moves(moves)
+
     def _rename(
         self,
         source: Node,
@@ -274,6 +296,8 @@ class Names:
         longest = max(len(key.encode()) for key in old) - len(old[0].encode()) + len(new_prefix.encode()) + 1
         if longest > 1024:
             raise NameTooLong("rename", self._inodes.path(source), "a key would be longer than 1024 bytes")
+        if self._quotas:
+            self._may_move(moved, old, new_prefix, target)
         over = None
         with self._changes.batch():
             if target is not None:

@@ -31,6 +31,7 @@ FILE: Final = Kind(values.path, "FILE")
 DIR: Final = Kind(values.path, "DIR")
 URL: Final = Kind(values.endpoint, "URL")
 BUCKET: Final = Kind(values.bucket, "NAME")
+QUOTAS: Final = Kind(values.quotas, "[PATH=]SIZE")
 GROUP: Final = Kind(values.group_prefix, "NAME")
 USER: Final = Kind(values.user, "ID")
 GROUP_ID: Final = Kind(values.group, "ID")
@@ -59,6 +60,11 @@ class Setting:
     @property
     def is_switch(self) -> bool:
         return self.kind is SWITCH
+
+    @property
+    def is_list(self) -> bool:
+        """May be given several times."""
+        return self.kind is QUOTAS
 
 
 _tuning = partial(Setting, flag=False)
@@ -133,6 +139,14 @@ SETTINGS: Final = (
         "Quiet time before the upload of a closed file.",
         "500ms",
     ),
+    Setting(
+        "quota",
+        "quota.limit",
+        "quota.limits",
+        QUOTAS,
+        "What the mount, or a folder of it, may hold; several times for several folders.",
+    ),
+    Setting("quota-file", "quota.file", "quota.file", FILE, "More quotas, one a line; read again when it changes."),
     Setting(
         "posix-attrs",
         "tree.posix-attrs",
@@ -244,6 +258,14 @@ SETTINGS: Final = (
         TIME,
         "Longest wait for uploads at the end of the mount; 0: as long as it takes.",
         "0",
+    ),
+    _tuning(
+        "quota-recount",
+        "quota.recount",
+        "quota.recount_seconds",
+        TIME,
+        "How often the use of quotas is counted anew.",
+        "10m",
     ),
     _tuning(
         "read-ahead",

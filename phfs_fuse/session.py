@@ -19,6 +19,7 @@ import socket
 import struct
 from collections.abc import Callable, Sequence
 from enum import Flag
+from pathlib import Path
 from typing import Final
 
 import pyfuse3
@@ -27,6 +28,7 @@ import trio
 from phfs_fuse import messages
 from phfs_fuse.errors import MountpointError, startup_error
 from phfs_fuse.messages import Kind, Message
+from phfs_fuse.statfsino import telling
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +185,8 @@ class Session:
     (PARALLEL_DIROPS, in libfuse 3.14) or has no setting for them (max_background).
     """
 
-    def __init__(self, ops: pyfuse3.Operations, fd: int, *, resume: bool) -> None:
+    def __init__(self, ops: pyfuse3.Operations, fd: int, *, resume: bool, on_statfs: Callable[[int], None]) -> None:
+        """`on_statfs` hears the inode right before a statfs handler is called."""
         self.established = trio.Event()  # requests are answered from now on
         self._fd, self._resume = fd, resume
         if not resume:
@@ -191,7 +194,8 @@ class Session:
         self._then = ops.init
         ops.init = self._on_init  # type: ignore[method-assign]
         self._session_fd = _pretended_kernel()
-        pyfuse3.init(ops, f"/dev/fd/{self._session_fd}", set(pyfuse3.default_options))
+        with telling(Path(pyfuse3.__file__), on_statfs):
+            pyfuse3.init(ops, f"/dev/fd/{self._session_fd}", set(pyfuse3.default_options))
 
     async def serve(self) -> None:
         """Service: answer requests until the mount has ended, by umount or by an abort of the connection."""

@@ -21,6 +21,7 @@ from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.names import Names
 from phfs_fuse.namespace import Namespace
 from phfs_fuse.openfiles import OpenFiles
+from phfs_fuse.quota import Quotas, Room
 from phfs_fuse.settling import Settling
 from phfs_fuse.types import Ino
 
@@ -35,6 +36,7 @@ class Vfs:
         changes: Changes,
         settling: Settling,
         kernel: KernelState,
+        quotas: Quotas,
         config: TreeConfig,
         write_through: bool,
     ) -> None:
@@ -42,6 +44,7 @@ class Vfs:
         self._namespace = namespace
         self._settling = settling
         self._kernel = kernel
+        self._quotas = quotas
         self._files = files = OpenFiles(
             inodes=inodes,
             namespace=namespace,
@@ -49,9 +52,12 @@ class Vfs:
             changes=changes,
             settling=settling,
             kernel=kernel,
+            quotas=quotas,
             write_through=write_through,
         )
-        self._names = names = Names(inodes=inodes, namespace=namespace, changes=changes, files=files, config=config)
+        self._names = names = Names(
+            inodes=inodes, namespace=namespace, changes=changes, files=files, quotas=quotas, config=config
+        )
         self._streams = streams = DirStreams(inodes=inodes, namespace=namespace, kernel=kernel, settling=settling)
         attrs = FileAttrs(inodes=inodes, namespace=namespace, changes=changes, files=files, config=config)
         # what the kernel asks for, each by the one that does it
@@ -102,6 +108,11 @@ class Vfs:
         for ino, count in counts:
             self._inodes.forget(ino, count)
         self._kernel.forgotten(nodes)
+
+    def statfs(self, ino: int) -> Room | None:
+        """What a file system of which `ino` is a part would have; None: the store sets no limit."""
+        node = self._inodes.find(ino)
+        return self._quotas.room(self._inodes.key(node)) if self._quotas and node and not node.detached else None
 
     # ---- for the control socket ----
 

@@ -19,6 +19,7 @@ from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Journal
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.namespace import Namespace
+from phfs_fuse.quota import Quotas
 from phfs_fuse.settling import Settling
 from phfs_fuse.staging import StagingArea
 from phfs_fuse.types import MIB, ObjectKey
@@ -44,6 +45,7 @@ class World:
     writeback: Writeback
     namespace: Namespace
     vfs: Vfs
+    quotas: Quotas
 
     async def write(self, path: str, data: bytes) -> Node:
         *folders, name = path.split("/")
@@ -113,7 +115,8 @@ def made(store: FakeStore | FaultStore, directory: Path) -> World:
     queue = UploadQueue(config)
     kernel = KernelState(directory / "kernel.log", inodes, journal.reserve.give_up)
     kernel.begin()
-    changes = Changes(inodes=inodes, journal=journal, area=area, queue=queue, kernel=kernel)
+    quotas = Quotas()
+    changes = Changes(inodes=inodes, journal=journal, area=area, queue=queue, kernel=kernel, quotas=quotas)
     settling = Settling(inodes=inodes, area=area, changes=changes, queue=queue, config=config)
     writeback = Writeback(
         store=store,
@@ -133,10 +136,11 @@ def made(store: FakeStore | FaultStore, directory: Path) -> World:
         changes=changes,
         settling=settling,
         kernel=kernel,
+        quotas=quotas,
         config=tree,
         write_through=False,
     )
-    return World(store, blocks, journal, area, inodes, changes, settling, writeback, namespace, vfs)
+    return World(store, blocks, journal, area, inodes, changes, settling, writeback, namespace, vfs, quotas)
 
 
 @asynccontextmanager

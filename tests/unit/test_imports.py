@@ -26,7 +26,7 @@ client prepare
 keeper
 fusemount
 mount
-control
+control quotakeeper
 ops session
 vfs
 fileattrs names
@@ -36,7 +36,7 @@ writeback
 conflicts deletes
 sources markers settling
 upload changes
-uploadqueue
+uploadqueue quota
 recovery resume
 kernelstate
 inodes
@@ -63,7 +63,7 @@ messages
 settings
 options
 values
-registry mountpoint localstate reserve
+registry mountpoint localstate reserve statfsino
 dirs logs
 metrics
 config
@@ -88,7 +88,7 @@ USERS = {
     "rich": "display cli bench",
     "typer": "cli",
 }
-PURE = ("dirty", "extents", "keys", "attrs", "config", "errors", "types")
+PURE = ("dirty", "quota", "extents", "keys", "attrs", "config", "errors", "types")
 FORBIDDEN = {"phfs_csi", "tests"}
 
 
