@@ -79,10 +79,6 @@ class Count:
         else:
             self._add(key, new - old)
 
-    def foreign(self, key: str, old: int, new: int) -> None:
-        if key not in self._touched and key <= self._listed_to:
-            self._add(key, new - old)
-
     def end(self) -> Mapping[str, int]:
         """Bytes by prefix."""
         for key, size in self._touched.items():
@@ -137,17 +133,16 @@ class Quotas:
             self._count.changed(key, old, new)
 
     def foreign(self, key: str, old: int | None, new: int) -> None:
-        """Somebody else has stored (or with `new` 0 deleted) an object; `old` is the size that is counted of it,
-        None if that is not known: then all is counted again."""
+        """Somebody else (never this mount) has stored, or with `new` 0 deleted, an object; `old` is the size that is
+        counted of it, None if that is not known: then all is counted again. So it is after what comes during a count,
+        which may have seen it or not."""
         if not self._quotas:
             return
-        if old is None:
+        if old is None or self._count is not None:
             self.outdated = True
-            return
-        for quota in self._over(key):
-            quota.used = max(0, quota.used + new - old)
-        if self._count is not None and key.startswith(self._count.root):
-            self._count.foreign(key, old, new)
+        if old is not None:
+            for quota in self._over(key):
+                quota.used = max(0, quota.used + new - old)
 
     def require(self, key: str, growth: int) -> None:
         """Raises: QuotaExceeded (EDQUOT), `growth` more bytes in the file `key` are too many for a folder of it."""

@@ -58,6 +58,7 @@ class QuotaKeeper:
         self._set: dict[str, int | None] = {}  # by command
         self._noted: Mapping[str, int] = {}
         self._paths: dict[str, str] = {}
+        self._some = trio.Event()  # there is a quota, or may be: until then nothing is looked at
         self._next = math.inf
         self._earliest = -math.inf
         self._failed = False
@@ -82,6 +83,8 @@ class QuotaKeeper:
         wanted = {**self._config.limits, **self._from_file, **self._set}
         self._paths = {self._prefix_of(path): path for path, size in wanted.items() if size is not None}
         self._quotas.limit({self._prefix_of(path): size for path, size in wanted.items() if size}, self._noted)
+        if self._quotas or self._config.file is not None:
+            self._some.set()
 
     def _prefix_of(self, path: str) -> str:
         return self._prefix + "".join(segment_of(os.fsencode(part)) + "/" for part in path.split("/") if part)
@@ -122,6 +125,7 @@ class QuotaKeeper:
             self._note()
 
     async def _look(self) -> None:
+        await self._some.wait()
         while True:
             await trio.sleep(LOOK_SECONDS)
             if (version := _version(self._config.file)) != self._seen:
@@ -147,11 +151,12 @@ class QuotaKeeper:
     # ---- counting ----
 
     async def _count_now_and_then(self) -> None:
+        await self._some.wait()
         while True:
             now = trio.current_time()
             if self._quotas and (now >= self._next or (self._quotas.outdated and now >= self._earliest)):
                 await self._count()
-            await trio.sleep(LOOK_SECONDS / 4)
+            await trio.sleep(LOOK_SECONDS)
 
     async def _count(self) -> None:
         started = trio.current_time()

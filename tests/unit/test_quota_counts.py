@@ -145,6 +145,16 @@ def test_what_others_do_is_counted_and_what_was_there_before_counts() -> None:
     assert one.outdated
 
 
+def test_what_others_do_during_a_count_is_counted_again() -> None:
+    one = quotas(a_=100)
+    one.outdated = False
+    count = one.begin("a/", {})
+    count.listed([("a/f", 10)])
+    one.foreign("a/f", 5, 10)  # the listing may have been before it, or not
+    one.end(count)
+    assert (one.used(), one.outdated) == ({"a/": 10}, True)
+
+
 def test_each_key_is_gone_through_once() -> None:
     many = quotas(a_=1, a_b_=1, a_b_c_=1, d_=1)
     assert many.roots() == ["a/", "d/"]
