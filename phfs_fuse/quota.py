@@ -74,7 +74,7 @@ class Count:
 
     def changed(self, key: str, old: int, new: int) -> None:
         """A file of this mount has another size. What is not listed yet may come with either."""
-        if key in self._touched or key > self._listed_to:
+        if key > self._listed_to:
             self._touched[key] = new
         else:
             self._add(key, new - old)
