@@ -144,6 +144,11 @@ class QuotaConfig:
     file: Path | None = None  # with more of them
     recount_seconds: float = 600.0
 
+    @property
+    def has_folders(self) -> bool:
+        """Whether a folder may have a quota of its own."""
+        return self.file is not None or any(path.strip("/") for path in self.limits)
+
     def __post_init__(self) -> None:
         _at_least("quota.recount_seconds", self.recount_seconds, 1, ">= 1s")
 

@@ -427,7 +427,7 @@ async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None
         mount.quotas.begin(resumed=resume)
         fd = await link.receive_descriptor()
         ops = operations(mount.vfs, config.tree)
-        session = Session(ops, fd, resume=resume, on_statfs=ops.statfs_for)
+        session = Session(ops, fd, resume=resume, on_statfs=ops.statfs_for if config.quota.has_folders else None)
         worker = Worker(mount, link, session, resumed=resume)
         try:
             await worker.run(ControlServer(config.control_socket, mount, worker))

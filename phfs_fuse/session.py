@@ -18,6 +18,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from enum import Flag
 from pathlib import Path
 from typing import Final
@@ -185,8 +186,11 @@ class Session:
     (PARALLEL_DIROPS, in libfuse 3.14) or has no setting for them (max_background).
     """
 
-    def __init__(self, ops: pyfuse3.Operations, fd: int, *, resume: bool, on_statfs: Callable[[int], None]) -> None:
-        """`on_statfs` hears the inode right before a statfs handler is called."""
+    def __init__(
+        self, ops: pyfuse3.Operations, fd: int, *, resume: bool, on_statfs: Callable[[int], None] | None = None
+    ) -> None:
+        """`on_statfs` hears the inode right before a statfs handler is called; only for mounts with folders that
+        differ in that."""
         self.established = trio.Event()  # requests are answered from now on
         self._fd, self._resume = fd, resume
         if not resume:
@@ -194,7 +198,7 @@ class Session:
         self._then = ops.init
         ops.init = self._on_init  # type: ignore[method-assign]
         self._session_fd = _pretended_kernel()
-        with telling(Path(pyfuse3.__file__), on_statfs):
+        with telling(Path(pyfuse3.__file__), on_statfs) if on_statfs else nullcontext():
             pyfuse3.init(ops, f"/dev/fd/{self._session_fd}", set(pyfuse3.default_options))
 
     async def serve(self) -> None:
