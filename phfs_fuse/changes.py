@@ -273,6 +273,10 @@ class Changes:
     def _moved(self, node: Node) -> None:
         self._journal.after(partial(self._kernel.changed, node))
 
+    def refreshed(self, node: Node) -> None:
+        """The store says other attributes of a version that is known."""
+        self._kernel.changed(node)
+
     def did(self, act: Act | None, node: Node) -> None:
         """`act` is done with this transaction."""
         if act is not None:
@@ -433,7 +437,7 @@ class Changes:
             gone.request = gone.request or etag is not None
             self._journal.put_gone(key, etag)
             return
-        node = self._find(key)
+        node = self.find(key)
         if node is None:
             if etag is not None:  # it was renamed or removed while it went up, and who had the name then is gone too
                 self._add_gone(key, etag, request=True)
@@ -441,7 +445,7 @@ class Changes:
             node.dirty.over = etag
             self.save(node)
 
-    def _find(self, key: ObjectKey) -> Node | None:
+    def find(self, key: ObjectKey) -> Node | None:
         """The known node of that key."""
         prefix = self._inodes.key(self._inodes.root)
         at: Node | None = self._inodes.root

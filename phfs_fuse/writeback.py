@@ -169,6 +169,7 @@ class Writeback:
             fill=self._sources.filler(node),
         )
         dirty.attrs = False
+        began_at = trio.current_time()
         try:
             self._changes.attempt(key, snap.size, snap.metadata)
             info = await self._uploader.store(snap)
@@ -183,6 +184,7 @@ class Writeback:
         else:
             try:
                 self._stored(node, dirty, key, snap, info)
+                node.checked_at = max(node.checked_at, began_at)
             except OSError as exc:  # after a restart it goes up once more
                 log.error("journal cannot be written, check the disk of the state directory: %s", exc)
         finally:

@@ -78,6 +78,29 @@ class Upload:
     started_ns: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreEvent:
+    """An object was stored, or removed (`etag` None), by whomever. `metadata` as in `ObjectInfo`."""
+
+    key: ObjectKey
+    etag: ETag | None
+    size: int
+    metadata: Mapping[str, str]
+
+
+class Listener(Protocol):
+    """Is told of changes, on the trio thread. Its methods do not await."""
+
+    def opened(self) -> None:
+        """Changes that follow are told."""
+
+    def heard(self, events: Sequence[StoreEvent]) -> None:
+        """In the order of the store, some of them maybe twice."""
+
+    def missed(self) -> None:
+        """Changes may have been left out."""
+
+
 class ObjectStore(Protocol):
     """One bucket. Keys are whole keys."""
 
@@ -151,5 +174,9 @@ class ObjectStore(Protocol):
     async def abort_multipart(self, key: ObjectKey, upload_id: str) -> None: ...
 
     async def list_multipart(self, prefix: str) -> Sequence[Upload]: ...
+
+    async def listen(self, prefix: str, listener: Listener) -> None:
+        """Tell `listener` of the changes below `prefix`. Never returns. Raises: StoreUnavailable (the stream is
+        lost), NotSupported, AccessDenied or NotFound (this store has none, or not for us)."""
 
     async def aclose(self) -> None: ...

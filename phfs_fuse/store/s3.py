@@ -14,11 +14,20 @@ from typing import Any, Final, TypeVar
 import trio
 
 from phfs_fuse.config import StoreConfig
-from phfs_fuse.errors import AccessDenied, BadAnswer, BucketNotFound, NotFound, PhfsError, VersionChanged
+from phfs_fuse.errors import (
+    AccessDenied,
+    BadAnswer,
+    BucketNotFound,
+    NotFound,
+    NotSupported,
+    PhfsError,
+    VersionChanged,
+)
 from phfs_fuse.store.answers import NO_SUCH_KEY, NO_SUCH_UPLOAD, check_key, check_metadata, check_text
-from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Sink, Upload
+from phfs_fuse.store.base import Body, Expect, Listener, Listing, ObjectInfo, Part, Sink, Upload
 from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
 from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
+from phfs_fuse.store.events import EventStream
 from phfs_fuse.store.retry import retrying
 from phfs_fuse.store.transfer import Receiver, holds, multipart_etag
 from phfs_fuse.types import GIB, MIB, S3_PARTS_MAX, ETag, ObjectKey
@@ -275,6 +284,14 @@ class S3Store:
     async def list_multipart(self, prefix: str) -> Sequence[Upload]:
         check_text("list multipart", prefix)
         return await self._retrying(lambda _: self._calls.list_multipart(prefix))
+
+    # -- changes
+
+    async def listen(self, prefix: str, listener: Listener) -> None:
+        clients = await self._calls.clients()
+        if clients.is_aws:
+            raise NotSupported("listen", prefix, "AWS has no stream of events")
+        await EventStream(clients, self._config, prefix, listener).run()
 
     async def _copy_in_parts(
         self,

@@ -13,7 +13,7 @@ from typing import TypeVar
 import trio
 
 from phfs_fuse.errors import StoreUnavailable
-from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, ObjectStore, Part, Sink, Upload
+from phfs_fuse.store.base import Body, Expect, Listener, Listing, ObjectInfo, ObjectStore, Part, Sink, Upload
 from phfs_fuse.types import ETag, ObjectKey
 
 T = TypeVar("T")
@@ -250,6 +250,9 @@ class FaultStore:
 
     async def list_multipart(self, prefix: str) -> Sequence[Upload]:
         return await self._through("list_multipart", prefix, lambda: self.inner.list_multipart(prefix))
+
+    async def listen(self, prefix: str, listener: Listener) -> None:
+        await self._through("listen", prefix, lambda: self.inner.listen(prefix, listener))
 
     async def aclose(self) -> None:
         await self.inner.aclose()

@@ -15,6 +15,7 @@ import trio
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import TreeConfig, WritebackConfig
+from phfs_fuse.events import Events
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Journal
 from phfs_fuse.kernelstate import KernelState
@@ -22,6 +23,7 @@ from phfs_fuse.namespace import Namespace
 from phfs_fuse.quota import Quotas
 from phfs_fuse.settling import Settling
 from phfs_fuse.staging import StagingArea
+from phfs_fuse.trust import Trust
 from phfs_fuse.types import MIB, ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue
 from phfs_fuse.vfs import Vfs
@@ -46,6 +48,8 @@ class World:
     namespace: Namespace
     vfs: Vfs
     quotas: Quotas
+    trust: Trust
+    events: Events
 
     async def write(self, path: str, data: bytes) -> Node:
         *folders, name = path.split("/")
@@ -128,7 +132,9 @@ def made(store: FakeStore | FaultStore, directory: Path) -> World:
         queue=queue,
         config=config,
     )
-    namespace = Namespace(store=store, inodes=inodes, changes=changes, config=tree)
+    trust = Trust(tree)
+    namespace = Namespace(store=store, inodes=inodes, changes=changes, config=tree, trust=trust)
+    events = Events(store=store, inodes=inodes, changes=changes, queue=queue, namespace=namespace, trust=trust)
     vfs = Vfs(
         inodes=inodes,
         namespace=namespace,
@@ -140,7 +146,9 @@ def made(store: FakeStore | FaultStore, directory: Path) -> World:
         config=tree,
         write_through=False,
     )
-    return World(store, blocks, journal, area, inodes, changes, settling, writeback, namespace, vfs, quotas)
+    return World(
+        store, blocks, journal, area, inodes, changes, settling, writeback, namespace, vfs, quotas, trust, events
+    )
 
 
 @asynccontextmanager

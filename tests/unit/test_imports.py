@@ -28,6 +28,7 @@ fusemount
 mount
 control quotakeeper
 ops session
+events
 vfs
 fileattrs names
 openfiles dirstream
@@ -39,7 +40,7 @@ upload changes
 uploadqueue quota
 recovery resume
 kernelstate
-inodes
+inodes trust
 blocks staging
 adoption
 version
@@ -52,7 +53,7 @@ tasks gone
 store
 store.crt
 store.s3
-store.calls store.crt_http
+store.calls store.crt_http store.events
 store.session store.transfer store.conditions
 store.listing store.retry
 store.headers store.answers
@@ -60,6 +61,7 @@ store.base
 attrs dirty
 extents keys
 messages
+expiry
 settings
 options
 values
@@ -75,7 +77,7 @@ RANK = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in li
 # What the commands may see of a mount: its config and its control socket, never its insides.
 FRONT = {"__main__", "cli", "bench", "demo", "display", "settle", "client", "prepare", "keeper", "fusemount"}
 FRONT_SEES = FRONT | {
-    "messages", "settings", "options", "values", "registry", "mountpoint", "dirs", "logs",
+    "messages", "expiry", "settings", "options", "values", "registry", "mountpoint", "dirs", "logs",
     "config", "errors", "types",
 }  # fmt: skip
 
