@@ -8,7 +8,7 @@ is in the journal when it returns. It does not upload: it puts the file on the q
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -55,6 +55,7 @@ class Changes:
         self._attempts: dict[ObjectKey, list[tuple[int, str]]] = {}  # (size, metadata) that the store may have
         self._seq = 0
         self._waiters: dict[Ino, trio.Event] = {}
+        self.on_met: Callable[[ObjectKey], None] | None = None
         self.settled = trio.Event()  # set, and replaced, when something has reached the store or failed
 
     def users(self, key: ObjectKey) -> Collection[Node]:
@@ -264,6 +265,12 @@ class Changes:
         """Somebody else has stored `size` bytes under a key that was to be deleted: it stays."""
         self._quotas.changed(gone.key, 0, size)
         self.deleted([gone])
+        self.met(gone.key)
+
+    def met(self, key: ObjectKey) -> None:
+        """Somebody else's object was found under `key`."""
+        if self.on_met is not None:
+            self.on_met(key)
 
     def known_sizes(self) -> dict[str, int]:
         """The keys of which the store does not know yet what they are here: the sizes of the files, 0: deleted."""

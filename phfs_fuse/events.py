@@ -73,6 +73,7 @@ class Events:
         self._failures = 0
         self.state = StreamState.OFF
         self.on_foreign: Callable[[StoreEvent], None] | None = None
+        changes.on_met = self._met
         self.heard_count = self.foreign_count = self.gaps = self.opened_count = 0
 
     async def run(self) -> None:
@@ -148,6 +149,9 @@ class Events:
         self._tell_kernel(self._namespace.changed_by_others(event.key, removed=event.etag is None))
         if self.on_foreign is not None:
             self.on_foreign(event)
+
+    def _met(self, key: ObjectKey) -> None:
+        self._tell_kernel(self._namespace.changed_by_others(key, removed=False))
 
     def _is_ours(self, event: StoreEvent) -> bool:
         """Whether the event tells of what the tree shows already, because it was done here."""

@@ -69,7 +69,7 @@ class GoneKeys:
 
     def hides(self, key: str, asked_seq: int) -> bool:
         """Whether an answer about `key`, asked for at change number `asked_seq`, speaks of something deleted."""
-        return key in self._gone or self._done.get(key, -1) >= asked_seq
+        return key in self._gone or self._done.get(key, -1) > asked_seq
 
     def was_deleted(self, key: str) -> bool:
         """Whether `key` is, or was not long ago, deleted here."""

@@ -47,7 +47,8 @@ class Namespace:
         self._changes = changes
         self._config = config
         self._trust = trust
-        self._missing: LRUCache[tuple[int, bytes], float] = LRUCache(100_000)  # when it was asked for, and not there
+        # names that the kernel was told are not there, and when they were asked for
+        self._missing: LRUCache[tuple[int, bytes], float] = LRUCache(100_000)
         self._heads = trio.CapacityLimiter(HEADS_MAX)
         self._away_until = -math.inf
         self.illegal_keys = 0
@@ -136,6 +137,7 @@ class Namespace:
             if node.dirty is not None or self._trust.holds(self._known_at(node), now):
                 return node
         elif self._complete(parent, now) or self._is_missing(parent, name, now):
+            self._missing[parent.ino, name] = max(parent.complete_at, self._missing.get((parent.ino, name), NEVER))
             raise NotFound("lookup", name.decode(errors="replace"))
         return None
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from phfs_fuse.errors import PhfsError
 from phfs_fuse.types import ETag, ObjectKey
 
 Sink = Callable[[int, bytes | memoryview], None]
@@ -147,10 +148,11 @@ class ObjectStore(Protocol):
         source is not `source_etag` or `expect` fails."""
 
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
-        """Remove; a key that is not there is a success."""
+        """Remove; a key that is not there is a success. VersionChanged if another version is."""
 
-    async def delete_many(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, str]:
-        """Remove up to 1000 keys in one request; returns those that failed with the reason."""
+    async def delete_many(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
+        """Remove up to 1000 keys in one request (two or more, where the store has no conditions), each if it has
+        that version (None: whatever is there); returns those that failed. VersionChanged: another version."""
 
     async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str: ...
 

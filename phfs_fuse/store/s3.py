@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import trio
@@ -30,6 +31,7 @@ from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_co
 from phfs_fuse.store.events import EventStream
 from phfs_fuse.store.retry import retrying
 from phfs_fuse.store.transfer import Receiver, holds, multipart_etag
+from phfs_fuse.tasks import gather
 from phfs_fuse.types import GIB, MIB, S3_PARTS_MAX, ETag, ObjectKey
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ CHECK_ATTEMPTS: Final = 2  # a wrong endpoint must show soon
 COPY_BYTES_MAX: Final = 256 * MIB  # in one request: more may take longer than the time without a byte
 COPY_ONTO_ITSELF_BYTES_MAX: Final = 5 * GIB  # Source: S3 API reference, CopyObject
 COPY_PART_BYTES: Final = 128 * MIB
+LISTED_MIN: Final = 20  # versions learned by a page of a listing, which else costs more than it saves
 CLEANUP_SECONDS: Final = 30.0
 
 
@@ -184,15 +187,16 @@ class S3Store:
 
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
         check_key("delete", key)
+        conditions = await self._kept() if expect else NONE_KEPT
 
         async def attempt(_: int) -> None:
-            if expect is not None:
+            if expect is not None and not conditions.delete:
                 found = await self._etag_now(key)
                 if found is None:
                     return
                 if found != expect.etag:
                     raise VersionChanged("delete", key, f"the store has version {found}")
-            await self._calls.delete(key, expect)
+            await self._calls.delete(key, expect if conditions.delete else None)
 
         try:
             await self._retrying(attempt)
@@ -200,18 +204,52 @@ class S3Store:
             if isinstance(exc, BucketNotFound):
                 raise
 
-    async def delete_many(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, str]:
-        for key in keys:
+    async def delete_many(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
+        for key in versions:
             check_key("delete", key)
-        odd = [key for key in keys if XML_ILLEGAL.search(key)]  # the request is XML
-        plain = [key for key in keys if not XML_ILLEGAL.search(key)]
-        failed = dict(await self._retrying(lambda _: self._calls.delete_many(plain))) if plain else {}
+        odd = [key for key in versions if XML_ILLEGAL.search(key)]  # the request is XML
+        plain = {key: etag for key, etag in versions.items() if not XML_ILLEGAL.search(key)}
+        failed = dict(await self._delete_plain(plain)) if plain else {}
         for key in odd:
+            etag = versions[key]
             try:
-                await self.delete(key)
+                await self.delete(key, expect=None if etag is None else Expect(etag))
             except PhfsError as exc:
-                failed[key] = exc.reason
+                failed[key] = exc
         return failed
+
+    async def _delete_plain(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
+        failed: dict[ObjectKey, PhfsError] = {}
+        if any(versions.values()) and not (await self._kept()).delete_many:
+            found = await self._etags_now([key for key, etag in versions.items() if etag is not None])
+            for key, etag in versions.items():
+                if etag is not None and key in found and found[key] != etag:
+                    failed[key] = VersionChanged("delete", key, f"the store has version {found[key]}")
+            versions = {key: None for key in versions if key not in failed}
+        if versions:
+            failed |= await self._retrying(lambda _: self._calls.delete_many(versions))
+        return failed
+
+    async def _etags_now(self, wanted: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
+        """Versions of those that are there: by listing from the first to the last of them, as long as that finds
+        enough of them, the rest one by one."""
+        rest = sorted(wanted, key=str.encode)
+        found: dict[ObjectKey, ETag] = {}
+        token: str | None = None
+        while len(rest) > LISTED_MIN:
+            prefix = _common(rest[0], rest[-1])
+            page = await self.list(prefix, delimiter=False, token=token, start_after=rest[0][:-1])
+            here = {info.key: info.etag for info in page.objects}
+            seen = len(rest)
+            if (token := page.next_token) is not None:
+                last = page.objects[-1].key.encode()
+                seen = sum(key.encode() <= last for key in rest)
+            found |= {key: here[key] for key in rest[:seen] if key in here}
+            rest = rest[seen:]
+            if seen < LISTED_MIN:
+                break
+        single = await gather([partial(self._etag_now, key) for key in rest])
+        return found | {key: etag for key, etag in zip(rest, single, strict=True) if etag is not None}
 
     # -- in parts
 
@@ -417,6 +455,12 @@ class S3Store:
             log.info("clean-up failed: %s", exc)
 
 
+def _common(one: str, other: str) -> str:
+    """What both begin with."""
+    length = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+    return one[:length]
+
+
 def _has_metadata(page: Listing) -> bool | None:
     """None if the page has no object that could tell."""
     return any(info.metadata is not None for info in page.objects) if page.objects else None
@@ -431,3 +475,11 @@ class _ProbeObject:
 
     async def copy(self, source_etag: ETag) -> object:
         return await self._calls.copy(self._key, source_etag, self._key, 0, {})
+
+    async def delete(self, etag: ETag) -> None:
+        await self._calls.delete(self._key, Expect(etag))
+
+    async def delete_many(self, etag: ETag) -> None:
+        failed = await self._calls.delete_many({self._key: etag})
+        for exc in failed.values():
+            raise exc

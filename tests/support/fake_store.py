@@ -20,6 +20,7 @@ from phfs_fuse.errors import (
     InvalidArgument,
     NotFound,
     NotSupported,
+    PhfsError,
     StoreUnavailable,
     VersionChanged,
 )
@@ -187,13 +188,18 @@ class FakeStore:
             self._require("delete", key, expect)
             self._remove(key)
 
-    async def delete_many(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, str]:
-        if not keys:
+    async def delete_many(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
+        if not versions:
             return {}
-        await self._request("delete_many", keys[0])
-        for key in keys:
-            self._remove(key)
-        return {}
+        await self._request("delete_many", next(iter(versions)))
+        failed: dict[ObjectKey, PhfsError] = {}
+        for key, etag in versions.items():
+            found = self.objects.get(key)
+            if etag is not None and found is not None and found.etag != etag:
+                failed[key] = VersionChanged("delete", key, f"is {found.etag}")
+            else:
+                self._remove(key)
+        return failed
 
     async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
         await self._request("create_multipart", key)

@@ -49,13 +49,13 @@ blockfile
 cachedisk
 journal readahead cachedir
 cachefile
-tasks gone
+gone
 store
 store.crt
 store.s3
 store.calls store.crt_http store.events
 store.session store.transfer store.conditions
-store.listing store.retry
+store.listing store.retry tasks
 store.headers store.answers
 store.base
 attrs dirty
