@@ -15,10 +15,11 @@ from functools import partial
 import trio
 
 from phfs_fuse import keys
+from phfs_fuse.attrs import to_metadata
 from phfs_fuse.dirty import DirtyFile, Event, State
 from phfs_fuse.errors import IllegalName
 from phfs_fuse.gone import Gone, GoneKeys
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Base, Inodes, Node
 from phfs_fuse.journal import Act, Journal, LayerRow, PresentRow
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.quota import Quotas
@@ -110,6 +111,21 @@ class Changes:
             self.save(node)
         self.touch(node)
         self._queue.schedule(node)
+
+    def created_in_store(self, node: Node, info: ObjectInfo) -> None:
+        """`node` has just got a name under which the store has `info`, which is all of it."""
+        self._take_gone(info.key)
+        if node.is_dir:
+            node.marker = info.etag
+        else:
+            node.base, node.size = Base(info.key, info.etag, info.size), info.size
+            self._quotas.changed(info.key, 0, node.stored_size)
+        self.touch(node)
+
+    def give_back(self, key: ObjectKey, etag: ETag | None) -> None:
+        """The object that was made there for a name which is not made now shall vanish (`etag` None: if it came to
+        be)."""
+        self._add_gone(key, etag, request=True)
 
     def stage(self, node: Node) -> Layer:
         """The layer that takes the next write to `node`; the caller then calls `written`. Raises: OSError."""
@@ -229,6 +245,16 @@ class Changes:
         """Whether the store has what an upload of ours has sent without getting an answer."""
         text = json.dumps(dict(found.metadata or {}), sort_keys=True)
         return (found.size, text) in self._attempts.get(found.key, ())
+
+    def made_before(self, node: Node) -> bool:
+        """Whether `node` is what a call that got no answer has made: then that ends here."""
+        if node.base is None or node.dirty is not None:
+            return False
+        text = json.dumps(to_metadata(node.attrs), sort_keys=True)
+        if (node.base.size, text) not in self._attempts.get(node.base.key, ()):
+            return False
+        self.answered(node.base.key)
+        return True
 
     def renamed(self, node: Node, old_key: ObjectKey, over: ETag | None) -> None:
         """`node` had the name `old_key` and now has another, where the store has version `over` (None: nothing)."""

@@ -56,7 +56,7 @@ class Deletes:
         return True
 
     async def send(self, batch: list[Gone]) -> None:
-        failed: dict[ObjectKey, PhfsError | None] = {gone.key: None for gone in batch}  # None: was cancelled
+        failed: Mapping[ObjectKey, PhfsError | None] = {gone.key: None for gone in batch}  # None: was cancelled
         try:
             looks = await gather([partial(self._version, gone) for gone in batch])
             found = {gone.key: look for gone, look in zip(batch, looks, strict=True)}

@@ -28,6 +28,7 @@ import phfs_fuse
 from phfs_fuse import logs
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
+from phfs_fuse.claims import Claims
 from phfs_fuse.config import Events as EventsSetting
 from phfs_fuse.config import MountConfig
 from phfs_fuse.control import ControlServer
@@ -150,6 +151,7 @@ class Mount:
             settling=self.settling,
             kernel=self.kernel,
             quotas=quotas,
+            claims=Claims(store=store, changes=self.changes, queue=queue),
             config=config.tree,
             write_through=config.writeback.write_through,
         )

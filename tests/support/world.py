@@ -14,6 +14,7 @@ import trio
 
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
+from phfs_fuse.claims import Claims
 from phfs_fuse.config import TreeConfig, WritebackConfig
 from phfs_fuse.events import Events
 from phfs_fuse.inodes import Inodes, Node
@@ -143,6 +144,7 @@ def made(store: FakeStore | FaultStore, directory: Path) -> World:
         settling=settling,
         kernel=kernel,
         quotas=quotas,
+        claims=Claims(store=store, changes=changes, queue=queue),
         config=tree,
         write_through=False,
     )

@@ -34,7 +34,7 @@ fileattrs names
 openfiles dirstream
 namespace
 writeback
-conflicts deletes
+conflicts deletes claims
 sources markers settling
 upload changes
 uploadqueue quota
