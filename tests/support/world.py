@@ -15,7 +15,7 @@ import trio
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.claims import Claims
-from phfs_fuse.config import TreeConfig, WritebackConfig
+from phfs_fuse.config import ExclusiveCreate, TreeConfig, WritebackConfig
 from phfs_fuse.events import Events
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Journal
@@ -110,9 +110,11 @@ def content(world: World, path: str) -> bytes:
     return bytes(world.store.objects[ObjectKey(PREFIX + path)].data)
 
 
-def made(store: FakeStore | FaultStore, directory: Path) -> World:
+def made(
+    store: FakeStore | FaultStore, directory: Path, *, exclusive_create: ExclusiveCreate = ExclusiveCreate.LOCAL
+) -> World:
     config = WritebackConfig(directory=directory, delay_seconds=0.5, multipart_bytes_min=8 * MIB, part_bytes=5 * MIB)
-    tree = TreeConfig()
+    tree = TreeConfig(exclusive_create=exclusive_create)
     journal = Journal(directory, "volume")
     area = StagingArea(directory / "staging", first_id=1)
     blocks = FakeBlocks(store)
