@@ -254,3 +254,14 @@ async def test_the_longest_key(place: Place) -> None:
     assert await place.names() == [name]
     with pytest.raises(NameTooLong):
         await place.put(name + "x", b"x")
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c"], [f"n{number:04}" for number in range(60)]], ids=["few", "many"])
+async def test_delete_many_of_versions(place: Place, names: list[str]) -> None:
+    versions = {place.key(name): (await place.put(name, b"1")).etag for name in names}
+    versions[place.key("never")] = OTHER
+    await place.put(names[1], b"2")
+    await place.put(f"{names[-1]}-beside", b"3")
+    failed = await place.store.delete_many(versions)
+    assert {key: type(exc) for key, exc in failed.items()} == {place.key(names[1]): VersionChanged}
+    assert await place.names() == [names[1], f"{names[-1]}-beside"]
