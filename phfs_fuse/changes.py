@@ -442,7 +442,7 @@ class Changes:
 
     def _add_gone(self, key: ObjectKey, etag: ETag | None, *, request: bool) -> None:
         self._seq += 1
-        gone = Gone(key, etag, request, trio.current_time() + self._queue.delay)
+        gone = Gone(key, etag, request, self._queue.delete_due)
         self.gone.add(gone)
         self._journal.put_gone(key, etag)  # of directories too: their names stay hidden after a restart
         self._queue.push(gone, gone.due)

@@ -44,8 +44,9 @@ CHUNK_BYTES: Final = 64 * KIB
 LINE_BYTES_MAX: Final = MIB
 EVENTS_MAX: Final = 20_000  # read and not delivered
 SLICE: Final = 200  # events delivered in one go
-BURST_EVENTS: Final = 1000  # as many at once as a server may hold back (its limit of requests, thousands by default)
-BURST_SECONDS: Final = 10.0
+# So many events in so many seconds may be what a server had held back, and more that it has dropped; its queue is as
+# long as the number of requests that it allows at a time, thousands by default.
+BURSTS: Final = ((1000, 2.0), (5000, 30.0))
 CREATED: Final = "s3:ObjectCreated:"
 REMOVED: Final = "s3:ObjectRemoved:"
 
@@ -66,7 +67,7 @@ class EventStream:
         self._token = trio.lowlevel.current_trio_token()
         self._ended = False
         self._failure: PhfsError = StoreUnavailable("listen", prefix, "the stream has ended")
-        self._burst: deque[float] = deque(maxlen=BURST_EVENTS)
+        self._times: deque[float] = deque(maxlen=max(count for count, _ in BURSTS))  # of the last events
 
     async def run(self) -> None:
         """Raises: PhfsError, always."""
@@ -116,8 +117,8 @@ class EventStream:
         if not events:
             return
         now = trio.current_time()
-        self._burst.extend([now] * len(events))
-        if len(self._burst) == BURST_EVENTS and now - self._burst[0] < BURST_SECONDS:
+        self._times.extend([now] * len(events))
+        if any(len(self._times) >= count and now - self._times[-count] < seconds for count, seconds in BURSTS):
             self._listener.missed()
         self._listener.heard(events)
 
