@@ -49,7 +49,8 @@ class StreamState(Enum):
 
 
 class Events:
-    """`on_foreign` is called with each change that somebody else made below the prefix."""
+    """`on_foreign` is called with each object that somebody else stored or removed: its key, the size that was known of
+    it (None: nothing was), its size now."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class Events:
         self._expire_wake = trio.Event()
         self._failures = 0
         self.state = StreamState.OFF
-        self.on_foreign: Callable[[StoreEvent], None] | None = None
+        self.on_foreign: Callable[[str, int | None, int], None] | None = None
         changes.on_met = self._met
         self.heard_count = self.foreign_count = self.gaps = self.opened_count = 0
 
@@ -146,9 +147,11 @@ class Events:
         if self._is_ours(event):
             return
         self.foreign_count += 1
+        node = self._changes.find(event.key)
+        known = node.stored_size if node is not None and node.dirty is None else None
         self._tell_kernel(self._namespace.changed_by_others(event.key, removed=event.etag is None))
-        if self.on_foreign is not None:
-            self.on_foreign(event)
+        if self.on_foreign is not None and not event.key.endswith("/"):
+            self.on_foreign(event.key, known, event.size)
 
     def _met(self, key: ObjectKey) -> None:
         self._tell_kernel(self._namespace.changed_by_others(key, removed=False))

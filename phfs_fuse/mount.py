@@ -143,6 +143,7 @@ class Mount:
             namespace=self.namespace,
             trust=self.trust,
         )
+        self.events.on_foreign = quotas.foreign
         self.vfs = Vfs(
             inodes=self.inodes,
             namespace=self.namespace,

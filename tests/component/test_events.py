@@ -263,10 +263,12 @@ async def test_the_kernel_is_told_of_names_it_may_know(
 
 
 async def test_foreign_changes_are_passed_on(world: World, store: FakeStore, autojump_clock: MockClock) -> None:
-    seen: list[tuple[str, int, bool]] = []
-    world.events.on_foreign = lambda event: seen.append((event.key, event.size, event.etag is None))
+    seen: list[tuple[str, int | None, int]] = []
+    world.events.on_foreign = lambda *told: seen.append(told)
     await world.write("ours", b"1")
     await world.settle()
     store.seed(PREFIX + "theirs", b"22")
+    await world.node("theirs")
     store.remove(PREFIX + "theirs")
-    assert seen == [(PREFIX + "theirs", 2, False), (PREFIX + "theirs", 0, True)]
+    store.seed(PREFIX + "folder/")
+    assert seen == [(PREFIX + "theirs", None, 2), (PREFIX + "theirs", 2, 0)]

@@ -13,7 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from phfs_fuse.config import ExclusiveCreate
 from phfs_fuse.errors import Exists, NotFound, StoreUnavailable
-from phfs_fuse.vfs import RENAME_NOREPLACE
+from phfs_fuse.names import RENAME_NOREPLACE
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, made, running
@@ -96,7 +96,7 @@ async def test_one_of_two_mounts_wins(one: World, two: World, make: Make, autoju
         assert (len(won), len(lost)) == (1, 1)
     for world in (one, two):
         await world.settle()
-        assert world.writeback.conflicts == 0
+        assert world.journal.conflicts() == []
 
 
 async def test_what_is_made_is_there_with_one_request(
