@@ -49,8 +49,8 @@ class StreamState(Enum):
 
 
 class Events:
-    """`on_foreign` is called with each object that somebody else stored or removed: its key, the size that was known of
-    it (None: nothing was), its size now."""
+    """`on_foreign` is called with each object that somebody else stored or removed: its key, the size that was known
+    of it (None: nothing was), its size now."""
 
     def __init__(
         self,
