@@ -8,17 +8,18 @@ is in the journal when it returns. It does not upload: it puts the file on the q
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
 import trio
 
 from phfs_fuse import keys
+from phfs_fuse.attrs import to_metadata
 from phfs_fuse.dirty import DirtyFile, Event, State
 from phfs_fuse.errors import IllegalName
 from phfs_fuse.gone import Gone, GoneKeys
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Base, Inodes, Node
 from phfs_fuse.journal import Act, Journal, LayerRow, PresentRow
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.quota import Quotas
@@ -55,6 +56,7 @@ class Changes:
         self._attempts: dict[ObjectKey, list[tuple[int, str]]] = {}  # (size, metadata) that the store may have
         self._seq = 0
         self._waiters: dict[Ino, trio.Event] = {}
+        self.on_met: Callable[[ObjectKey], None] | None = None
         self.settled = trio.Event()  # set, and replaced, when something has reached the store or failed
 
     def users(self, key: ObjectKey) -> Collection[Node]:
@@ -109,6 +111,21 @@ class Changes:
             self.save(node)
         self.touch(node)
         self._queue.schedule(node)
+
+    def created_in_store(self, node: Node, info: ObjectInfo) -> None:
+        """`node` has just got a name under which the store has `info`, which is all of it."""
+        self._take_gone(info.key)
+        if node.is_dir:
+            node.marker = info.etag
+        else:
+            node.base, node.size = Base(info.key, info.etag, info.size), info.size
+            self._quotas.changed(info.key, 0, node.stored_size)
+        self.touch(node)
+
+    def give_back(self, key: ObjectKey, etag: ETag | None) -> None:
+        """The object that was made there for a name which is not made now shall vanish (`etag` None: if it came to
+        be)."""
+        self._add_gone(key, etag, request=True)
 
     def stage(self, node: Node) -> Layer:
         """The layer that takes the next write to `node`; the caller then calls `written`. Raises: OSError."""
@@ -229,6 +246,16 @@ class Changes:
         text = json.dumps(dict(found.metadata or {}), sort_keys=True)
         return (found.size, text) in self._attempts.get(found.key, ())
 
+    def made_before(self, node: Node) -> bool:
+        """Whether `node` is what a call that got no answer has made: then that ends here."""
+        if node.base is None or node.dirty is not None:
+            return False
+        text = json.dumps(to_metadata(node.attrs), sort_keys=True)
+        if (node.base.size, text) not in self._attempts.get(node.base.key, ()):
+            return False
+        self.answered(node.base.key)
+        return True
+
     def renamed(self, node: Node, old_key: ObjectKey, over: ETag | None) -> None:
         """`node` had the name `old_key` and now has another, where the store has version `over` (None: nothing)."""
         self.touch(node)
@@ -264,6 +291,12 @@ class Changes:
         """Somebody else has stored `size` bytes under a key that was to be deleted: it stays."""
         self._quotas.changed(gone.key, 0, size)
         self.deleted([gone])
+        self.met(gone.key)
+
+    def met(self, key: ObjectKey) -> None:
+        """Somebody else's object was found under `key`."""
+        if self.on_met is not None:
+            self.on_met(key)
 
     def known_sizes(self) -> dict[str, int]:
         """The keys of which the store does not know yet what they are here: the sizes of the files, 0: deleted."""
@@ -272,6 +305,10 @@ class Changes:
 
     def _moved(self, node: Node) -> None:
         self._journal.after(partial(self._kernel.changed, node))
+
+    def refreshed(self, node: Node) -> None:
+        """The store says other attributes of a version that is known."""
+        self._kernel.changed(node)
 
     def did(self, act: Act | None, node: Node) -> None:
         """`act` is done with this transaction."""
@@ -405,7 +442,7 @@ class Changes:
 
     def _add_gone(self, key: ObjectKey, etag: ETag | None, *, request: bool) -> None:
         self._seq += 1
-        gone = Gone(key, etag, request, trio.current_time() + self._queue.delay)
+        gone = Gone(key, etag, request, self._queue.delete_due)
         self.gone.add(gone)
         self._journal.put_gone(key, etag)  # of directories too: their names stay hidden after a restart
         self._queue.push(gone, gone.due)
@@ -433,7 +470,7 @@ class Changes:
             gone.request = gone.request or etag is not None
             self._journal.put_gone(key, etag)
             return
-        node = self._find(key)
+        node = self.find(key)
         if node is None:
             if etag is not None:  # it was renamed or removed while it went up, and who had the name then is gone too
                 self._add_gone(key, etag, request=True)
@@ -441,7 +478,7 @@ class Changes:
             node.dirty.over = etag
             self.save(node)
 
-    def _find(self, key: ObjectKey) -> Node | None:
+    def find(self, key: ObjectKey) -> Node | None:
         """The known node of that key."""
         prefix = self._inodes.key(self._inodes.root)
         at: Node | None = self._inodes.root

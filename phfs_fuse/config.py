@@ -22,6 +22,16 @@ class OnConflict(Enum):
     FAIL = "fail"
 
 
+class Events(Enum):
+    AUTO = "auto"  # hear of the changes of others, where the store tells them
+    OFF = "off"
+
+
+class ExclusiveCreate(Enum):
+    LOCAL = "local"  # O_EXCL and RENAME_NOREPLACE hold within the mount
+    STORE = "store"  # and between mounts: the name is in the store before the call is answered
+
+
 def _at_least(name: str, value: float, low: float, wanted: str) -> None:
     if not value >= low:
         raise ConfigError(name, value, wanted)
@@ -123,6 +133,9 @@ class TreeConfig:
     file_mode: int = 0o644
     dir_mode: int = 0o755
     attr_ttl_seconds: float = 5.0
+    events: Events = Events.AUTO
+    events_ttl_seconds: float = 300.0  # instead of attr_ttl, as long as the store's stream of changes is open
+    exclusive_create: ExclusiveCreate = ExclusiveCreate.LOCAL
     posix_attrs: PosixAttrs = PosixAttrs.STORE
     xattrs: bool = False
 
@@ -134,6 +147,7 @@ class TreeConfig:
             if not 0 <= getattr(self, name) <= 0o7777:
                 raise ConfigError(name, oct(getattr(self, name)), "an octal mode up to 7777")
         _at_least("attr_ttl_seconds", self.attr_ttl_seconds, 0, ">= 0")
+        _at_least("events_ttl_seconds", self.events_ttl_seconds, 0, ">= 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

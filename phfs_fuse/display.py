@@ -86,6 +86,8 @@ def _row(answer: Mapping[str, Any]) -> tuple[str, ...]:
     if count := pending["files"] + pending["deletes"]:
         waits = f"{count} changes, {size(pending['bytes'])}, {duration(pending['oldest_seconds'])}"
     state = ("read-only, " if answer["read_only"] else "") + f"store {answer['store']['state']}"
+    if "events" in answer:  # not of a worker before there were any
+        state += f", events {answer['events']['state']}"
     used = f"{size(cache['bytes'])} of {size(cache['limit'])}"
     hits = "-" if cache["hit_rate"] is None else f"{cache['hit_rate']:.0%}"  # None: nothing was read yet
     return answer["mountpoint"], answer["url"], state, waits, used, hits, str(answer["conflicts"])

@@ -28,6 +28,8 @@ import phfs_fuse
 from phfs_fuse import logs
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
+from phfs_fuse.claims import Claims
+from phfs_fuse.config import Events as EventsSetting
 from phfs_fuse.config import MountConfig
 from phfs_fuse.control import ControlServer
 from phfs_fuse.errors import (
@@ -38,6 +40,8 @@ from phfs_fuse.errors import (
     StartupError,
     store_startup_error,
 )
+from phfs_fuse.events import Events
+from phfs_fuse.expiry import can_expire
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
 from phfs_fuse.kernelstate import KernelState
@@ -54,6 +58,7 @@ from phfs_fuse.settling import Settling
 from phfs_fuse.staging import StagingArea
 from phfs_fuse.store import open_store
 from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.trust import Trust
 from phfs_fuse.uploadqueue import UploadQueue
 from phfs_fuse.vfs import Vfs
 from phfs_fuse.writeback import Writeback
@@ -126,7 +131,19 @@ class Mount:
             queue=queue,
             config=config.writeback,
         )
-        self.namespace = Namespace(store=store, inodes=self.inodes, changes=self.changes, config=config.tree)
+        self.trust = Trust(config.tree)
+        self.namespace = Namespace(
+            store=store, inodes=self.inodes, changes=self.changes, config=config.tree, trust=self.trust
+        )
+        self.events = Events(
+            store=store,
+            inodes=self.inodes,
+            changes=self.changes,
+            queue=queue,
+            namespace=self.namespace,
+            trust=self.trust,
+        )
+        self.events.on_foreign = quotas.foreign
         self.vfs = Vfs(
             inodes=self.inodes,
             namespace=self.namespace,
@@ -135,6 +152,7 @@ class Mount:
             settling=self.settling,
             kernel=self.kernel,
             quotas=quotas,
+            claims=Claims(store=store, changes=self.changes, queue=queue),
             config=config.tree,
             write_through=config.writeback.write_through,
         )
@@ -227,6 +245,7 @@ class Mount:
             "conflicts": len(self.journal.conflicts()),
             "illegal_keys": self.namespace.illegal_keys,
             "errors": [{"path": path, "reason": reason, "count": count} for path, reason, count in settling.errors()],
+            "events": self.events.status(),
             "store": {"state": "unavailable" if settling.store_is_away else "ok"},
         }
 
@@ -286,6 +305,8 @@ class Worker:
             await services.start(mount.writeback.run)
             await services.start(mount.quotas.run)
             services.start_soon(self._hear_keeper)
+            if mount.config.tree.events is EventsSetting.AUTO:
+                services.start_soon(self._hear_store)
             services.start_soon(self._announce)
             await services.start(listener.run)
             services.start_soon(self._flush_kernel)
@@ -304,6 +325,17 @@ class Worker:
 
     async def _hear_keeper(self) -> None:
         await self._link.run(on_drain=self._on_drain, on_handover=self._on_handover, on_gone=self._on_gone)
+
+    async def _hear_store(self) -> None:
+        """Service: see and show what others change."""
+        mount = self._mount
+        async with trio.open_nursery() as nursery:
+            if self._link.expires:  # the keeper is not of an older version
+                mount.trust.kernel_takes_back = can_expire()
+                nursery.start_soon(mount.events.tell_kernel, self._link.expire)
+                if self._resumed:  # told by the process before, which may have missed something when it died
+                    mount.events.expire_all()
+            await mount.events.run()
 
     async def _announce(self) -> None:
         await self._session.established.wait()

@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import stat
 import time
+from contextlib import AbstractAsyncContextManager, nullcontext
 
 import trio
 
 from phfs_fuse import keys
-from phfs_fuse.attrs import Attrs
+from phfs_fuse.attrs import Attrs, to_metadata
 from phfs_fuse.changes import Changes
-from phfs_fuse.config import PosixAttrs, TreeConfig
+from phfs_fuse.claims import Claims
+from phfs_fuse.config import ExclusiveCreate, PosixAttrs, TreeConfig
 from phfs_fuse.errors import (
     Exists,
     InvalidArgument,
@@ -29,6 +31,7 @@ from phfs_fuse.journal import Act
 from phfs_fuse.namespace import ROWS_BYTES, Namespace
 from phfs_fuse.openfiles import OpenFiles
 from phfs_fuse.quota import Quotas
+from phfs_fuse.store.base import ObjectInfo
 from phfs_fuse.types import Fh, Ino, ObjectKey
 
 RENAME_NOREPLACE = 1  # Source: renameat2(2)
@@ -43,6 +46,7 @@ class Names:
         changes: Changes,
         files: OpenFiles,
         quotas: Quotas,
+        claims: Claims,
         config: TreeConfig,
     ) -> None:
         self._inodes = inodes
@@ -51,6 +55,7 @@ class Names:
         self._files = files
         self._quotas = quotas
         self._config = config
+        self._claims = claims if config.exclusive_create is ExclusiveCreate.STORE else None
         self._acts: dict[int, tuple[Act, Ino]] = {}  # what the process before did last and maybe did not answer
 
     def resume(self, acts: dict[int, tuple[Act, Ino]]) -> None:
@@ -104,20 +109,25 @@ class Names:
     async def create(
         self, parent_ino: int, name: bytes, mode: int, flags: int, uid: int, gid: int, *, act: Act | None = None
     ) -> tuple[Node, Fh]:
-        if (ino := self._repeated(act)) is not None:
-            return self._created_before(self._inodes.get(ino), flags)
-        parent = self._folder(parent_ino)
-        node = await self._namespace.exists(parent, name)
-        if node is None:
-            self._namespace.require_room()
-            if parent.detached:
-                raise NotFound("create", name.decode(errors="replace"), "its directory was removed")
-            attrs = self._attrs(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, parent)
-            with self._changes.batch():
-                node = self._add(parent, name, attrs, act)
-        elif flags & os.O_EXCL:
-            raise Exists("create", self._inodes.path(node))
-        return node, self._files.open(node.ino, flags)
+        ino, parent = self._repeated(act), self._folder(parent_ino)
+        if ino is not None:
+            return self._created_before(await self._made_before(ino, parent, name), flags)
+        async with self._making(parent, name):
+            node = await self._namespace.exists(parent, name)
+            if node is None:
+                self._namespace.require_room()
+                attrs = self._attrs(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, parent)
+                node = await self._new(parent, name, attrs, act, exclusive=bool(flags & os.O_EXCL))
+            elif flags & os.O_EXCL and not (self._claims and self._changes.made_before(node)):
+                raise Exists("create", self._inodes.path(node))
+            return node, self._files.open(node.ino, flags)
+
+    async def _made_before(self, ino: Ino, parent: Node, name: bytes) -> Node:
+        """What the process before had made; one that the store has already it may not have noted."""
+        return self._inodes.find(ino) or await self._namespace.child(parent, name)
+
+    def _making(self, parent: Node, name: bytes) -> AbstractAsyncContextManager[None]:
+        return self._claims.making(parent, name) if self._claims else nullcontext()
 
     def _created_before(self, node: Node, flags: int) -> tuple[Node, Fh]:
         """The references of an answer that was not given may have been noted already."""
@@ -139,26 +149,46 @@ class Names:
         content: bytes = b"",
     ) -> Node:
         self._namespace.require_room()
-        if (ino := self._repeated(act)) is not None:
-            return self._inodes.get(ino)
-        parent = self._folder(parent_ino)
-        if await self._namespace.exists(parent, name) is not None:
-            raise Exists("create", name.decode(errors="replace"))
+        ino, parent = self._repeated(act), self._folder(parent_ino)
+        if ino is not None:
+            return await self._made_before(ino, parent, name)
+        async with self._making(parent, name):
+            if (found := await self._namespace.exists(parent, name)) is not None:
+                if self._claims and self._changes.made_before(found):
+                    return found
+                raise Exists("create", name.decode(errors="replace"))
+            attrs = self._attrs(attrs_mode, uid, gid, parent, rdev)
+            return await self._new(parent, name, attrs, act, content, exclusive=True)
+
+    async def _new(
+        self, parent: Node, name: bytes, attrs: Attrs, act: Act | None, content: bytes = b"", *, exclusive: bool
+    ) -> Node:
+        """What nothing had the name of. Nothing is awaited after the last look. Raises: Exists, NotFound."""
+        info = None
+        key = self._new_key(parent, name, attrs, len(content))
+        if exclusive and self._claims:
+            info = await self._claims.claim(key, content, to_metadata(attrs))
+            if (taken := self._claims.taken(parent, name, info)) is not None:
+                return taken
         if parent.detached:
             raise NotFound("create", name.decode(errors="replace"), "its directory was removed")
         with self._changes.batch():
-            node = self._add(parent, name, self._attrs(attrs_mode, uid, gid, parent, rdev), act, len(content))
-            if content:
+            node = self._add(parent, name, attrs, act, info)
+            if content and info is None:
                 self._files.put(node, 0, content)
         return node
 
-    def _add(self, parent: Node, name: bytes, attrs: Attrs, act: Act | None, size: int = 0) -> Node:
+    def _new_key(self, parent: Node, name: bytes, attrs: Attrs, size: int) -> ObjectKey:
         """Where the quota is used up there are no new files: what would be written to them is refused too late."""
         key = keys.join(self._inodes.key(parent), keys.new_segment(name))
         if stat.S_ISDIR(attrs.mode):
-            keys.join(key, "/")
-        elif self._quotas:
+            return keys.join(key, "/")
+        if self._quotas:
             self._quotas.require(key, max(1, size))
+        return key
+
+    def _add(self, parent: Node, name: bytes, attrs: Attrs, act: Act | None, info: ObjectInfo | None) -> Node:
+        """`info`: the store has it already."""
         node = self._inodes.new(attrs, ctime_ns=attrs.mtime_ns)
         node.checked_at = trio.current_time()
         if node.is_dir:
@@ -166,7 +196,10 @@ class Names:
             node.own_attrs = self._namespace.differs(attrs)
         self._inodes.attach(parent, name, node)
         try:
-            self._changes.created(node)
+            if info is None:
+                self._changes.created(node)
+            else:
+                self._changes.created_in_store(node, info)
         except OSError:
             self._inodes.detach(node)
             raise
@@ -253,7 +286,24 @@ class Names:
             still = self._still(source_dir, name, source) and self._still(target_dir, to_name, target)
             if still and self._namespace.is_loaded(source):
                 break
-        self._rename(source, source_dir, target_dir, to_name, target, act)
+        info = None
+        if flags & RENAME_NOREPLACE and self._claims:
+            info = await self._claim_target(self._claims, source, source_dir, name, target_dir, to_name)
+        self._rename(source, source_dir, target_dir, to_name, target, act, info)
+
+    async def _claim_target(
+        self, claims: Claims, source: Node, source_dir: Node, name: bytes, target_dir: Node, to_name: bytes
+    ) -> ObjectInfo:
+        """Put the new name into the store. Nothing is awaited after the last look. Raises: Exists, NotFound."""
+        key = keys.join(self._inodes.key(target_dir), keys.new_segment(to_name))
+        info = await claims.claim(keys.join(key, "/" * source.is_dir), b"", to_metadata(source.attrs))
+        seen = claims.taken(target_dir, to_name, info)
+        if not self._still(source_dir, name, source) or not self._namespace.is_loaded(source):
+            claims.give_back(info)
+            raise NotFound("rename", name.decode(errors="replace"), "changed meanwhile")
+        if seen is not None:  # somebody has looked at the empty object: the file takes its place
+            self._inodes.detach(seen)
+        return info
 
     @staticmethod
     def _still(parent: Node, name: bytes, node: Node | None) -> bool:
@@ -288,7 +338,9 @@ class Names:
         to_name: bytes,
         target: Node | None,
         act: Act | None,
+        info: ObjectInfo | None,
     ) -> None:
+        """`info` is what the store has under the new name on our behalf."""
         moved = [source, *self._inodes.descendants(source)]
         self._namespace.require_room(len(moved) * ROWS_BYTES)
         old = [self._inodes.key(node) for node in moved]
@@ -298,7 +350,7 @@ class Names:
             raise NameTooLong("rename", self._inodes.path(source), "a key would be longer than 1024 bytes")
         if self._quotas:
             self._may_move(moved, old, new_prefix, target)
-        over = None
+        over = None if info is None else info.etag
         with self._changes.batch():
             if target is not None:
                 target_key = self._inodes.key(target)

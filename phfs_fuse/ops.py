@@ -113,7 +113,7 @@ class Operations(pyfuse3.Operations):
         except NotFound:
             missing = EntryAttributes()  # inode 0: the kernel remembers that there is nothing
             missing.st_ino = pyfuse3.InodeT(0)
-            missing.entry_timeout = self._ttl
+            missing.entry_timeout = self._ttl  # never long: nobody keeps count of which names the kernel was told
             return missing
         return self._counted(node)
 

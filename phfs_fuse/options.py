@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from phfs_fuse import values
-from phfs_fuse.config import OnConflict, PosixAttrs
+from phfs_fuse.config import Events, ExclusiveCreate, OnConflict, PosixAttrs
 
 DEFAULT_BUCKET: Final = "primehub"
 
@@ -37,6 +37,8 @@ USER: Final = Kind(values.user, "ID")
 GROUP_ID: Final = Kind(values.group, "ID")
 POSIX_ATTRS: Final = Kind(values.one_of(PosixAttrs), "store|ignore")
 ON_CONFLICT: Final = Kind(values.one_of(OnConflict), "keep-both|overwrite|fail")
+EVENTS: Final = Kind(values.one_of(Events), "auto|off")
+EXCLUSIVE_CREATE: Final = Kind(values.one_of(ExclusiveCreate), "local|store")
 LOG_LEVEL: Final = Kind(values.choice("debug", "info", "warning", "error"), "LEVEL")
 LOG_FORMAT: Final = Kind(values.choice("text", "json"), "text|json")
 
@@ -125,6 +127,22 @@ SETTINGS: Final = (
         "5s",
     ),
     Setting(
+        "events",
+        "tree.events",
+        "tree.events",
+        EVENTS,
+        "Hear of the changes of others at once, where the store is MinIO.",
+        "auto",
+    ),
+    Setting(
+        "exclusive-create",
+        "tree.exclusive-create",
+        "tree.exclusive_create",
+        EXCLUSIVE_CREATE,
+        "Where O_EXCL holds: within the mount, or between all mounts of the prefix.",
+        "local",
+    ),
+    Setting(
         "write-through",
         "writeback.write-through",
         "writeback.write_through",
@@ -208,6 +226,14 @@ SETTINGS: Final = (
         COUNT,
         "Requests of one reader at a time.",
         "8",
+    ),
+    _tuning(
+        "events-ttl",
+        "tree.events-ttl",
+        "tree.events_ttl_seconds",
+        TIME,
+        "How long attributes are believed while changes of others are heard of.",
+        "5m",
     ),
     _tuning(
         "full-timeout",

@@ -28,6 +28,7 @@ import trio
 
 from phfs_fuse import messages
 from phfs_fuse.errors import MountpointError, startup_error
+from phfs_fuse.expiry import Name
 from phfs_fuse.messages import Kind, Message
 from phfs_fuse.statfsino import telling
 
@@ -80,6 +81,8 @@ class KeeperLink:
         self._asking = trio.Lock()
         self._awaited: Sequence[Kind] = ()
         self._answers, self._answered = trio.open_memory_channel[Message](1)
+        self._expired = trio.Event()
+        self.expires = False  # the keeper can tell the kernel to look names up again
 
     async def receive_descriptor(self) -> int:
         """Say that the checks passed; return the descriptor of the mount. Awaits the keeper.
@@ -94,6 +97,7 @@ class KeeperLink:
         )
         for level, kind, data in control:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self.expires = messages.decode(packet).expires
                 (fd,) = _INT.unpack_from(data)
                 return int(fd)
         raise MountpointError(f"the keeper gave no mount{': ' if packet else ''}{packet.decode()}")
@@ -116,6 +120,13 @@ class KeeperLink:
         answer = await self._ask(Message(kind=Kind.UNMOUNT, lazy=lazy), Kind.UNMOUNTED, Kind.BUSY)
         if answer.kind is Kind.BUSY:
             raise MountpointError(answer.reason)
+
+    async def expire(self, names: Sequence[Name]) -> None:
+        """Have the kernel look these names up again; returns when it knows. One call at a time."""
+        self._expired = trio.Event()
+        packed = [(ino, name.hex()) for ino, name in names]
+        await self._send(Message(kind=Kind.EXPIRE, names=packed))
+        await self._expired.wait()
 
     async def standby(self) -> None:
         """Say that this worker can take over; returns when the one before has ended."""
@@ -155,6 +166,8 @@ class KeeperLink:
         """
         while packet := await self._receive():
             message = messages.decode(packet)
+            if message.kind is Kind.EXPIRED:
+                self._expired.set()
             if message.kind is Kind.DRAIN:
                 on_drain(message.now)
             elif message.kind in self._awaited:  # else it may be for the worker before: nobody waits for it

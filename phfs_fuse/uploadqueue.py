@@ -21,6 +21,8 @@ from phfs_fuse.types import MIB, ObjectKey
 
 Work = Node | Gone
 
+TOGETHER_SECONDS = 0.25  # deletions that are due within this time go in one request
+
 
 class UploadQueue:
     def __init__(self, config: WritebackConfig) -> None:
@@ -68,6 +70,12 @@ class UploadQueue:
     @property
     def delay(self) -> float:
         return 0.0 if self.draining else self._config.delay_seconds
+
+    @property
+    def delete_due(self) -> float:
+        """When a key that is removed now shall be deleted: many that are removed one after the other at once."""
+        due = trio.current_time() + self.delay
+        return math.ceil(due / TOGETHER_SECONDS) * TOGETHER_SECONDS if self.delay else due
 
     def schedule(self, node: Node) -> None:
         """Set when `node` is due: after the quiet time once nobody can write to it, by age in any case."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
+from phfs_fuse.claims import Claims
 from phfs_fuse.config import TreeConfig
 from phfs_fuse.dirstream import DirStreams
 from phfs_fuse.errors import PhfsError, StaleVersion
@@ -37,6 +38,7 @@ class Vfs:
         settling: Settling,
         kernel: KernelState,
         quotas: Quotas,
+        claims: Claims,
         config: TreeConfig,
         write_through: bool,
     ) -> None:
@@ -56,7 +58,13 @@ class Vfs:
             write_through=write_through,
         )
         self._names = names = Names(
-            inodes=inodes, namespace=namespace, changes=changes, files=files, quotas=quotas, config=config
+            inodes=inodes,
+            namespace=namespace,
+            changes=changes,
+            files=files,
+            quotas=quotas,
+            claims=claims,
+            config=config,
         )
         self._streams = streams = DirStreams(inodes=inodes, namespace=namespace, kernel=kernel, settling=settling)
         attrs = FileAttrs(inodes=inodes, namespace=namespace, changes=changes, files=files, config=config)

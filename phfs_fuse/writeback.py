@@ -65,7 +65,7 @@ class Writeback:
         self._uploader = Uploader(store, journal, config)
         self._sources = Sources(inodes=inodes, blocks=blocks, changes=changes, queue=queue)
         self._markers = Markers(store=store, inodes=inodes, changes=changes, queue=queue)
-        self._deletes = Deletes(store=store, changes=changes, queue=queue, sources=self._sources)
+        self._deletes = Deletes(store=store, changes=changes, queue=queue, sources=self._sources, config=config)
         self._conflicts = Conflicts(
             store=store,
             inodes=inodes,
@@ -169,6 +169,7 @@ class Writeback:
             fill=self._sources.filler(node),
         )
         dirty.attrs = False
+        began_at = trio.current_time()
         try:
             self._changes.attempt(key, snap.size, snap.metadata)
             info = await self._uploader.store(snap)
@@ -183,6 +184,7 @@ class Writeback:
         else:
             try:
                 self._stored(node, dirty, key, snap, info)
+                node.checked_at = max(node.checked_at, began_at)
             except OSError as exc:  # after a restart it goes up once more
                 log.error("journal cannot be written, check the disk of the state directory: %s", exc)
         finally:
@@ -274,6 +276,11 @@ class Writeback:
         self._area.release(layer)
         self._blocks.adopt(info.key, info.etag, info.size, layer.path, covered, base=base, base_bytes=layer.seen)
         self._area.discard(layer)
+
+    @property
+    def spared(self) -> int:
+        """Objects that were removed here and stay, since somebody else had stored them anew."""
+        return self._deletes.spared
 
     async def abort_stale_uploads(self) -> None:
         """Multipart uploads that an earlier process of this state directory began and did not end."""

@@ -28,18 +28,19 @@ fusemount
 mount
 control quotakeeper
 ops session
+events
 vfs
 fileattrs names
 openfiles dirstream
 namespace
 writeback
-conflicts deletes
+conflicts deletes claims
 sources markers settling
 upload changes
 uploadqueue quota
 recovery resume
 kernelstate
-inodes
+inodes trust
 blocks staging
 adoption
 version
@@ -48,18 +49,19 @@ blockfile
 cachedisk
 journal readahead cachedir
 cachefile
-tasks gone
+gone
 store
 store.crt
 store.s3
-store.calls store.crt_http
+store.calls store.crt_http store.events
 store.session store.transfer store.conditions
-store.listing store.retry
+store.listing store.retry tasks
 store.headers store.answers
 store.base
 attrs dirty
 extents keys
 messages
+expiry
 settings
 options
 values
@@ -75,7 +77,7 @@ RANK = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in li
 # What the commands may see of a mount: its config and its control socket, never its insides.
 FRONT = {"__main__", "cli", "bench", "demo", "display", "settle", "client", "prepare", "keeper", "fusemount"}
 FRONT_SEES = FRONT | {
-    "messages", "settings", "options", "values", "registry", "mountpoint", "dirs", "logs",
+    "messages", "expiry", "settings", "options", "values", "registry", "mountpoint", "dirs", "logs",
     "config", "errors", "types",
 }  # fmt: skip
 
