@@ -179,22 +179,35 @@ def run(clock: Clock, command: Sequence[str], cwd: str, env: dict[str, str] | No
     clock.value = {"count": len(lines), "first": lines[:3], "files": sum(line.startswith("-") for line in lines)}
 
 
+_READER: Final = """
+import sys
+buffer, total = bytearray(1 << 20), 0
+print("ready", flush=True)
+sys.stdin.readline()
+with open(sys.argv[1], "rb", 0) as file:
+    while count := file.readinto(buffer):
+        total += count
+print(total)
+"""
+
+
 @action
 def readers(clock: Clock, paths: Sequence[str]) -> None:
-    """As many processes as paths, each reads one to its end; the value is their sizes."""
-    code = "import sys\nf=open(sys.argv[1],'rb',0)\nn=0\nb=bytearray(1<<20)\nsys.stdin.read(1)\n"
-    code += "while c:=f.readinto(b): n+=c\nprint(n)"
-    command = [sys.executable, "-S", "-c", code]
+    """As many processes as paths, each opens one and reads it to its end; the value is their sizes."""
     processes = [
-        subprocess.Popen([*command, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for path in paths
+        subprocess.Popen(
+            [sys.executable, "-S", "-c", _READER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for path in paths
     ]
-    time.sleep(0.5)  # all have opened their file
+    pipes = [(process.stdin, process.stdout) for process in processes]
+    for _, output in pipes:
+        assert output is not None and output.readline() == "ready\n"
     with clock():
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.close()
-        outputs = [process.communicate()[0] for process in processes]
-    clock.value = [int(output or -1) for output in outputs]
+        for start, _ in pipes:
+            assert start is not None
+            print(file=start, flush=True)
+        clock.value = [int(process.communicate()[0] or -1) for process in processes]
 
 
 @action

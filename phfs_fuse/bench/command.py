@@ -63,12 +63,21 @@ def show_workloads() -> None:
 def run(options: Options) -> int:
     """0 when every system got through every workload, else 1. Raises: StartupError for what is asked wrong."""
     _check(options)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt_once)
     with ExitStack() as stack:
         work = stack.enter_context(work_folder(options.work_dir))
         plan = _folders_plan(options, work) if options.dirs else _mounts_plan(options, work, stack)
         figures = _run(plan, options)
     return 1 if figures.failures else 0
+
+
+def _interrupt_once(*_: object) -> None:
+    """The first one ends the run; the next ones must not end the cleaning up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    _say("interrupted: unmounting and cleaning up")
+    raise KeyboardInterrupt
 
 
 def _check(options: Options) -> None:
@@ -216,13 +225,10 @@ def _cleaned(store: Store, prefix: str) -> Iterator[None]:
     try:
         yield
     finally:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             store.clean(prefix)
         except (bexc.BotoCoreError, bexc.ClientError) as exc:
             _say(f"s3://{store.bucket}/{prefix} could not be emptied ({type(exc).__name__}): delete it by hand")
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 # --- the run and what is made of it
@@ -236,7 +242,7 @@ def _run(plan: Plan, options: Options) -> Figures:
         with _progress(len(steps(plan))) as progress:
             runner.run(progress)
     except KeyboardInterrupt:
-        _say("interrupted; what was measured so far:")
+        _say("what was measured before the interruption:")
         _publish(plan, options, runner.figures, began)
         raise
     _publish(plan, options, runner.figures, began)

@@ -30,7 +30,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one repetition of a workload took from the machine, from the mount to its last upload."""
+    """What one repetition of a workload took from the machine, from the moment that the mount serves to its end."""
 
     workload: str
     system: str

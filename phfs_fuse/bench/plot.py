@@ -32,7 +32,7 @@ def write(path: Path, figures: Figures, workloads: Sequence[Workload], names: Se
     first, *others = names
     measures = [measure for workload in workloads for measure in workload.measures]
     measures = [m for m in measures if any(figures.ratio(m, name, first) for name in others)]
-    height = 1.2 + len(measures) * (ROW_INCHES * max(len(others), 1) + 0.1)
+    height = 1.0 + len(measures) * (ROW_INCHES * max(len(others), 1) + 0.1)
     figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
     thick = 0.82 / max(len(others), 1)
     for number, name in enumerate(others):
@@ -58,7 +58,7 @@ def _dress(axes: Any, labels: Sequence[str], first: str) -> None:
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.5) * 0.8, max(high, 2) * 1.6)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.axvline(1, color="black", linewidth=1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.grid(axis="x", which="major", color="#dddddd")
@@ -68,4 +68,4 @@ def _dress(axes: Any, labels: Sequence[str], first: str) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6, frameon=False)

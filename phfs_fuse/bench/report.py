@@ -22,8 +22,8 @@ from phfs_fuse.bench.workloads import Workload, title
 FORMAT: Final = 1  # of the JSON
 WIDTH: Final = 160  # where the output is no terminal
 MIB: Final = 1 << 20
-TIMES: Final = "Seconds: median (lowest to highest), ratio to the first"
-COSTS: Final = "\nCPU s | peak MiB (PSS) | requests | MiB up / down"
+TIMES: Final = "Seconds: median (lowest-highest), ratio to the first"
+COSTS: Final = "CPU s | peak MiB (PSS) | requests | MiB up / down, of the mounts"
 
 
 def show(figures: Figures, workloads: Sequence[Workload], names: Sequence[str], sizes: Sizes) -> None:
@@ -31,8 +31,11 @@ def show(figures: Figures, workloads: Sequence[Workload], names: Sequence[str], 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
+    console.print(TIMES)
     console.print(times(figures, workloads, names, sizes))
-    console.print(costs(figures, workloads, names))
+    if figures.costs:
+        console.print(f"\n{COSTS}")
+        console.print(costs(figures, workloads, names))
     for one in figures.failures:
         console.print(f"FAILED: {one.workload}, {one.system}: {one.reason}", markup=False)
 
@@ -40,7 +43,7 @@ def show(figures: Figures, workloads: Sequence[Workload], names: Sequence[str], 
 def times(figures: Figures, workloads: Sequence[Workload], names: Sequence[str], sizes: Sizes) -> Table:
     """A row per measure: median with lowest and highest, and how many times as long as the first system."""
     first, *others = [*names, *([REFERENCE] if any(s.system == REFERENCE for s in figures.samples) else [])]
-    table = Table("MEASURE", box=None, title=TIMES, title_justify="left")
+    table = Table("MEASURE", box=None)
     for name in (first, *others):
         table.add_column(name, justify="right")
         if name != first:
@@ -62,8 +65,10 @@ def _time(figures: Figures, workload: Workload, measure: str, name: str) -> str:
 
 
 def spread(found: Summary) -> str:
-    """`1.20 (1.10 to 1.31)`."""
-    return f"{_seconds(found.median)} ({_seconds(found.lowest)} to {_seconds(found.highest)})"
+    """`1.200 (1.100-1.310)`, of one sample `1.200`."""
+    if found.lowest == found.highest:
+        return _seconds(found.median)
+    return f"{_seconds(found.median)} ({_seconds(found.lowest)}-{_seconds(found.highest)})"
 
 
 def _seconds(value: float) -> str:
@@ -78,7 +83,7 @@ def _ratio(value: float | None) -> str:
 
 def costs(figures: Figures, workloads: Sequence[Workload], names: Sequence[str]) -> Table:
     """A row per workload: what the mount took from the machine and asked of the store."""
-    table = Table("WORKLOAD", box=None, title=COSTS, title_justify="left")
+    table = Table("WORKLOAD", box=None)
     for name in names:
         table.add_column(name, justify="right")
     for workload in workloads:

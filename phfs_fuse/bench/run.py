@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
+
 from phfs_fuse.bench.figures import Cost, Failure, Figures, Sample, Traffic
 from phfs_fuse.bench.processes import Actor, Failed, Relay, actor, mounted
 from phfs_fuse.bench.sizes import Sizes
@@ -93,9 +96,10 @@ class Runner:
     def _step(self, step: Step) -> str:
         try:
             measured = self._measure(step)
-        except Failed as exc:
-            self.figures.failures.append(Failure(step.workload.name, step.name, step.repetition, str(exc)))
-            return f"FAILED: {exc}"
+        except (Failed, OSError, Boto3Error, BotoCoreError, ClientError) as exc:
+            reason = " ".join(str(exc).split())
+            self.figures.failures.append(Failure(step.workload.name, step.name, step.repetition, reason))
+            return f"FAILED: {reason}"
         if not step.is_timed:
             return "counted"
         self.figures.samples += [
@@ -157,7 +161,8 @@ class Runner:
         )
         before = self._plan.relay.counts() if self._plan.relay else {}
         with actor(plan.credentials) as worker, mounted(system, target) as watch:
-            worker.do("look", plan.timeout_seconds, path=str(mountpoint))  # it serves
+            worker.do("look", plan.timeout_seconds, path=str(mountpoint))
+            watch.serving()
             trial = self._trial(mountpoint, work, worker, prefix, endpoint_url)
             step.workload.run(trial)
         self._keep_cost(step, watch.end())

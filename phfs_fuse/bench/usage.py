@@ -17,7 +17,7 @@ _PROC: Final = Path("/proc")
 
 @dataclass(slots=True)
 class Usage:
-    """The highest sums over all processes, and the CPU seconds that they took."""
+    """The highest sums over all processes, and the CPU seconds that they took since they serve."""
 
     pss_bytes: int = 0
     rss_bytes: int = 0
@@ -30,14 +30,19 @@ class Watch:
     def __init__(self, pid: int) -> None:
         self._pid, self._usage = pid, Usage()
         self._cpu: dict[int, float] = {}
+        self._before = 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def serving(self) -> None:
+        """The start is over: its CPU time does not count."""
+        self._before = sum(filter(None, map(cpu_seconds, descendants(self._pid))))
+
     def end(self) -> Usage:
         self._over.set()
         self._thread.join()
-        self._usage.cpu_seconds = sum(self._cpu.values())
+        self._usage.cpu_seconds = max(0.0, sum(self._cpu.values()) - self._before)
         return self._usage
 
     def _run(self) -> None:
