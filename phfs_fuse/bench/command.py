@@ -104,7 +104,7 @@ def _check(options: Options) -> None:
         raise UsageError("fusermount3 is not on the path: apt-get install fuse3")
 
 
-def _chosen(only: str | None) -> list[Workload]:
+def chosen(only: str | None) -> list[Workload]:
     """By their names or those of their measures. Raises: UsageError."""
     names = _split(only) or list(WORKLOADS)
     by_measure = {measure: w.name for w in WORKLOADS.values() for measure in w.measures}
@@ -138,7 +138,7 @@ def _folders_plan(options: Options, work: Path) -> Plan:
         folders[name] = Path(path).absolute()
     _say("mounted already: 'cold' means files that were just written there; the store is not asked")
     return Plan(
-        workloads=_chosen(options.only),
+        workloads=chosen(options.only),
         sizes=SIZES[options.size],
         repetitions=options.repetitions,
         timeout_seconds=options.timeout_seconds,
@@ -149,7 +149,7 @@ def _folders_plan(options: Options, work: Path) -> Plan:
 
 def _mounts_plan(options: Options, work: Path, stack: ExitStack) -> Plan:
     systems = _installed(choose(_split(options.against)))
-    workloads = _chosen(options.only)
+    workloads = chosen(options.only)
     store = _store(options, stack)
     prefix = f"phfs-bench/{uuid.uuid4().hex[:8]}/"
     stack.enter_context(_cleaned(store, prefix))

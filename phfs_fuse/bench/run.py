@@ -83,6 +83,7 @@ class Runner:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._seeded: dict[str, str] = {}  # workload -> prefix
+        self._folders = 0
         self.figures = Figures()
         (sources := plan.work / "sources").mkdir()
         self._sources = Sources(sources)
@@ -120,7 +121,7 @@ class Runner:
         """A prefix with the seed in it, nothing of it in a cache, and a folder; both are removed afterwards."""
         store, prefix = self._plan.store, self._seed(step.workload)
         assert store is not None
-        work = Path(tempfile.mkdtemp(dir=self._plan.work))
+        work = self._fresh_folder()
         own = f"{self._plan.prefix}{step.workload.name}-{step.name}-{step.repetition}/"
         try:
             if step.workload.changes:
@@ -132,6 +133,12 @@ class Runner:
         finally:
             store.clean(own)
             remove_folder(work)
+
+    def _fresh_folder(self) -> Path:
+        """With a short name: the path of a unix socket has at most 107 bytes. Source: unix(7)."""
+        self._folders += 1
+        (folder := self._plan.work / str(self._folders)).mkdir()
+        return folder
 
     def _seed(self, workload: Workload) -> str:
         prefix = f"{self._plan.prefix}seed/{workload.name}/"
@@ -180,7 +187,7 @@ class Runner:
     def _in_folder(self, step: Step) -> Mapping[str, float]:
         """In a fresh folder of a directory that is mounted already, which also gets the seed."""
         place = self._plan.folders[step.name] / f"phfs-bench-{uuid.uuid4().hex[:8]}"
-        work = Path(tempfile.mkdtemp(dir=self._plan.work))
+        work = self._fresh_folder()
         seconds = self._plan.timeout_seconds
         try:
             with actor({}) as worker:

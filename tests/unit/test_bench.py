@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections import Counter
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_cost_is_median_cpu_and_highest_memory() -> None:
 
 
 def shown(*names: str) -> str:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"), highlight=False)
+    console = Console(width=200, record=True, file=io.StringIO(), highlight=False)
     workloads = [WORKLOADS["write"], WORKLOADS["write-4k"]]
     console.print(report.times(figures(), workloads, names, SIZES["full"]))
     console.print(report.costs(figures(), workloads, names))
@@ -124,9 +125,7 @@ def test_rclone_has_the_settings_of_csi_rclone(tmp_path: Path) -> None:
         (None, "AmazonS3", "AWS"),
     ],
 )
-def test_rclone_knows_what_store_it_is(
-    tmp_path: Path, endpoint_url: str | None, server: str, provider: str
-) -> None:
+def test_rclone_knows_what_store_it_is(tmp_path: Path, endpoint_url: str | None, server: str, provider: str) -> None:
     environ = SYSTEMS["rclone"].environ(target(tmp_path, endpoint_url, server))
     assert environ["RCLONE_CONFIG_BENCH_PROVIDER"] == provider
     assert environ["RCLONE_CONFIG_BENCH_ENDPOINT"] == (endpoint_url or "")
@@ -165,7 +164,7 @@ def test_bad_options_are_one_line(options: command.Options, line: str) -> None:
 
 
 def test_only_takes_workloads_and_measures() -> None:
-    assert [workload.name for workload in command._chosen("read-again,write")] == ["write", "read"]
+    assert [workload.name for workload in command.chosen("read-again,write")] == ["write", "read"]
 
 
 @pytest.mark.parametrize("size", SIZES)
