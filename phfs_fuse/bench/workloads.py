@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Final
 
 from phfs_fuse.bench.loads import MIB, STAMP, Load, Loads, Piece, random_places, small_files
@@ -34,6 +35,7 @@ class Workload:
     changes: bool = True  # False: all systems may read the same seed
     reference: Run | None = None
     programs: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()  # of this Python
 
 
 WORKLOADS: dict[str, Workload] = {}
@@ -47,6 +49,7 @@ def _workload(
     changes: bool = True,
     reference: Run | None = None,
     programs: tuple[str, ...] = (),
+    modules: tuple[str, ...] = (),
 ) -> Callable[[Run], Run]:
     def add(run: Run) -> Run:
         WORKLOADS[name] = Workload(
@@ -57,6 +60,7 @@ def _workload(
             changes=changes,
             reference=reference,
             programs=programs,
+            modules=modules,
         )
         return run
 
@@ -253,7 +257,7 @@ def _git(t: Trial) -> None:
     t.do("run", command=["git", "fsck", "--no-progress"], cwd=t.path("clone"))
 
 
-@_workload("pip", {"pip-install": "pip install of a package with {modules} files"})
+@_workload("pip", {"pip-install": "pip install of a package with {modules} files"}, modules=("pip",))
 def _pip(t: Trial) -> None:
     flags = ["--quiet", "--no-index", "--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
     flags += ["--root-user-action", "ignore", "--prefix", t.path("env")]
@@ -302,4 +306,6 @@ def title(measure: str, sizes: Sizes) -> str:
 
 
 def missing_program(workload: Workload) -> str | None:
-    return next((name for name in workload.programs if shutil.which(name) is None), None)
+    missing = [name for name in workload.programs if shutil.which(name) is None]
+    missing += [name for name in workload.modules if find_spec(name) is None]
+    return next(iter(missing), None)
