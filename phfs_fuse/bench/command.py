@@ -255,6 +255,8 @@ def _publish(plan: Plan, options: Options, figures: Figures, began: float) -> No
         report.write_json(options.json_file, figures, _about(plan, options, began))
     if options.plot_file is not None:
         plot.write(options.plot_file, figures, plan.workloads, plan.names, plan.sizes)
+        if not options.plot_file.exists():
+            _say(f"{options.plot_file}: nothing to draw: no workload that two systems got through")
 
 
 def _about(plan: Plan, options: Options, began: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -97,7 +97,3 @@ class Summary:
 def summary(values: Sequence[float]) -> Summary | None:
     """None of nothing."""
     return Summary(statistics.median(values), min(values), max(values)) if values else None
-
-
-def systems_of(figures: Iterable[Sample]) -> list[str]:
-    return list(dict.fromkeys(sample.system for sample in figures))

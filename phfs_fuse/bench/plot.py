@@ -9,7 +9,7 @@ from typing import Any, Final
 from phfs_fuse.bench.figures import Figures
 from phfs_fuse.bench.sizes import Sizes
 from phfs_fuse.bench.workloads import Workload, title
-from phfs_fuse.errors import StartupError, UsageError
+from phfs_fuse.errors import UsageError
 
 COLOURS: Final = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#66a61e", "#666666")
 ROW_INCHES: Final = 0.19
@@ -28,12 +28,13 @@ def require() -> Any:
 
 
 def write(path: Path, figures: Figures, workloads: Sequence[Workload], names: Sequence[str], sizes: Sizes) -> None:
+    """Nothing is written when there is no measure of two systems."""
     pyplot = require()
     first, *others = names
     measures = [measure for workload in workloads for measure in workload.measures]
     measures = [m for m in measures if any(figures.ratio(m, name, first) for name in others)]
     if not measures:
-        raise StartupError(f"{path}: nothing to draw: there is no workload that two systems got through")
+        return
     height = 1.0 + len(measures) * (ROW_INCHES * max(len(others), 1) + 0.1)
     figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
     thick = 0.82 / max(len(others), 1)

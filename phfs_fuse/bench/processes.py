@@ -207,7 +207,9 @@ class Relay:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(file=self._process.stdin, flush=True)
-        found: dict[str, int] = json.loads(self._process.stdout.readline())
+        if not (line := self._process.stdout.readline()):
+            raise StartupError("the relay in front of the store has ended")
+        found: dict[str, int] = json.loads(line)
         return found
 
 

@@ -127,7 +127,7 @@ class Runner:
             if step.workload.changes:
                 store.copy(prefix, own, step.workload.seed(self._plan.sizes))
                 prefix = own
-            drop_page_cache()
+            drop_page_cache(work)
             store.warm(prefix, step.workload.seed(self._plan.sizes))
             yield prefix, work
         finally:
@@ -187,21 +187,19 @@ class Runner:
     def _in_folder(self, step: Step) -> Mapping[str, float]:
         """In a fresh folder of a directory that is mounted already, which also gets the seed."""
         place = self._plan.folders[step.name] / f"phfs-bench-{uuid.uuid4().hex[:8]}"
-        work = self._fresh_folder()
-        seconds = self._plan.timeout_seconds
+        work, seconds = self._fresh_folder(), self._plan.timeout_seconds
+        seed = step.workload.seed(self._plan.sizes)
+        dumped = {name: load.dump() for name, load in seed.items()}
         try:
             with actor({}) as worker:
-                try:
-                    seed = step.workload.seed(self._plan.sizes)
-                    dumped = {name: load.dump() for name, load in seed.items()}
-                    worker.do("run", seconds, command=["mkdir", str(place)], cwd="/")
-                    worker.do("write_files", seconds, root=str(place), loads=dumped)
-                    drop_page_cache()
-                    trial = self._trial(place, work, worker, "", None)
-                    step.workload.run(trial)
-                finally:
-                    worker.do("run", seconds, command=["rm", "-rf", str(place)], cwd="/")
+                worker.do("run", seconds, command=["mkdir", str(place)], cwd="/")
+                worker.do("write_files", seconds, root=str(place), loads=dumped)
+                drop_page_cache(work)
+                trial = self._trial(place, work, worker, "", None)
+                step.workload.run(trial)
         finally:
+            with actor({}) as cleaner:  # the other one may hang
+                cleaner.do("run", seconds, command=["rm", "-rf", str(place)], cwd="/")
             remove_folder(work)
         return trial.measured
 

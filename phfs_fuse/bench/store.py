@@ -152,9 +152,9 @@ class Store:
         for page in pages:
             if keys := [{"Key": entry["Key"]} for entry in page.get("Contents", ())]:
                 self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": keys, "Quiet": True})
-        for upload in self.client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", ()):
-            if upload["Key"].startswith(prefix):
-                self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        pages = self.client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=prefix)
+        for upload in (one for page in pages for one in page.get("Uploads", ())):
+            self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
 
 def wait_until(stored: Callable[[], bool], seconds: float) -> float:

@@ -51,13 +51,12 @@ class System:
         return str(beside) if beside.is_file() else shutil.which(self.binary)
 
     def version(self) -> str:
-        done = subprocess.run(
-            [self.program() or self.binary, *self.version_flags],
-            capture_output=True,
-            text=True,
-            timeout=VERSION_SECONDS,
-        )
-        return ((done.stdout or done.stderr).strip().splitlines() or ["?"])[0]
+        line = [self.program() or self.binary, *self.version_flags]
+        try:
+            done = subprocess.run(line, capture_output=True, text=True, timeout=VERSION_SECONDS)
+        except (OSError, subprocess.TimeoutExpired):
+            return "unknown"
+        return ((done.stdout or done.stderr).strip().splitlines() or ["unknown"])[0]
 
     def command(self, target: Target) -> list[str]:
         raise NotImplementedError

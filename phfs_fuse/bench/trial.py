@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from phfs_fuse.bench import loads as made
 from phfs_fuse.bench.loads import Loads, Piece
 from phfs_fuse.bench.processes import Actor, Done, Failed
 from phfs_fuse.bench.sizes import Sizes
 from phfs_fuse.bench.store import Store, wait_until
+
+SYNC_SECONDS: Final = 60
 
 
 class Sources:
@@ -114,12 +117,16 @@ class Trial:
 
     def drop_page_cache(self) -> bool:
         """False when this user may not."""
-        return drop_page_cache()
+        return drop_page_cache(self.work)
 
 
-def drop_page_cache() -> bool:
-    """Write back and drop what the kernel keeps of files. False when this user may not. Source: proc_sys_vm(5)."""
-    os.sync()
+def drop_page_cache(folder: Path) -> bool:
+    """Write back what lies on the disk of `folder` and drop what the kernel keeps of any file.
+
+    False when this user may not. Not sync(2): it waits for every mount of the machine. Source: proc_sys_vm(5).
+    """
+    with suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(["sync", "-f", str(folder)], timeout=SYNC_SECONDS, check=False)
     with suppress(OSError):
         Path("/proc/sys/vm/drop_caches").write_text("3")
         return True
