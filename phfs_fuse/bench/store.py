@@ -122,7 +122,8 @@ class Store:
             list(pool.map(copy_one, names))
 
     def warm(self, prefix: str, loads: Loads) -> None:
-        """Read what is there once, so that the disk below a store on this machine is in nobody's figure."""
+        """List what is there and read what is big, so that the disk of a store on this machine is in no figure."""
+        self.list(prefix)
         big = [name for name, load in loads.items() if load.size >= BIG_BYTES]
         for name in big:
             for _ in self.client.get_object(Bucket=self.bucket, Key=prefix + name)["Body"].iter_chunks(MIB):
