@@ -19,6 +19,11 @@ from pathlib import Path
 import pytest
 
 from phfs_fuse.bench import processes
+from phfs_fuse.bench.loads import Load
+from phfs_fuse.bench.sizes import SIZES
+from phfs_fuse.bench.store import Store
+from phfs_fuse.bench.systems import System, Target
+from phfs_fuse.bench.trial import Sources, Trial
 from phfs_fuse.mountpoint import mount_table
 from tests.support.mounts import s3_client
 from tests.support.servers import Server, minio, minio_binary, moto
@@ -176,3 +181,77 @@ def test_the_relay_delays_and_counts_and_changes_nothing() -> None:
     assert counts["PUT"] == 2
     assert counts["up_bytes"] > len(body)
     assert counts["down_bytes"] > len(body)
+
+
+# --- what goes wrong is said, and the run goes on
+
+
+class Broken(System):
+    name = "broken"
+
+    def command(self, target: Target) -> list[str]:
+        return ["sh", "-c", "echo starting; echo no such device; exit 3"]
+
+
+def test_a_mount_that_does_not_start_has_failed_with_its_last_words(tmp_path: Path) -> None:
+    target = Target(
+        endpoint_url=None,
+        bucket="pail",
+        prefix="p/",
+        mountpoint=tmp_path / "mnt",
+        work=tmp_path,
+        credentials={},
+        server="",
+    )
+    with (
+        pytest.raises(processes.Failed, match="mount ended with 3: no such device"),
+        processes.mounted(Broken(), target),
+    ):
+        pass
+
+
+def test_an_action_that_takes_too_long_or_breaks_has_failed(tmp_path: Path) -> None:
+    with processes.actor({}) as worker:
+        with pytest.raises(processes.Failed, match=r"read: .*No such file"):
+            worker.do("read", SECONDS, path=str(tmp_path / "none"))
+        with pytest.raises(processes.Failed, match="false ended with 1"):
+            worker.do("run", SECONDS, command=["false"], cwd="/")
+        with pytest.raises(processes.Failed, match="no end after 0 s"):
+            worker.do("run", 0.1, command=["sleep", "600"], cwd="/")
+
+
+def test_a_file_with_other_bytes_has_failed(tmp_path: Path) -> None:
+    load = Load(1, 5000)
+    with processes.actor({}) as worker:
+        trial = Trial(
+            root=tmp_path,
+            work=tmp_path,
+            sizes=SIZES["small"],
+            actor=worker,
+            sources=Sources(tmp_path),
+            store=None,
+            prefix="",
+            endpoint_url=None,
+            timeout_seconds=SECONDS,
+        )
+        trial.do("write", path=trial.path("file"), load=load.dump(), unit=4096)
+        trial.expect({"file": load})
+        with (tmp_path / "file").open("r+b") as file:
+            file.write(b"x" if load.range(0, 1) != b"x" else b"y")
+        with pytest.raises(processes.Failed, match="the bytes of the files"):
+            trial.expect({"file": load})
+
+
+def test_the_store_notices_what_is_missing_wrong_or_too_much(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    store, loads = Store(server.endpoint_url, BUCKET), {"a": Load(1, 5000), "b": Load(2, 5000)}
+    with closing(store.client):
+        store.put("x/", loads)
+        assert store.wrong("x/", loads) is None
+        assert store.wrong("x/", {"a": loads["a"]}) == "1 objects too many in the store, such as b"
+        assert store.wrong("x/", {**loads, "c": Load(3, 10)}) == "c is not in the store"
+        assert store.wrong("x/", {**loads, "b": Load(2, 6000)}) == "b has 5000 bytes in the store, not 6000"
+        assert store.wrong("x/", {**loads, "b": Load(3, 5000)}) == "b has other bytes in the store"
+        store.clean("x/")
+        assert store.list("x/") == {}
