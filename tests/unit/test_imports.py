@@ -20,7 +20,15 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 ORDER = """
 __main__
 cli
-bench demo settle
+bench.command
+bench.run bench.plot bench.report
+bench.workloads
+bench.trial
+bench.processes bench.actor bench.relay
+bench.systems bench.figures bench.usage bench.store bench.sizes
+bench.loads
+bench
+demo settle
 display
 client prepare
 keeper
@@ -75,7 +83,8 @@ types
 RANK = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}
 
 # What the commands may see of a mount: its config and its control socket, never its insides.
-FRONT = {"__main__", "cli", "bench", "demo", "display", "settle", "client", "prepare", "keeper", "fusemount"}
+BENCH = {name for name in RANK if name.partition(".")[0] == "bench"}
+FRONT = BENCH | {"__main__", "cli", "demo", "display", "settle", "client", "prepare", "keeper", "fusemount"}
 FRONT_SEES = FRONT | {
     "messages", "expiry", "settings", "options", "values", "registry", "mountpoint", "dirs", "logs",
     "config", "errors", "types",
@@ -83,9 +92,10 @@ FRONT_SEES = FRONT | {
 
 USERS = {
     "awscrt": "store",
-    "boto3": "store demo",
-    "botocore": "store",
-    "moto": "demo",
+    "boto3": "store demo bench",
+    "botocore": "store bench",
+    "matplotlib": "bench",
+    "moto": "demo bench",
     "pyfuse3": "ops session mount",
     "rich": "display cli bench",
     "typer": "cli",
