@@ -8,6 +8,7 @@ is in the journal when it returns. It does not upload: it puts the file on the q
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -55,6 +56,7 @@ class Changes:
         self._source_of: dict[Node, ObjectKey] = {}
         self._attempts: dict[ObjectKey, list[tuple[int, str]]] = {}  # (size, metadata) that the store may have
         self._seq = 0
+        self.made_at = -math.inf  # when a file was made last
         self._waiters: dict[Ino, trio.Event] = {}
         self.on_met: Callable[[ObjectKey], None] | None = None
         self.settled = trio.Event()  # set, and replaced, when something has reached the store or failed
@@ -102,6 +104,7 @@ class Changes:
             node.marker = self._take_gone(key)
             self.review_marker(node, changed=True)
             return
+        self.made_at = trio.current_time()
         layer = self._area.new(seen=0, size=0)
         dirty = self._make_dirty(node, self._take_gone(key))
         node.staged = Staged([layer])
@@ -462,6 +465,11 @@ class Changes:
             self.answered(key)
         self._journal.drop_gone(done)
         self.announce()
+
+    def seen(self, key: ObjectKey, etag: ETag) -> None:
+        """The store had `etag` under `key` a moment ago: a deletion of it that waits is not late."""
+        if (gone := self.gone.get(key)) is not None and gone.etag == etag:
+            gone.due = trio.current_time()
 
     def landed(self, key: ObjectKey, etag: ETag | None, *, except_node: Node | None = None) -> None:
         """The store now has `etag` under `key` by our own doing; whoever has the name now may replace that."""

@@ -41,6 +41,10 @@ from phfs_fuse.uploadqueue import UploadQueue
 
 log = logging.getLogger(__name__)
 
+BURST_SECONDS = 0.1  # since a file was made: more are on their way
+BURST_UPLOADS = 1  # at a time meanwhile
+BURST_WAIT_SECONDS = 2.0  # what is due for longer goes up all the same
+
 
 class Writeback:
     def __init__(
@@ -90,16 +94,31 @@ class Writeback:
             while True:
                 self._start_due()
                 wake = self._queue.wake
-                full = self._running >= self._config.uploads_max
-                until = math.inf if full else self._queue.next_due
-                with trio.move_on_at(until):
+                with trio.move_on_at(self._next_look(trio.current_time())):
                     await wake.wait()
                 self._queue.wake = trio.Event()
+
+    def _uploads_max(self, now: float) -> int:
+        """While a program makes one file after the other it has the machine, but for what is waited for (due 0) or
+        has waited for long."""
+        due = self._queue.next_due
+        is_burst = now < self._changes.made_at + BURST_SECONDS
+        return (
+            BURST_UPLOADS if is_burst and 0.0 < due and now < due + BURST_WAIT_SECONDS else self._config.uploads_max
+        )
+
+    def _next_look(self, now: float) -> float:
+        if self._running >= self._config.uploads_max:
+            return math.inf
+        due = self._queue.next_due
+        if self._running < self._uploads_max(now):
+            return due
+        return min(self._changes.made_at + BURST_SECONDS, due + BURST_WAIT_SECONDS)
 
     def _start_due(self) -> None:
         now = trio.current_time()
         deletes: list[Gone] = []
-        while self._queue.next_due <= now and self._running < self._config.uploads_max:
+        while self._queue.next_due <= now and self._running < self._uploads_max(now):
             work = self._queue.pop()
             if isinstance(work, Gone):
                 if self._deletes.is_ready(work):
@@ -236,6 +255,7 @@ class Writeback:
             if snap.layer is not None:
                 self._uncover(node, snap.layer, old_base, info)
             elif old_base is not None:
+                self._changes.seen(old_base.key, old_base.etag)  # the copy was made on this condition
                 self._blocks.rekey(old_base.key, old_base.etag, key, info.etag)
             dirty.on(Event.STORED)
             self._changes.track(node)
