@@ -14,6 +14,7 @@ from typing import Final, Protocol, TypeVar
 
 import trio
 
+from phfs_fuse import metrics
 from phfs_fuse.cachedir import CacheDirectory, Entry
 from phfs_fuse.cachefile import Checksum
 from phfs_fuse.config import CacheConfig
@@ -71,6 +72,7 @@ class CacheDisk:
 
     async def run(self, call: Callable[[], T], *, abandon_on_cancel: bool = True) -> T:
         """On a thread."""
+        metrics.HOPS.add(1, "disk")
         return await self.run_sync(call, abandon_on_cancel=abandon_on_cancel, limiter=self.limiter)
 
     def note_opened(self, file: Opened) -> None:

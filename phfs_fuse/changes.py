@@ -460,10 +460,11 @@ class Changes:
     def deleted(self, batch: Iterable[Gone]) -> None:
         done = [gone.key for gone in batch if self.gone.get(gone.key) is gone]
         self._seq += 1
-        for key in done:
-            self.gone.take(key, self._seq)
-            self.answered(key)
-        self._journal.drop_gone(done)
+        with self._journal.batch():
+            for key in done:
+                self.gone.take(key, self._seq)
+                self.answered(key)
+            self._journal.drop_gone(done)
         self.announce()
 
     def seen(self, key: ObjectKey, etag: ETag) -> None:

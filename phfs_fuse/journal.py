@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from phfs_fuse import metrics
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.reserve import Reserve
 from phfs_fuse.types import ETag, Ino, ObjectKey
@@ -201,6 +202,8 @@ class Journal:
         return self._execute(sql, values)
 
     def _execute(self, sql: str, values: Sequence[object]) -> sqlite3.Cursor:
+        if not self._db.in_transaction and not sql.startswith("SELECT"):
+            metrics.JOURNAL.add()
         try:
             return self._db.execute(sql, values)
         except sqlite3.OperationalError as exc:

@@ -25,7 +25,7 @@ from typing import Final
 import trio
 
 import phfs_fuse
-from phfs_fuse import logs
+from phfs_fuse import logs, metrics
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.claims import Claims
@@ -208,11 +208,11 @@ class Mount:
         return {
             "files_pending": now.files + now.deletes,
             "bytes_pending": now.bytes,
-            "bytes_done": self.writeback.uploaded_bytes,
+            "bytes_done": metrics.UPLOADED_BYTES.values[""],
         }
 
     def status(self) -> Mapping[str, object]:
-        config, writeback, settling = self.config, self.writeback, self.settling
+        config, settling = self.config, self.settling
         pending, usage = settling.pending(), self.blocks.usage()
         asked = usage.hits + usage.misses
         return {
@@ -238,7 +238,7 @@ class Mount:
                 "hit_rate": usage.hits / asked if asked else None,
             },
             "dirty": {"bytes": pending.bytes, "limit": config.writeback.dirty_bytes_max},
-            "uploaded": {"files": writeback.uploaded_files, "bytes": writeback.uploaded_bytes},
+            "uploaded": {"files": metrics.UPLOADED_FILES.values[""], "bytes": metrics.UPLOADED_BYTES.values[""]},
             "inodes": len(self.inodes),
             "open_files": self.vfs.open_files,
             "quotas": self.quotas.shown(),
@@ -246,6 +246,7 @@ class Mount:
             "illegal_keys": self.namespace.illegal_keys,
             "errors": [{"path": path, "reason": reason, "count": count} for path, reason, count in settling.errors()],
             "events": self.events.status(),
+            "counters": metrics.snapshot(),
             "store": {"state": "unavailable" if settling.store_is_away else "ok"},
         }
 

@@ -315,7 +315,7 @@ class Namespace:
     def _new_file(self, parent: Node, segment: str, name: bytes, info: ObjectInfo, question: Question) -> Node:
         attrs = self._object_attrs(segment, name, info)
         node = self._inodes.new(attrs, ctime_ns=info.modified_ns)
-        node.base = Base(info.key, info.etag, info.size)
+        node.base = Base(info.key, info.etag, info.size, name)
         node.size = info.size if attrs.link is None else len(attrs.link)
         self._attach(parent, name, node, segment, question)
         return node

@@ -97,7 +97,8 @@ class Recovery:
         if row.ino == self._inodes.root.ino:
             node = self._inodes.root
             node.set_attrs(_attrs(row))
-            node.own_attrs = row.own_attrs
+            if node.is_dir:
+                node.own_attrs = row.own_attrs
             return node
         try:
             layers = self._layers(rows)
@@ -110,7 +111,8 @@ class Recovery:
             return None
         node = self._node(row, parent, name)
         node.set_attrs(_attrs(row))
-        node.own_attrs = row.own_attrs
+        if node.is_dir:
+            node.own_attrs = row.own_attrs
         self._content(node, row, layers)
         return node
 

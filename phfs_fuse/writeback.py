@@ -18,6 +18,7 @@ from functools import partial
 
 import trio
 
+from phfs_fuse import metrics
 from phfs_fuse.attrs import to_metadata
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
@@ -82,9 +83,6 @@ class Writeback:
         )
         self._running = 0
         self._nursery: trio.Nursery | None = None
-        self.uploaded_files = 0
-        self.uploaded_bytes = 0
-        self.failures = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Upload what is due, forever."""
@@ -103,9 +101,8 @@ class Writeback:
         has waited for long."""
         due = self._queue.next_due
         is_burst = now < self._changes.made_at + BURST_SECONDS
-        return (
-            BURST_UPLOADS if is_burst and 0.0 < due and now < due + BURST_WAIT_SECONDS else self._config.uploads_max
-        )
+        can_wait = due > 0.0 and now < due + BURST_WAIT_SECONDS
+        return BURST_UPLOADS if is_burst and can_wait else self._config.uploads_max
 
     def _next_look(self, now: float) -> float:
         if self._running >= self._config.uploads_max:
@@ -235,7 +232,7 @@ class Writeback:
                 self._changes.abandon(node)
             return
         if exc is not None:
-            self.failures += 1
+            metrics.UPLOAD_FAILURES.add()
             dirty.error = exc if isinstance(exc, PhfsError) else local_error(key, exc)
             wait = self._queue.backoff(dirty.attempts + (3 if isinstance(exc, FINAL) else 0))
             log.warning("upload of key=%s failed, next try in %.1f s: %s", key, wait, exc)
@@ -245,8 +242,8 @@ class Writeback:
     def _stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, info: ObjectInfo) -> None:
         dirty.target = None
         self._changes.touch(node)
-        self.uploaded_files += 1
-        old_base, node.base = node.base, Base(key, info.etag, info.size)
+        metrics.UPLOADED_FILES.add()
+        old_base, node.base = node.base, Base(key, info.etag, info.size, node.name)
         self._changes.landed(key, info.etag, except_node=node)
         if not node.detached and self._inodes.key(node) == key:
             dirty.over = info.etag
@@ -277,7 +274,7 @@ class Writeback:
         """The bottom layer is the store's new version: its bytes become clean blocks."""
         staged = node.staged
         assert staged is not None
-        self.uploaded_bytes += layer.local_bytes
+        metrics.UPLOADED_BYTES.add(layer.local_bytes)
         covered = layer.extents if layer.seen else Extents([(0, layer.size)])
         base = (old_base.key, old_base.etag, old_base.size) if layer.seen and old_base is not None else None
         if node.version is not None:

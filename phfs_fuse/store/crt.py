@@ -25,6 +25,7 @@ from botocore.credentials import ReadOnlyCredentials
 from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
+from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import AccessDenied, BadAnswer
 from phfs_fuse.store.answers import error_of
@@ -127,6 +128,7 @@ class _Signed:
         target = f"{path}?{urlencode(query, quote_via=quote)}" if query else path
         request = build_request(method, self._endpoint, target, headers, body)
         await sign(request, await self._credentials.provider(), self._endpoint.region, payload_hash)
+        metrics.STORE_REQUESTS.add(1, op)
         exchange = await self._http.send(op, subject, request, consumer)
         if not exchange.is_good:
             raise error_of(op, subject, _error_code(exchange.error_body), exchange.status)
@@ -206,7 +208,10 @@ class CrtCalls(BotoCalls):
             headers = await crt.ask_bucket("list", f"s3://{self.config.bucket}/{prefix}", query, answer)
         parse = partial(parse_listing, prefix, bytes(answer.body))
         small = len(answer.body) <= INLINE_BYTES_MAX // 4
-        page = parse() if small else await trio.to_thread.run_sync(parse)
+        if small:
+            return parse(), headers.get("server", "")
+        metrics.HOPS.add(1, "store")
+        page = await trio.to_thread.run_sync(parse)
         return page, headers.get("server", "")
 
     async def copy(
@@ -262,6 +267,7 @@ class CrtCalls(BotoCalls):
         """The bytes to send and their hash for the signature."""
         if body_length(body) <= INLINE_BYTES_MAX:
             return _read_and_hash(crt, body)
+        metrics.HOPS.add(1, "store")
         return await trio.to_thread.run_sync(_read_and_hash, crt, body)
 
     async def _signed(self) -> _Signed | None:

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 
 import trio
 
+from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import (
     AccessDenied,
@@ -30,7 +31,7 @@ from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
 from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
 from phfs_fuse.store.events import EventStream
 from phfs_fuse.store.retry import retrying
-from phfs_fuse.store.transfer import Receiver, holds, multipart_etag
+from phfs_fuse.store.transfer import Receiver, body_length, holds, multipart_etag
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import GIB, MIB, S3_PARTS_MAX, ETag, ObjectKey
 
@@ -99,6 +100,7 @@ class S3Store:
         check_key("get", key)
         if start >= end:
             return
+        metrics.STORE_RECEIVED.add(end - start, "get")
         receiver = Receiver(key, start, end, etag, sink)
         try:
             await self._retrying(lambda _: self._calls.get(receiver))
@@ -149,6 +151,7 @@ class S3Store:
         async def write() -> ObjectInfo:
             if conditions.needs_head(expect):
                 await self._confirm("put", key, expect)
+            metrics.STORE_SENT.add(body_length(body), "put")
             return await self._calls.put(key, body, metadata, conditions.sends(expect))
 
         async def is_ours(found: ObjectInfo) -> bool:
@@ -259,6 +262,7 @@ class S3Store:
         return await self._retrying(lambda _: self._calls.create_multipart(key, metadata))
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
+        metrics.STORE_SENT.add(body_length(body), "upload part")
         return await self._retrying(lambda _: self._calls.upload_part(key, upload_id, part_no, body))
 
     async def upload_part_copy(
