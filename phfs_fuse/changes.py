@@ -467,11 +467,6 @@ class Changes:
             self._journal.drop_gone(done)
         self.announce()
 
-    def seen(self, key: ObjectKey, etag: ETag) -> None:
-        """The store had `etag` under `key` a moment ago: a deletion of it that waits is not late."""
-        if (gone := self.gone.get(key)) is not None and gone.etag == etag:
-            gone.due = trio.current_time()
-
     def landed(self, key: ObjectKey, etag: ETag | None, *, except_node: Node | None = None) -> None:
         """The store now has `etag` under `key` by our own doing; whoever has the name now may replace that."""
         if (gone := self.gone.get(key)) is not None:

@@ -305,6 +305,7 @@ class Worker:
             await services.start(mount.blocks.run)
             await services.start(mount.writeback.run)
             await services.start(mount.quotas.run)
+            await services.start(mount.vfs.list_ahead)
             services.start_soon(self._hear_keeper)
             if mount.config.tree.events is EventsSetting.AUTO:
                 services.start_soon(self._hear_store)

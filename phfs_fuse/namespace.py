@@ -67,6 +67,11 @@ class Namespace:
         if self._config.read_only:
             raise ReadOnly("write", "mount", "is read-only")
 
+    @property
+    def ttl(self) -> float:
+        """Seconds for which an answer of the store is believed."""
+        return self._ttl
+
     # ---- defaults ----
 
     @staticmethod

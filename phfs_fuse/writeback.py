@@ -252,7 +252,6 @@ class Writeback:
             if snap.layer is not None:
                 self._uncover(node, snap.layer, old_base, info)
             elif old_base is not None:
-                self._changes.seen(old_base.key, old_base.etag)  # the copy was made on this condition
                 self._blocks.rekey(old_base.key, old_base.etag, key, info.etag)
             dirty.on(Event.STORED)
             self._changes.track(node)

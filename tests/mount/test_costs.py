@@ -165,6 +165,16 @@ def test_a_change_in_a_large_file_sends_little(place: MountPlace) -> None:
     assert cost.store("put") <= 8  # the probe of the store's conditions
 
 
+def test_what_a_change_left_as_it_was_stays_cached(place: MountPlace) -> None:
+    put_big(place, "big", 64 * MIB)
+    script(READ, place.path / "big")
+    script(WRITE, place.path / "big", str(20 * MIB + 1234))
+    place.sync()
+    with counted(place) as cost:
+        script(READ, place.path / "big")
+    assert cost["store_received_bytes"].get("get", 0) == 0
+
+
 def test_appending_to_a_large_file_sends_little(place: MountPlace) -> None:
     put_big(place, "big", 128 * MIB)
     with counted(place) as cost:
