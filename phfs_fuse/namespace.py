@@ -70,7 +70,7 @@ class Namespace:
     @property
     def ttl(self) -> float:
         """Seconds for which an answer of the store is believed."""
-        return self._ttl
+        return self._trust.short_seconds
 
     # ---- defaults ----
 
