@@ -49,6 +49,7 @@ class Namespace:
         self._trust = trust
         # names that the kernel was told are not there, and when they were asked for
         self._missing: LRUCache[tuple[int, bytes], float] = LRUCache(100_000)
+        self._listings: dict[Ino, trio.Event] = {}  # for single names, under way
         self._heads = trio.CapacityLimiter(HEADS_MAX)
         self._away_until = -math.inf
         self.illegal_keys = 0
@@ -163,7 +164,7 @@ class Namespace:
         question = self._question()
         try:
             with self._inodes.asking(parent, question):
-                if parent.misses < MISSES_MAX or not await self._list_once(parent):
+                if parent.misses < MISSES_MAX or not await self._listed(parent, name):
                     parent.misses += 1
                     await self._ask(parent, name)
         except StoreUnavailable:
@@ -427,6 +428,20 @@ class Namespace:
         return [(parent.ino, name)] if was_missing or (kid is not None and kid.lookups) else []
 
     # ---- whole directories ----
+
+    async def _listed(self, parent: Node, name: bytes) -> bool:
+        """Whether a listing of `parent` says what `name` is. One that is under way counts if it has the name; what
+        it lacks may have come since it was asked for."""
+        if self.ttl and (under_way := self._listings.get(parent.ino)) is not None:
+            await under_way.wait()
+            return name in (parent.kids or {}) and self._complete(parent, trio.current_time())
+        ended = self._listings[parent.ino] = trio.Event()
+        try:
+            return await self._list_once(parent)
+        finally:
+            if self._listings.get(parent.ino) is ended:
+                del self._listings[parent.ino]
+            ended.set()
 
     async def _list_once(self, parent: Node) -> bool:
         """List `parent` if one page is enough for it; returns whether all its names are known now."""

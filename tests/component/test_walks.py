@@ -83,3 +83,17 @@ async def test_what_a_listing_brought_goes_with_its_folder(
     assert world.inodes.find(folder.ino) is None
     assert len(world.inodes) == count - 1
     assert await world.read("d3/f1") == b""  # and comes again when it is asked for
+
+
+async def test_many_names_of_a_folder_asked_for_at_once_cost_one_listing(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    for number in range(50):
+        store.seed(f"{PREFIX}many/f{number}", b"x")
+    folder = await world.node("many")
+    before = store.requests["list"]
+    async with trio.open_nursery() as nursery:
+        for number in range(50):
+            nursery.start_soon(world.vfs.lookup, folder.ino, b"f%d" % number)
+    assert store.requests["list"] - before == 2 + 1  # the first names are asked for one by one
+    assert store.requests["head"] <= 2 + 2
