@@ -177,6 +177,24 @@ async def test_a_file_that_went_during_its_upload_is_gone_after_a_crash(
         assert stored(store) == ({"z": b"newer"} if how == "unlinked" else {"f": b"newer"})
 
 
+async def test_what_somebody_else_stored_before_a_deletion_is_kept(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    """Removed or renamed here, within the quiet time."""
+    for name in ("removed", "renamed", "ours"):
+        await world.write(name, b"bytes")
+    await world.settle()
+    for name in ("removed", "renamed"):
+        store.seed(ObjectKey(PREFIX + name), b"stored meanwhile")
+    for name in (b"removed", b"ours"):
+        await world.vfs.unlink(1, name)
+    await world.vfs.rename(1, b"renamed", 1, b"moved", 0)
+    await world.settle()
+    found = stored(store)
+    assert (found["removed"], found["renamed"]) == (b"stored meanwhile", b"stored meanwhile")
+    assert "ours" not in found
+
+
 async def test_what_somebody_else_stored_while_a_deletion_waited_is_kept(
     world: World, store: FakeStore, faults: FaultStore, autojump_clock: MockClock
 ) -> None:
