@@ -85,7 +85,9 @@ SCENARIOS = {
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[MountPlace]:
-    with a_mount("-o", "write-back-delay=100ms,retry-max=1s", module="tests.support.crashing") as found:
+    with a_mount(
+        "--attr-ttl", "0", "-o", "write-back-delay=100ms,retry-max=1s", module="tests.support.crashing"
+    ) as found:
         yield found
 
 
