@@ -66,6 +66,7 @@ class World:
     quotas: Quotas
     trust: Trust
     events: Events
+    kernel: KernelState
 
     async def write(self, path: str, data: bytes) -> Node:
         *folders, name = path.split("/")
@@ -167,7 +168,20 @@ def made(
     )
     look_first(vfs)
     return World(
-        store, blocks, journal, area, inodes, changes, settling, writeback, namespace, vfs, quotas, trust, events
+        store,
+        blocks,
+        journal,
+        area,
+        inodes,
+        changes,
+        settling,
+        writeback,
+        namespace,
+        vfs,
+        quotas,
+        trust,
+        events,
+        kernel,
     )
 
 
