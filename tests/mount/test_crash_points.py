@@ -59,7 +59,7 @@ SCENARIOS = {
         {"d/1": b"one", "d/sub/2": b"two"},
         'os.rename("d", "e")',
         {"e/1": b"one", "e/sub/2": b"two"},
-        frozenset({"commit", "copy", "delete_many"}),
+        frozenset({"commit", "copy", "delete"}),
     ),
     "delete": Scenario(
         {"a": b"aaa", "kept": b"kept", "d/1": b"one"},
@@ -69,7 +69,7 @@ SCENARIOS = {
             os.rmdir("d")
         """,
         {"kept": b"kept"},
-        frozenset({"commit", "delete_many"}),
+        frozenset({"commit", "delete"}),
     ),
     "change a part": Scenario(
         {"big": BIG},
