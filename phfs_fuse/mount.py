@@ -71,6 +71,7 @@ CHECKPOINT_SECONDS: Final = 5.0
 CHECKPOINT_BYTES: Final = 4 << 20
 RESEND_SECONDS: Final = 5.0  # until when a request may be one that the process before had done
 HANDOVER_SECONDS: Final = 5.0  # for requests in work, when another worker waits to go on
+DESCRIPTORS_PART: Final = 6  # of them, at most, for files of the staging area, and as many for those of the cache
 BUSY_SECONDS: Final = 5.0  # for programs to let go of a mount that is asked to end
 EPOCH_INODES: Final = 1 << 28  # numbers of one process: none is given out twice over restarts
 
@@ -91,8 +92,9 @@ class Mount:
             )
         epoch = self.journal.number("epoch", 0)
         self.journal.set_number("epoch", epoch + 1)
-        self.area = StagingArea(directory / "staging", first_id=1)
-        self.blocks = BlockCache(store, config.cache)
+        files_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // DESCRIPTORS_PART
+        self.area = StagingArea(directory / "staging", first_id=1, files_max=min(512, files_max))
+        self.blocks = BlockCache(store, config.cache, files_max=files_max)
         self.inodes = Inodes(
             config.store.prefix,
             Namespace.root_attrs(config.tree),

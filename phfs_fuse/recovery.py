@@ -65,10 +65,10 @@ class Recovery:
             for layer in rows:
                 self._save_aside(self._area.path(layer.id))
         for path in self._area.orphans(known.__contains__):
-            if path.suffix == ".data" and path.stat().st_size:
+            if path.suffix == ".data" and path.stat().st_blocks:
                 self._save_aside(path)
             else:
-                path.unlink(missing_ok=True)  # its log went with the data
+                path.unlink(missing_ok=True)  # no byte was written, or its log went with the data
         return found
 
     def _open_still(self, row: PresentRow, rows: list[LayerRow]) -> Node | None:

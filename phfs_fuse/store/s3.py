@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -105,7 +106,7 @@ class S3Store:
         try:
             await self._retrying(lambda _: self._calls.get(receiver))
         except NotFound as exc:
-            if receiver.etag is None or isinstance(exc, BucketNotFound):
+            if receiver.etag is None:
                 raise
             raise VersionChanged("get", key, "the object is gone") from exc
         finally:
@@ -201,11 +202,8 @@ class S3Store:
                     raise VersionChanged("delete", key, f"the store has version {found}")
             await self._calls.delete(key, expect if conditions.delete else None)
 
-        try:
+        with suppress(NotFound):
             await self._retrying(attempt)
-        except NotFound as exc:
-            if isinstance(exc, BucketNotFound):
-                raise
 
     async def delete_many(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
         for key in versions:
@@ -286,7 +284,7 @@ class S3Store:
         try:
             return await self._retrying(attempt)
         except NotFound as exc:
-            if isinstance(exc, BucketNotFound) or exc.reason == NO_SUCH_UPLOAD:
+            if exc.reason == NO_SUCH_UPLOAD:
                 raise
             raise VersionChanged("copy part", source, "the source is gone") from exc
 
@@ -317,11 +315,8 @@ class S3Store:
         return found
 
     async def abort_multipart(self, key: ObjectKey, upload_id: str) -> None:
-        try:
+        with suppress(NotFound):
             await self._retrying(lambda _: self._calls.abort_multipart(key, upload_id))
-        except NotFound as exc:
-            if isinstance(exc, BucketNotFound):
-                raise
 
     async def list_multipart(self, prefix: str) -> Sequence[Upload]:
         check_text("list multipart", prefix)
@@ -400,8 +395,6 @@ class S3Store:
             try:
                 return await write()
             except (VersionChanged, NotFound) as exc:
-                if isinstance(exc, BucketNotFound):
-                    raise
                 if at_once or attempt_no:
                     found = await self._found(key)
                     if found and await is_ours(found):
