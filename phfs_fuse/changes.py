@@ -97,6 +97,10 @@ class Changes:
         """Before one that will give space back. Raises: OSError (ENOSPC)."""
         self._journal.reserve.require_some()
 
+    async def room_to_note(self) -> None:
+        """Before what is noted of the store: returns at once, but for a disk that is full."""
+        await self._journal.reserve.some()
+
     def created(self, node: Node) -> None:
         """`node` has just got a name that nothing had. A file starts empty and is not in the store."""
         key = self._inodes.key(node)

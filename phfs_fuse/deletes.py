@@ -63,6 +63,7 @@ class Deletes:
             versions = {key: look for key, look in found.items() if not isinstance(look, PhfsError)}
             done = await self._delete(versions)
             failed = {key: look for key, look in found.items() if isinstance(look, PhfsError)} | dict(done)
+            await self._changes.room_to_note()
         except PhfsError as exc:
             failed = {gone.key: exc for gone in batch}
         finally:
@@ -121,6 +122,7 @@ class Deletes:
         """The store has another version than the one that was removed here: ours, by an upload without an answer,
         or somebody else's, which stays."""
         try:
+            await self._changes.room_to_note()
             found = await self._store.head(gone.key)
         except NotFound:
             self._changes.deleted([gone])

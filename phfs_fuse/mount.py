@@ -51,6 +51,7 @@ from phfs_fuse.ops import operations
 from phfs_fuse.quota import Quotas
 from phfs_fuse.quotakeeper import QuotaKeeper
 from phfs_fuse.recovery import Recovery
+from phfs_fuse.reserve import room_to_resume
 from phfs_fuse.resume import last_change, restore
 from phfs_fuse.session import KeeperLink, Session
 from phfs_fuse.settings import load_config
@@ -453,6 +454,8 @@ async def _opened(config: MountConfig) -> AsyncIterator[Mount]:
 
 
 async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None:
+    if resume:
+        await room_to_resume(config.writeback.directory)
     async with _opened(config) as mount:
         if resume:  # without asking the store: the kernel's requests wait
             mount.resume()

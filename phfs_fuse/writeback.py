@@ -90,6 +90,7 @@ class Writeback:
             self._nursery = self._sources.nursery = nursery
             task_status.started()
             while True:
+                await self._changes.room_to_note()
                 self._start_due()
                 wake = self._queue.wake
                 with trio.move_on_at(self._next_look(trio.current_time())):
@@ -137,7 +138,14 @@ class Writeback:
     def _spawn(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
         assert self._nursery is not None
         self._running += 1
-        self._nursery.start_soon(task, *args)
+        self._nursery.start_soon(self._noting, task, *args)
+
+    async def _noting(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
+        """What could not be noted is done once more after a restart, and finds itself done."""
+        try:
+            await task(*args)
+        except OSError as exc:
+            log.error("journal cannot be written, check the disk of the state directory: %s", exc)
 
     def _done(self) -> None:
         self._running -= 1
@@ -191,6 +199,7 @@ class Writeback:
             info = await self._uploader.store(snap)
         except (VersionChanged, StaleVersion) as exc:
             self._failed(node, dirty, key, None)
+            await self._changes.room_to_note()
             await self._conflicts.lost_race(node, dirty, key, snap, exc)
         except (PhfsError, OSError) as exc:
             self._failed(node, dirty, key, exc)
@@ -198,11 +207,9 @@ class Writeback:
             self._failed(node, dirty, key, None)
             raise
         else:
-            try:
-                self._stored(node, dirty, key, snap, info)
-                node.checked_at = max(node.checked_at, began_at)
-            except OSError as exc:  # after a restart it goes up once more
-                log.error("journal cannot be written, check the disk of the state directory: %s", exc)
+            await self._changes.room_to_note()
+            self._stored(node, dirty, key, snap, info)
+            node.checked_at = max(node.checked_at, began_at)
         finally:
             self._queue.free(key)
             self._done()
@@ -216,6 +223,7 @@ class Writeback:
             self._failed(node, dirty, key, None)
             raise
         else:
+            await self._changes.room_to_note()
             self._markers.stored(node, dirty, key, marker)
         finally:
             self._queue.free(key)
