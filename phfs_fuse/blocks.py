@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -169,6 +169,11 @@ class BlockCache:
             version.is_forgotten = True
         elif name in self._shared.directory.entries:
             self._shared.discard(name)
+
+    def limit(self, size_max: int) -> None:
+        """Keep to another limit from now on; what is too much goes at once."""
+        self._shared.config = replace(self._shared.config, size_max=size_max)
+        self._shared.work.set()
 
     def usage(self) -> CacheUsage:
         shared, counts = self._shared, self._shared.counts

@@ -20,7 +20,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -206,13 +206,15 @@ def python() -> list[str]:
     return [sys.executable, "-P", "-m"]
 
 
-def environment() -> dict[str, str]:
-    """That of this process, in which `python()` finds this package also where it runs from a checkout."""
+def environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """`environ` (None: that of this process), in which `python()` finds this package also where it runs from a
+    checkout."""
+    found = dict(os.environ if environ is None else environ)
     here = str(Path(__file__).resolve().parent.parent)
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = found.get("PYTHONPATH", "").split(os.pathsep)
     if here in paths or here in (path for path in sys.path if path.endswith(("site-packages", "dist-packages"))):
-        return dict(os.environ)
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [here, *paths]))}
+        return found
+    return found | {"PYTHONPATH": os.pathsep.join(filter(None, [here, *paths]))}
 
 
 def _main(arguments: Sequence[str]) -> int:

@@ -8,6 +8,10 @@ that does not help the keeper gives up and ends; the mount point then stays brok
 SIGTERM and SIGINT upload and unmount, a second one unmounts without waiting for uploads. SIGHUP upgrades: a worker
 of the version that is installed now takes over (at a terminal, whose end it means, it unmounts).
 
+With `--holder` another process holds the connection too (`holding`). Then the mount also outlives its keeper: the
+next one adopts the connection. SIGUSR1 makes room for it: the worker answers what is in work, keeper and worker end,
+the mount stays and its requests wait.
+
 Nothing here touches a file of the mount: the call would wait for a worker that waits for the keeper.
 Standard library only, one thread, no event loop.
 """
@@ -19,6 +23,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import selectors
 import signal
 import socket
@@ -29,11 +34,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from phfs_fuse import fusemount, logs, messages, registry
 from phfs_fuse.config import MountConfig
 from phfs_fuse.errors import LocalStateError, MountpointError, NotDrained, StartupError, startup_error
+from phfs_fuse.holding import HolderLink
 from phfs_fuse.messages import Kind, Message
 from phfs_fuse.mountpoint import mount_table, require_free
 from phfs_fuse.registry import MountRecord
@@ -46,9 +52,11 @@ RESTARTS_SECONDS: Final = 60.0  # with one more death in this time than there ar
 UNMOUNT_SECONDS: Final = 60.0  # for the kernel's dirty pages to reach the worker
 STANDBY_SECONDS: Final = 60.0  # for a worker to load and look at the state, before it may take over
 END_SECONDS: Final = 5.0  # for a child that has nothing left to do
+HOLDER_SECONDS: Final = 1.0  # between two tries to reach the holder
 LOG_BYTES_MAX: Final = 10 * MIB  # a longer one is put aside at the next start
 NO_ALLOW_OTHER: Final = "allow-other is left out: /etc/fuse.conf has no line user_allow_other"
 END_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS: Final = (*END_SIGNALS, signal.SIGUSR1)
 
 
 # --- what the commands call
@@ -79,6 +87,26 @@ def start(config: MountConfig, config_path: Path, *, foreground: bool, worker: S
     return 0
 
 
+def start_held(
+    config: MountConfig, config_path: Path, *, holder: Path | None, environ: Mapping[str, str], seconds: float
+) -> None:
+    """Mount in the background, or go on with the connection that `holder` has of this mount point; return when it is
+    served. Nothing here looks at the mount point. `environ` is that of keeper and workers.
+
+    Raises:
+        StartupError: the class says why not; there is no mount, or the holder still has it.
+        TimeoutError: the same, not ready within `seconds`.
+    """
+    command = [*fusemount.python(), "phfs_fuse.keeper", f"--config={config_path.absolute()}"]
+    command += [f"--holder={holder}"] if holder else []
+    log_path = config.writeback.directory / "log"
+    try:
+        _start_in_background(log_path, command, environ=environ, deadline=time.monotonic() + seconds)
+    except BaseException:
+        config_path.unlink(missing_ok=True)
+        raise
+
+
 def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
     """Unmount without asking for uploads first (they go on after the unmount). Removes dead mounts too.
 
@@ -96,14 +124,24 @@ def _become(command: Sequence[str], worker: Sequence[str]) -> None:
     os.execve(sys.executable, [*command, "--", *worker], fusemount.environment())
 
 
-def _start_in_background(log_path: Path, command: Sequence[str], worker: Sequence[str]) -> None:
+def _start_in_background(
+    log_path: Path,
+    command: Sequence[str],
+    worker: Sequence[str] = (),
+    *,
+    environ: Mapping[str, str] | None = None,
+    deadline: float | None = None,
+) -> None:
     ours, theirs = os.pipe()
-    with open(ours, "rb") as answers:
+    with open(ours, "rb", buffering=0) as answers:
         try:
-            _spawn_detached([*command, f"--report-fd={theirs}", "--", *worker], log_path, theirs)
+            group = _spawn_detached([*command, f"--report-fd={theirs}", "--", *worker], log_path, theirs, environ)
         finally:
             os.close(theirs)
-        answer = answers.read()
+        answer = _read_until(answers, deadline)
+        if answer is None:
+            _end_group(group, answers)
+            raise TimeoutError("the mount was not ready in time")
     if not answer:
         raise StartupError(f"the mount ended before it was ready; the reason is in {log_path}")
     report = json.loads(answer)
@@ -111,20 +149,44 @@ def _start_in_background(log_path: Path, command: Sequence[str], worker: Sequenc
         raise startup_error(report["exit_code"], report["reason"])
 
 
-def _spawn_detached(command: Sequence[str], log_path: Path, report_fd: int) -> None:
-    """Returns when the process has forked itself into the background (`_main`) and is no child of ours."""
+def _read_until(pipe: BinaryIO, deadline: float | None) -> bytes | None:
+    """All that is written until the pipe's other end is closed; None: that takes too long."""
+    found = b""
+    while True:
+        wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not select.select([pipe], [], [], wait)[0]:
+            return None
+        if not (chunk := pipe.read(messages.PACKET_BYTES_MAX)):
+            return found
+        found += chunk
+
+
+def _end_group(group: int, answers: BinaryIO) -> None:
+    """End a keeper that is not ready: it takes back what it has done. Its descriptor of the pipe tells when."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGTERM)
+        if _read_until(answers, time.monotonic() + 2 * END_SECONDS) is None:
+            os.killpg(group, signal.SIGKILL)
+
+
+def _spawn_detached(
+    command: Sequence[str], log_path: Path, report_fd: int, environ: Mapping[str, str] | None = None
+) -> int:
+    """Returns when the process has forked itself into the background (`_main`) and is no child of ours: the id of
+    its process group."""
     with _open_log(log_path) as output:
-        subprocess.run(
+        process = subprocess.Popen(
             command,
-            env=fusemount.environment(),
+            env=fusemount.environment(environ),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             pass_fds=[report_fd],
             start_new_session=True,
             cwd="/",
-            check=False,
         )
+        process.wait()
+    return process.pid
 
 
 @contextlib.contextmanager
@@ -161,11 +223,15 @@ class Keeper:
         config_path: Path,
         command: Sequence[str],
         report: Callable[[int, str], None],
+        holder: Path | None = None,
     ) -> None:
         self._config = config
         self._command = [*command, "--config", str(config_path)]
         self._report = report
         self._selector = selectors.DefaultSelector()
+        self._holder_path = holder
+        self._holder: HolderLink | None = None
+        self._is_held: bool | None = None  # None: not tried yet
         self._device: int | None = None
         self._worker: Worker | None = None
         self._standby: Worker | None = None  # waits to take over
@@ -173,7 +239,9 @@ class Keeper:
         self._due: dict[Callable[[], None], float] = {}
         self._restarts: deque[float] = deque()
         self._serving = False  # this worker has said READY
-        self._was_ready = False  # one of them has
+        self._was_ready = False  # one of them has, of this keeper or of one before
+        self._announced = False  # the mount is known to others
+        self._releasing = False  # the mount is left to the next keeper
         self._failure = Message(kind=Kind.FAILED)
         self._refusal = Message(kind=Kind.REFUSED)  # what the one on standby says last
         self._drain: Message | None = None  # what was asked, of this worker and of those after it
@@ -183,6 +251,7 @@ class Keeper:
     def run(self) -> int:
         """Keep the mount until its end; returns the exit code."""
         with self._hearing_signals():
+            self._adopt()
             self._start_worker()
             while self._exit_code is None:
                 self._step()
@@ -208,7 +277,7 @@ class Keeper:
         with heard, wakeup:
             wakeup.setblocking(False)
             signal.set_wakeup_fd(wakeup.fileno())
-            for number in END_SIGNALS:
+            for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
                     signal.signal(number, lambda _number, _frame: None)
             self._selector.register(heard, selectors.EVENT_READ, lambda: self._on_signal(heard.recv(1)))
@@ -216,14 +285,24 @@ class Keeper:
             signal.set_wakeup_fd(-1)
 
     def _on_signal(self, number: bytes) -> None:
-        if number[0] not in END_SIGNALS:
+        if number[0] == signal.SIGUSR1:
+            self._release()
+        elif number[0] not in END_SIGNALS:
             return
-        if self._was_ready and number[0] == signal.SIGHUP and not os.isatty(sys.stderr.fileno()):
+        elif not self._announced:
+            self._interrupt()
+        elif number[0] == signal.SIGHUP and not os.isatty(sys.stderr.fileno()):
             self._start_upgrade()
-        elif self._was_ready:
+        else:
             self._ask_for_drain()
+
+    def _interrupt(self) -> None:
+        """End before the mount is ready: one that was made goes, one that was adopted stays with the holder."""
+        reason = "interrupted before it was ready"
+        if self._was_ready:
+            self._finish(1, reason)
         elif self._worker is not None:
-            self._failure = Message(kind=Kind.FAILED, reason="interrupted before it was ready", exit_code=1)
+            self._failure = Message(kind=Kind.FAILED, reason=reason, exit_code=1)
             self._worker.process.kill()  # it has served nothing
 
     def _ask_for_drain(self) -> None:
@@ -322,8 +401,10 @@ class Keeper:
         self._serving = True
         if self._was_ready:
             log.info("resumed mountpoint=%s", self._config.kernel.mountpoint)
-        else:
-            self._was_ready = True
+        self._was_ready = True
+        self._hand_to_holder()
+        if not self._announced:
+            self._announced = True
             self._announce()
         if self._drain is not None:
             self._send(self._drain)
@@ -353,6 +434,8 @@ class Keeper:
             self._fail_to_start(code)
         elif self._has_ended(code):
             self._end_cleanly(code)
+        elif self._releasing:
+            self._leave_to_holder()
         elif self._standby is not None:
             self._promote()
         else:
@@ -380,8 +463,7 @@ class Keeper:
             self._restarts.popleft()
         reason = self._failure.reason or _ending(code)
         if len(self._restarts) == len(RESTART_DELAYS):
-            log.error("gave up, the mount is broken: the worker ended with %s", reason)
-            self._exit_code = 1
+            self._give_up(reason)
             return
         delay = RESTART_DELAYS[len(self._restarts)]
         log.error("the worker ended with %s; starting it again in %.1f s", reason, delay)
@@ -389,7 +471,16 @@ class Keeper:
         self._restarts.append(now)
         self._due[self._start_worker] = now + delay
 
+    def _give_up(self, reason: str) -> None:
+        if self._announced:
+            log.error("gave up, the mount is broken: the worker ended with %s", reason)
+            self._drop_from_holder()
+            self._exit_code = 1
+        else:  # adopted: perhaps another version can serve it
+            self._finish(self._failure.exit_code or 1, f"the mount could not be taken up again: {reason}")
+
     def _end_cleanly(self, code: int) -> None:
+        self._drop_from_holder()
         if self._unmounting is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._unmounting.wait(END_SECONDS)
@@ -400,6 +491,82 @@ class Keeper:
     def _finish(self, exit_code: int, reason: str) -> None:
         self._exit_code = exit_code
         self._report(exit_code, reason)
+
+    # --- its connection in the holder
+
+    @property
+    def _name(self) -> str:
+        return str(self._config.kernel.mountpoint)
+
+    def _adopt(self) -> None:
+        """Take up the connection of a keeper that has ended, where it lives and is still mounted here."""
+        try:
+            if self._holder_path is None or (link := self._connect()) is None:
+                return
+            held = link.take(self._name)
+        except LocalStateError as exc:
+            log.warning("%s", exc)
+            return
+        if held is None:
+            return
+        if held.device == fusemount.device_of(self._config.kernel.mountpoint) and fusemount.is_connected(held.fd):
+            self._device, self._was_ready = held.fd, True
+            log.info("adopted mountpoint=%s device=%s", self._name, held.device)
+        else:
+            os.close(held.fd)
+
+    def _hand_to_holder(self) -> None:
+        """Have the connection held, now and each time that the holder is a new one."""
+        if self._holder_path is None or self._device is None or self._exit_code is not None:
+            return
+        try:
+            link = self._connect()
+            device = fusemount.device_of(self._config.kernel.mountpoint)
+            if link is not None and device is not None:  # None: on its way out
+                link.keep(self._name, device, self._device)
+            self._is_held = True
+        except LocalStateError as exc:
+            if self._is_held is not False:
+                log.warning("not held, the mount would end with this process: %s", exc)
+            self._is_held = False
+            self._lose_holder()
+
+    def _connect(self) -> HolderLink | None:
+        if self._holder is None and self._holder_path is not None:
+            self._holder = HolderLink(self._holder_path)
+            self._selector.register(self._holder, selectors.EVENT_READ, self._lose_holder)
+        return self._holder
+
+    def _lose_holder(self) -> None:
+        if self._holder is not None:
+            self._selector.unregister(self._holder)
+            self._holder.close()
+            self._holder, self._is_held = None, self._is_held and None
+        self._due[self._hand_to_holder] = time.monotonic() + HOLDER_SECONDS
+
+    def _drop_from_holder(self) -> None:
+        if self._holder is not None:
+            with contextlib.suppress(LocalStateError):
+                self._holder.drop(self._name)
+
+    def _release(self) -> None:
+        """Leave the mount to the next keeper: what is in work is answered, the rest waits."""
+        if not self._is_held or self._drain or self._unmounting or self._standby:
+            log.error("not released: no holder has the mount, or it is being replaced or ended")
+            return
+        log.info("releasing mountpoint=%s", self._name)
+        self._releasing = True
+        if self._worker is None:
+            self._leave_to_holder()
+        elif self._serving:
+            self._send(Message(kind=Kind.HANDOVER))
+        else:
+            self._worker.process.kill()  # what it was asked is asked of the next one
+
+    def _leave_to_holder(self) -> None:
+        registry.remove(self._name, os.getpid())
+        self._exit_code = 0
+        log.info("released mountpoint=%s", self._name)
 
     # --- its replacement
 
@@ -486,6 +653,8 @@ class Keeper:
         try:
             self._report(0, "")
         except BrokenPipeError:
+            if self._holder_path is not None:
+                return  # whoever asked has a record of the mount, and finds it
             log.warning("unmounting: the command that asked for the mount was interrupted")
             self._ask_for_drain()
 
@@ -529,6 +698,7 @@ def _main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m phfs_fuse.keeper")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--report-fd", type=int)
+    parser.add_argument("--holder", type=Path)
     parser.add_argument("worker", nargs="*")
     options = parser.parse_args(arguments)
     if options.report_fd is not None:
@@ -540,7 +710,7 @@ def _main(arguments: Sequence[str]) -> int:
     logs.setup(config.log_level, config.log_format)
     command = options.worker or [*fusemount.python(), "phfs_fuse.mount"]
     try:
-        return Keeper(config, options.config, command, _reporter(options.report_fd)).run()
+        return Keeper(config, options.config, command, _reporter(options.report_fd), options.holder).run()
     finally:
         options.config.unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -198,7 +199,7 @@ class Mount:
                 "misses": usage.misses,
                 "hit_rate": usage.hits / asked if asked else None,
             },
-            "dirty": {"bytes": pending.bytes, "limit": config.writeback.dirty_bytes_max},
+            "dirty": {"bytes": pending.bytes, "limit": writeback.dirty_bytes_max},
             "uploaded": {"files": writeback.uploaded_files, "bytes": writeback.uploaded_bytes},
             "inodes": len(self.inodes),
             "open_files": self.vfs.open_files,
@@ -223,6 +224,13 @@ class Mount:
 
     def settled(self, path: str, kept_as: str) -> None:
         self.journal.drop_conflict(os.fsencode(path), os.fsencode(kept_as))
+
+    def limit(self, *, cache_bytes: int | None, dirty_bytes: int | None) -> None:
+        """Raises: ConfigError."""
+        if cache_bytes is not None:
+            self.blocks.limit(replace(self.config.cache, size_max=cache_bytes).size_max)
+        if dirty_bytes is not None:
+            self.writeback.limit(replace(self.config.writeback, dirty_bytes_max=dirty_bytes).dirty_bytes_max)
 
     async def sync(self, path: str | None) -> None:
         await flush_kernel(self.config.kernel.mountpoint)
@@ -377,7 +385,8 @@ class Worker:
 
 
 @asynccontextmanager
-async def _opened(config: MountConfig) -> AsyncIterator[Mount]:
+async def opened(config: MountConfig) -> AsyncIterator[Mount]:
+    """The objects of a mount, which holds its state directory until the end of the block."""
     store = open_store(config.store)
     try:
         mount = Mount(config, store)
@@ -391,7 +400,7 @@ async def _opened(config: MountConfig) -> AsyncIterator[Mount]:
 
 
 async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None:
-    async with _opened(config) as mount:
+    async with opened(config) as mount:
         if resume:  # without asking the store: the kernel's requests wait
             mount.resume()
         else:
@@ -416,10 +425,7 @@ async def _main(config: MountConfig, fd: int, *, resume: bool, standby: bool) ->
             await link.standby()
         await _serve(config, link, resume=resume)
     except* StartupError as group:
-        exc: BaseException = group
-        while isinstance(exc, BaseExceptionGroup):
-            exc = exc.exceptions[0]
-        assert isinstance(exc, StartupError)
+        exc = first_startup_error(group)
         log.error("%s", exc)
         with contextlib.suppress(MountpointError):
             await link.failed(str(exc), exc.exit_code)
@@ -429,11 +435,20 @@ async def _main(config: MountConfig, fd: int, *, resume: bool, standby: bool) ->
     return code
 
 
-def _raise_limits() -> None:
-    """As many open files as allowed: staging, cache and connections each hold some."""
+def first_startup_error(group: BaseException) -> StartupError:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    assert isinstance(group, StartupError)
+    return group
+
+
+def prepare_process() -> None:
+    """As many open files as allowed: staging, cache and connections each hold some. Less work for the collector."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -445,9 +460,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     config = load_config(options.config.read_text())
     logs.setup(config.log_level, config.log_format)
-    _raise_limits()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    prepare_process()
     return trio.run(partial(_main, config, options.fd, resume=options.resume, standby=options.standby))
 
 

@@ -114,6 +114,7 @@ class Writeback:
         self._changes = changes
         self._queue = queue
         self._config = config
+        self.dirty_bytes_max = config.dirty_bytes_max
         self._uploader = Uploader(store, journal, config)
         self._busy: set[ObjectKey] = set()  # a request on the key is under way
         self._running = 0
@@ -649,8 +650,13 @@ class Writeback:
     def store_is_away(self) -> bool:
         return any(isinstance(node.dirty.error, StoreUnavailable) for node in self._changes.waiting() if node.dirty)
 
+    def limit(self, dirty_bytes_max: int) -> None:
+        """Keep to another limit from now on; who waits for room looks again."""
+        self.dirty_bytes_max = dirty_bytes_max
+        self._changes.announce()
+
     def has_room(self, size: int) -> bool:
-        return self._area.held_bytes + size <= self._config.dirty_bytes_max
+        return self._area.held_bytes + size <= self.dirty_bytes_max
 
     async def room(self, size: int) -> None:
         """Wait until `size` more dirty bytes are allowed. Raises: NoSpace (ENOSPC) after `full_seconds`."""

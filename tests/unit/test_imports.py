@@ -25,6 +25,7 @@ display
 client prepare
 keeper
 fusemount
+drain
 mount
 control
 ops session
@@ -56,7 +57,7 @@ messages
 settings
 options
 values
-registry mountpoint localstate
+registry mountpoint localstate holding
 dirs logs
 metrics
 config
@@ -68,7 +69,7 @@ RANK = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in li
 # What the commands may see of a mount: its config and its control socket, never its insides.
 FRONT = {"__main__", "cli", "bench", "demo", "display", "settle", "client", "prepare", "keeper", "fusemount"}
 FRONT_SEES = FRONT | {
-    "messages", "settings", "options", "values", "registry", "mountpoint", "dirs", "logs",
+    "messages", "settings", "options", "holding", "values", "registry", "mountpoint", "dirs", "logs",
     "config", "errors", "types",
 }  # fmt: skip
 
