@@ -40,8 +40,9 @@ from phfs_fuse import fusemount, logs, messages, registry
 from phfs_fuse.config import MountConfig
 from phfs_fuse.errors import LocalStateError, MountpointError, NotDrained, StartupError, startup_error
 from phfs_fuse.holding import HolderLink
+from phfs_fuse.localstate import StateLock, keeper_lock
 from phfs_fuse.messages import Kind, Message
-from phfs_fuse.mountpoint import mount_table, require_free
+from phfs_fuse.mountpoint import mount_table, require_free, require_nothing_mounted
 from phfs_fuse.registry import MountRecord
 from phfs_fuse.types import MIB
 
@@ -388,6 +389,8 @@ class Keeper:
     def _on_checked(self, _message: Message) -> None:
         if self._device is None:
             try:
+                if self._holder_path is not None:  # nobody has looked at the mount point
+                    require_nothing_mounted(self._config.kernel.mountpoint)
                 self._device = fusemount.mount(self._config)
             except MountpointError as exc:
                 self._finish(exc.exit_code, str(exc))
@@ -709,8 +712,13 @@ def _main(arguments: Sequence[str]) -> int:
     config = load_config(options.config.read_text(encoding="utf-8"))
     logs.setup(config.log_level, config.log_format)
     command = options.worker or [*fusemount.python(), "phfs_fuse.mount"]
+    lock = keeper_lock(options.config)
     try:
+        StateLock(lock.parent, str(os.getpid()), lock.name)  # until this process ends
         return Keeper(config, options.config, command, _reporter(options.report_fd), options.holder).run()
+    except LocalStateError as exc:
+        _reporter(options.report_fd)(exc.exit_code, str(exc))
+        return exc.exit_code
     finally:
         options.config.unlink(missing_ok=True)
 

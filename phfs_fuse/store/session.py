@@ -19,6 +19,7 @@ import botocore.session
 import urllib3.exceptions
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
+from botocore.session import Session
 
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import (
@@ -87,18 +88,20 @@ class Clients:
         self.listing.close()
 
 
-def open_clients(config: StoreConfig) -> Clients:
-    """Blocks. Raises: AccessDenied without credentials, InvalidArgument for a wrong endpoint or profile."""
+def open_clients(config: StoreConfig, core: Session | None = None) -> Clients:
+    """Blocks. `core` brings credentials of its own; None: the usual chain.
+
+    Raises: AccessDenied without credentials, InvalidArgument for a wrong endpoint or profile.
+    """
     name = endpoint_name(config)
     try:
         with translated("connect", name):
-            return _open_clients(config, name)
+            return _open_clients(config, name, core or botocore.session.get_session())
     except ValueError as exc:  # botocore's for a wrong endpoint
         raise InvalidArgument("connect", name, str(exc)) from exc
 
 
-def _open_clients(config: StoreConfig, name: str) -> Clients:
-    core = botocore.session.get_session()
+def _open_clients(config: StoreConfig, name: str, core: Session) -> Clients:
     session = boto3.Session(profile_name=config.profile, region_name=config.region, botocore_session=core)
     if session.get_credentials() is None:
         raise AccessDenied("connect", name, _NO_CREDENTIALS)

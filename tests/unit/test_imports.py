@@ -69,7 +69,7 @@ RANK = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in li
 # What the commands may see of a mount: its config and its control socket, never its insides.
 FRONT = {"__main__", "cli", "bench", "demo", "display", "settle", "client", "prepare", "keeper", "fusemount"}
 FRONT_SEES = FRONT | {
-    "messages", "settings", "options", "holding", "values", "registry", "mountpoint", "dirs", "logs",
+    "messages", "settings", "options", "holding", "localstate", "values", "registry", "mountpoint", "dirs", "logs",
     "config", "errors", "types",
 }  # fmt: skip
 
