@@ -70,6 +70,7 @@ _OF_PHFS: tuple[tuple[type[Exception], type[CsiError]], ...] = (  # the first th
     (errors.StoreStartupError, FailedPrecondition),
     (errors.LocalStateError, FailedPrecondition),
     (errors.StartupError, Internal),
+    (errors.InvalidArgument, InvalidArgument),  # of the store's settings
     (errors.BucketNotFound, FailedPrecondition),
     (errors.AccessDenied, PermissionDenied),
     (errors.StoreTimeout, DeadlineExceeded),
