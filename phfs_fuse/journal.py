@@ -143,9 +143,9 @@ class Journal:
         path = directory / "journal.db"
         if not path.exists():
             return True
-        tables = ("present", "layer", "gone", "upload")
+        rows = ("present", f"layer WHERE ino!={ENDED}", "gone", "upload")
         with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as db:
-            return not any(db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables)
+            return not any(db.execute(f"SELECT 1 FROM {some} LIMIT 1").fetchone() for some in rows)
         return False
 
     def _open(self, volume: str) -> sqlite3.Connection:

@@ -33,8 +33,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Protocol
 
 from phfs_fuse import fusemount, logs, messages, registry
 from phfs_fuse.config import MountConfig
@@ -81,15 +82,30 @@ def start(config: MountConfig, config_path: Path, *, foreground: bool, worker: S
         command = [*fusemount.python(), "phfs_fuse.keeper", f"--config={config_path.absolute()}"]
         if foreground:
             _become(command, worker)
-        _start_in_background(config.writeback.directory / "log", command, worker)
+        start = partial(_execute_keeper, command, worker, os.environ)
+        _start_in_background(config.writeback.directory / "log", start)
     except BaseException:
         config_path.unlink(missing_ok=True)
         raise
     return 0
 
 
+class Spawn(Protocol):
+    """Starts a keeper in a process group of its own, which is returned."""
+
+    def __call__(
+        self, config_path: Path, holder: Path | None, environ: Mapping[str, str], report_fd: int, log_fd: int
+    ) -> int: ...
+
+
 def start_held(
-    config: MountConfig, config_path: Path, *, holder: Path | None, environ: Mapping[str, str], seconds: float
+    config: MountConfig,
+    config_path: Path,
+    *,
+    holder: Path | None,
+    environ: Mapping[str, str],
+    seconds: float,
+    spawn: Spawn,
 ) -> None:
     """Mount in the background, or go on with the connection that `holder` has of this mount point; return when it is
     served. Nothing here looks at the mount point. `environ` is that of keeper and workers.
@@ -98,11 +114,9 @@ def start_held(
         StartupError: the class says why not; there is no mount, or the holder still has it.
         TimeoutError: the same, not ready within `seconds`.
     """
-    command = [*fusemount.python(), "phfs_fuse.keeper", f"--config={config_path.absolute()}"]
-    command += [f"--holder={holder}"] if holder else []
-    log_path = config.writeback.directory / "log"
+    start = partial(spawn, config_path.absolute(), holder, environ)
     try:
-        _start_in_background(log_path, command, environ=environ, deadline=time.monotonic() + seconds)
+        _start_in_background(config.writeback.directory / "log", start, time.monotonic() + seconds)
     except BaseException:
         config_path.unlink(missing_ok=True)
         raise
@@ -125,18 +139,13 @@ def _become(command: Sequence[str], worker: Sequence[str]) -> None:
     os.execve(sys.executable, [*command, "--", *worker], fusemount.environment())
 
 
-def _start_in_background(
-    log_path: Path,
-    command: Sequence[str],
-    worker: Sequence[str] = (),
-    *,
-    environ: Mapping[str, str] | None = None,
-    deadline: float | None = None,
-) -> None:
+def _start_in_background(log_path: Path, start: Callable[[int, int], int], deadline: float | None = None) -> None:
+    """`start` is given the descriptors of the report and of the log, and returns the process group."""
     ours, theirs = os.pipe()
     with open(ours, "rb", buffering=0) as answers:
         try:
-            group = _spawn_detached([*command, f"--report-fd={theirs}", "--", *worker], log_path, theirs, environ)
+            with _open_log(log_path) as log_fd:
+                group = start(theirs, log_fd)
         finally:
             os.close(theirs)
         answer = _read_until(answers, deadline)
@@ -150,12 +159,19 @@ def _start_in_background(
         raise startup_error(report["exit_code"], report["reason"])
 
 
+def wait_readable(fd: int, timeout: float | None) -> bool:
+    """poll(2) in place of select(2): a plugin may have many descriptors."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else timeout * 1000))
+
+
 def _read_until(pipe: BinaryIO, deadline: float | None) -> bytes | None:
     """All that is written until the pipe's other end is closed; None: that takes too long."""
     found = b""
     while True:
         wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not select.select([pipe], [], [], wait)[0]:
+        if not wait_readable(pipe.fileno(), wait):
             return None
         if not (chunk := pipe.read(messages.PACKET_BYTES_MAX)):
             return found
@@ -170,23 +186,28 @@ def _end_group(group: int, answers: BinaryIO) -> None:
             os.killpg(group, signal.SIGKILL)
 
 
-def _spawn_detached(
-    command: Sequence[str], log_path: Path, report_fd: int, environ: Mapping[str, str] | None = None
+def execute(config_path: Path, holder: Path | None, environ: Mapping[str, str], report_fd: int, log_fd: int) -> int:
+    """The `Spawn` that starts an interpreter."""
+    command = [*fusemount.python(), "phfs_fuse.keeper", f"--config={config_path}"]
+    return _execute_keeper([*command, *([f"--holder={holder}"] if holder else [])], (), environ, report_fd, log_fd)
+
+
+def _execute_keeper(
+    command: Sequence[str], worker: Sequence[str], environ: Mapping[str, str], report_fd: int, log_fd: int
 ) -> int:
-    """Returns when the process has forked itself into the background (`_main`) and is no child of ours: the id of
+    """Returns when the process has forked itself into the background (`main`) and is no child of ours: the id of
     its process group."""
-    with _open_log(log_path) as output:
-        process = subprocess.Popen(
-            command,
-            env=fusemount.environment(environ),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=[report_fd],
-            start_new_session=True,
-            cwd="/",
-        )
-        process.wait()
+    process = subprocess.Popen(
+        [*command, f"--report-fd={report_fd}", "--", *worker],
+        env=fusemount.environment(environ),
+        stdin=subprocess.DEVNULL,
+        stdout=log_fd,
+        stderr=log_fd,
+        pass_fds=[report_fd],
+        start_new_session=True,
+        cwd="/",
+    )
+    process.wait()
     return process.pid
 
 
@@ -208,9 +229,23 @@ def _open_log(path: Path) -> Iterator[int]:
 # --- the keeper itself
 
 
+class Process(Protocol):
+    """What is used of a child: `subprocess.Popen`, or a fork."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def kill(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+Launch = Callable[[Sequence[str], Sequence[int]], Process]  # arguments and descriptors of a worker -> its process
+
+
 @dataclass(frozen=True, slots=True)
 class Worker:
-    process: subprocess.Popen[bytes]
+    process: Process
     link: socket.socket
     pidfd: int
 
@@ -225,9 +260,12 @@ class Keeper:
         command: Sequence[str],
         report: Callable[[int, str], None],
         holder: Path | None = None,
+        launch: Launch | None = None,
     ) -> None:
         self._config = config
-        self._command = [*command, "--config", str(config_path)]
+        self._arguments = ["--config", str(config_path)]
+        self._execute: Launch = partial(_execute, command)
+        self._launch = launch or self._execute
         self._report = report
         self._selector = selectors.DefaultSelector()
         self._holder_path = holder
@@ -315,7 +353,7 @@ class Keeper:
 
     def _start_worker(self) -> None:
         try:
-            self._worker = self._spawn(["--resume"] if self._was_ready else [])
+            self._worker = self._spawn(["--resume"] if self._was_ready else [], self._launch)
         except OSError as exc:  # no memory, or the program is being replaced
             self._failure = Message(kind=Kind.FAILED, reason=f"no worker: {exc}", exit_code=1)
             self._without_worker(1)
@@ -327,19 +365,13 @@ class Keeper:
         self._selector.register(worker.link, selectors.EVENT_READ, self._on_packet)
         self._selector.register(worker.pidfd, selectors.EVENT_READ, self._on_worker_end)
 
-    def _spawn(self, flags: Sequence[str]) -> Worker:
+    def _spawn(self, flags: Sequence[str], launch: Launch) -> Worker:
         """Raises: OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         with theirs:
             try:
-                process = subprocess.Popen(
-                    [*self._command, "--fd", str(theirs.fileno()), *flags],
-                    env=fusemount.environment(),
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,  # Ctrl-C at a terminal is for the keeper alone
-                )
+                process = launch([*self._arguments, "--fd", str(theirs.fileno()), *flags], [theirs.fileno()])
             except OSError:
                 ours.close()
                 raise
@@ -351,7 +383,7 @@ class Keeper:
         self._worker.link.close()
         try:
             self._worker.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, TimeoutError):
             self._worker.process.kill()
 
     def _on_packet(self) -> None:
@@ -579,7 +611,7 @@ class Keeper:
             self._refuse(Message(kind=Kind.REFUSED, reason="the mount is being restarted or ended", exit_code=1))
             return
         try:
-            standby = self._standby = self._spawn(["--resume", "--standby"])
+            standby = self._standby = self._spawn(["--resume", "--standby"], self._execute)
         except OSError as exc:
             self._refuse(Message(kind=Kind.REFUSED, reason=f"no worker: {exc}", exit_code=1))
             return
@@ -688,6 +720,17 @@ class Keeper:
             self._send(Message(kind=Kind.UNMOUNTED))
 
 
+def _execute(command: Sequence[str], arguments: Sequence[str], fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    """A worker of what is installed now. Raises: OSError."""
+    return subprocess.Popen(
+        [*command, *arguments],
+        env=fusemount.environment(),
+        stdin=subprocess.DEVNULL,
+        pass_fds=fds,
+        start_new_session=True,  # Ctrl-C at a terminal is for the keeper alone
+    )
+
+
 def _ending(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"status {code}"
 
@@ -695,7 +738,9 @@ def _ending(code: int) -> str:
 # --- the process
 
 
-def _main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], *, launch: Launch | None = None) -> int:
+    """The process of a keeper, which goes into the background if somebody hears its report. `launch` starts workers
+    in place of an exec."""
     from phfs_fuse.settings import load_config
 
     parser = argparse.ArgumentParser(prog="python -m phfs_fuse.keeper")
@@ -706,7 +751,7 @@ def _main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.report_fd is not None:
         os.set_inheritable(options.report_fd, False)
-        if os.fork():
+        if launch is None and os.fork():
             os._exit(0)
     os.chdir("/")  # hold no directory that somebody wants to unmount
     config = load_config(options.config.read_text(encoding="utf-8"))
@@ -715,7 +760,8 @@ def _main(arguments: Sequence[str]) -> int:
     lock = keeper_lock(options.config)
     try:
         StateLock(lock.parent, str(os.getpid()), lock.name)  # until this process ends
-        return Keeper(config, options.config, command, _reporter(options.report_fd), options.holder).run()
+        report = _reporter(options.report_fd)
+        return Keeper(config, options.config, command, report, options.holder, launch).run()
     except LocalStateError as exc:
         _reporter(options.report_fd)(exc.exit_code, str(exc))
         return exc.exit_code
@@ -737,4 +783,4 @@ def _reporter(fd: int | None) -> Callable[[int, str], None]:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -109,7 +109,8 @@ class Mounter(Protocol):
 class PhfsMounter:
     """The one that mounts."""
 
-    def __init__(self, config: NodeConfig, records: Records, shares: Shares) -> None:
+    def __init__(self, config: NodeConfig, records: Records, shares: Shares, spawn: keeper.Spawn) -> None:
+        self._spawn = spawn
         self._config = config
         self._records = records
         self._shares = shares
@@ -148,6 +149,7 @@ class PhfsMounter:
                 holder=self._config.holder_socket,
                 environ={**os.environ, **self._variables(record), **variables},
                 seconds=max(1.0, deadline - time.monotonic()),
+                spawn=self._spawn,
             )
         except TimeoutError:
             raise DeadlineExceeded(f"{record.source}: not mounted within {seconds:.0f} s") from None

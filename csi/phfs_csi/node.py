@@ -17,6 +17,7 @@ from phfs_csi.records import Records, VolumeRecord
 from phfs_csi.requests import Requests
 from phfs_csi.server import Door
 from phfs_csi.shares import Shares
+from phfs_csi.spawning import Spawner
 from phfs_csi.volumes import Volumes
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,16 @@ CAPABILITIES: Final = (
 
 
 class NodeService(csi_pb2_grpc.NodeServicer):
-    def __init__(self, config: NodeConfig, requests: Requests, records: Records, mounter: Mounter, volumes: Volumes):
+    def __init__(
+        self,
+        config: NodeConfig,
+        requests: Requests,
+        records: Records,
+        mounter: Mounter,
+        volumes: Volumes,
+        spawner: Spawner | None = None,
+    ) -> None:
+        self._spawner = spawner
         self._config = config
         self._requests = requests
         self._records = records
@@ -46,6 +56,8 @@ class NodeService(csi_pb2_grpc.NodeServicer):
 
     def start(self, door: Door) -> bool:
         """Take up the mounts of a plugin before, in the background. Returns whether calls are to be taken."""
+        if self._spawner is not None:
+            self._spawner.start()
         self._volumes.start()
         return True
 
@@ -54,6 +66,8 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         self._volumes.stop()
         if self._config.holder_socket is not None:
             self._volumes.release()
+        if self._spawner is not None:
+            self._spawner.stop()
 
     def ready(self) -> str:
         """Why not; "" when ready."""
@@ -152,8 +166,10 @@ class NodeService(csi_pb2_grpc.NodeServicer):
 def open_node(config: NodeConfig, requests: Requests) -> NodeService:
     """Raises: OSError, the state directory cannot be used."""
     records = Records(config.state_dir / "volumes")
-    mounter = PhfsMounter(config, records, Shares(config, records))
-    return NodeService(config, requests, records, mounter, Volumes(records, mounter, Drains(records, mounter)))
+    spawner = Spawner()
+    mounter = PhfsMounter(config, records, Shares(config, records), spawner)
+    volumes = Volumes(records, mounter, Drains(records, mounter))
+    return NodeService(config, requests, records, mounter, volumes, spawner)
 
 
 def _seconds(context: grpc.ServicerContext) -> float:

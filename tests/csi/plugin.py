@@ -31,9 +31,7 @@ DRIVER = "phfs.csi.primehub.io"
 WRITER = csi_pb2.VolumeCapability.AccessMode.MULTI_NODE_MULTI_WRITER
 
 
-def capability(
-    mode: int = WRITER, *, flags: tuple[str, ...] = (), group: str = ""
-) -> csi_pb2.VolumeCapability:
+def capability(mode: int = WRITER, *, flags: tuple[str, ...] = (), group: str = "") -> csi_pb2.VolumeCapability:
     return csi_pb2.VolumeCapability(
         mount=csi_pb2.VolumeCapability.MountVolume(mount_flags=flags, volume_mount_group=group),
         access_mode=csi_pb2.VolumeCapability.AccessMode(mode=mode),  # type: ignore[arg-type]
@@ -206,7 +204,9 @@ class Volume:
         self.plugin.call("NodeUnstageVolume", self.unstage_request())
 
     def object(self, name: str) -> bytes:
-        body: bytes = s3_client(self.plugin.server).get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"].read()
+        body: bytes = (
+            s3_client(self.plugin.server).get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"].read()
+        )
         return body
 
 

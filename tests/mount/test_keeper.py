@@ -51,7 +51,7 @@ IMPATIENT = """
 import sys
 from phfs_fuse import keeper
 keeper.RESTART_DELAYS = (0.0, 0.0)
-sys.exit(keeper._main(sys.argv[1:]))
+sys.exit(keeper.main(sys.argv[1:]))
 """
 UNMOUNT = """
 import sys

@@ -23,6 +23,7 @@ cli
 bench demo settle
 display
 client prepare
+spawner
 keeper
 fusemount
 drain
