@@ -198,12 +198,17 @@ def probe(endpoint: Endpoint = ENDPOINT) -> None:
 
 
 def _open_node(config: NodeConfig, secrets_dir: str) -> Node:
+    from phfs_csi.catalog import quota_now
     from phfs_csi.node import open_node
     from phfs_csi.requests import Requests
     from phfs_csi.secretsdir import SecretsDirectory
 
-    defaults = SecretsDirectory(secrets_dir).read
-    requests = Requests(kubelet_dir=config.kubelet_dir, defaults=defaults, drain_seconds=config.drain_seconds)
+    requests = Requests(
+        kubelet_dir=config.kubelet_dir,
+        defaults=SecretsDirectory(secrets_dir).read,
+        quota_now=quota_now,
+        drain_seconds=config.drain_seconds,
+    )
     return open_node(config, requests)
 
 

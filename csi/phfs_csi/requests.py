@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -16,6 +16,7 @@ from phfs_csi.errors import FailedPrecondition, InvalidArgument, OutOfRange
 from phfs_csi.params import DRAIN_SECONDS, AccessMode, PublishParams, StageParams, VolumeParams
 from phfs_csi.proto import csi_pb2
 from phfs_fuse import values
+from phfs_fuse.options import BY_NAME
 
 EPHEMERAL: Final = "csi.storage.k8s.io/ephemeral"
 ID_CHARS_MAX: Final = 1024
@@ -34,6 +35,7 @@ class Requests:
 
     kubelet_dir: Path
     defaults: Callable[[], Mapping[str, str]] = dict  # the plugin's secret for volumes that bring none
+    quota_now: Callable[[VolumeParams], int | None] = lambda volume: None  # of a provisioned volume, may have grown
     drain_seconds: float = DRAIN_SECONDS
 
     def stage(self, request: csi_pb2.NodeStageVolumeRequest) -> StageParams:
@@ -46,7 +48,7 @@ class Requests:
             mount_flags=request.volume_capability.mount.mount_flags,
             defaults=self.defaults(),
         )
-        volume = parse_volume(volume_id, given, drain_seconds=self.drain_seconds)
+        volume = self._with_quota(parse_volume(volume_id, given, drain_seconds=self.drain_seconds))
         return StageParams(
             volume=volume,
             staging_target_path=path,
@@ -103,6 +105,14 @@ class Requests:
         if not volume.credentials.access_key:
             raise InvalidArgument("an inline volume needs nodePublishSecretRef with an access key and a secret key")
         return volume
+
+    def _with_quota(self, volume: VolumeParams) -> VolumeParams:
+        """The context of a volume has the size that it was made with."""
+        quota_bytes = self.quota_now(volume)
+        if quota_bytes is None or "quota" not in BY_NAME:
+            return volume
+        others = {name: text for name, text in volume.settings.items() if name != "quota"}
+        return replace(volume, settings={**others, "quota": str(quota_bytes)} if quota_bytes else others)
 
     def _path(self, name: str, text: str) -> Path:
         """A path strictly below the kubelet's directory that goes through no symbolic link of its own."""

@@ -20,13 +20,14 @@ from phfs_fuse.errors import LocalStateError
 log = logging.getLogger(__name__)
 
 PATH_BYTES_MAX: Final = 107  # Source: unix(7), sun_path with its NUL
+Identity = tuple[int, int, int]
 MODE: Final = 0o600  # the kubelet and the sidecars run as our user
 
 
 class SocketFile:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._ours: tuple[int, int] | None = None
+        self._ours: Identity | None = None
 
     def bind(self, server: grpc.Server) -> None:
         """Let `server` listen at the path, once it is started. Raises: LocalStateError."""
@@ -36,7 +37,7 @@ class SocketFile:
             raise LocalStateError(f"{self.path}: too long for a socket, choose a shorter path")
         try:
             server.add_insecure_port(f"unix:{beside}")
-            found = beside.lstat()
+            ours = _identity(beside)
             beside.chmod(MODE)
             beside.replace(self.path)
         except (OSError, RuntimeError) as exc:  # gRPC raises the latter
@@ -44,14 +45,14 @@ class SocketFile:
                 beside.unlink()
             reason = exc.strerror if isinstance(exc, OSError) else "cannot listen there"
             raise LocalStateError(f"{self.path}: {reason}; is its directory there and writable?") from exc
-        self._ours = (found.st_dev, found.st_ino)
+        self._ours = ours
 
     def is_missing(self) -> bool:
         """Whether nobody's file is at the path."""
-        return self._identity() is None
+        return _identity(self.path) is None
 
     def is_ours(self) -> bool:
-        return self._ours is not None and self._identity() == self._ours
+        return self._ours is not None and _identity(self.path) == self._ours
 
     def remove(self) -> None:
         """Only ours; a successor's stays."""
@@ -59,9 +60,11 @@ class SocketFile:
             self.path.unlink(missing_ok=True)
         self._ours = None
 
-    def _identity(self) -> tuple[int, int] | None:
-        try:
-            found = self.path.lstat()
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
+
+def _identity(path: Path) -> Identity | None:
+    """Of the file that is there now: numbers of inodes are given to the next file, with its time they are ours."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
