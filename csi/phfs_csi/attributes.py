@@ -92,18 +92,23 @@ def parse_volume(volume_id: str, given: Given, *, drain_seconds: float = DRAIN_S
 
 
 def merge_words(given: Given) -> dict[str, str]:
-    """Everything that is no credential, from all three sources. Raises: InvalidArgument."""
+    """Everything that is no credential, from all three sources. Raises: InvalidArgument.
+
+    The first source that says where the volume is decides whether our words count for that, or csi-rclone's.
+    """
     asked = {name: text for name, text in given.attributes.items() if not name.startswith(_OF_THE_CLUSTER)}
     for name in asked:
         if _credential(name) and name not in rclone.CREDENTIALS:
             raise InvalidArgument(f"volume attribute {name!r}: credentials belong into the volume's secret")
-    asked = _checked("volume attribute", asked)
-    below: dict[str, str] = {}
-    for kind, source in (("default secret", given.defaults), ("secret", given.secrets)):
-        below |= _checked(kind, source)
-    if set(asked) & set(LOCATION):  # our own words: a path of csi-rclone's secret is not meant
-        below = {name: text for name, text in below.items() if name in ATTRIBUTES}
-    return {**below, **asked}
+    merged: dict[str, str] = {}
+    for kind, source in (("volume attribute", asked), ("secret", given.secrets), ("default secret", given.defaults)):
+        words = _checked(kind, source)
+        if set(merged) & set(LOCATION):
+            words = {name: text for name, text in words.items() if name in ATTRIBUTES}
+        elif rclone.is_meant(merged):
+            words = {name: text for name, text in words.items() if name not in LOCATION}
+        merged = {**words, **merged}
+    return merged
 
 
 def _checked(kind: str, source: Mapping[str, str]) -> dict[str, str]:

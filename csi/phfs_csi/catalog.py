@@ -12,7 +12,7 @@ import logging
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any, Final, TypeVar
 from urllib.parse import quote, unquote
@@ -89,8 +89,10 @@ def with_store(
 ) -> T:
     """Blocks. Raises: DeadlineExceeded, and what `work` raises."""
 
+    within = replace(config, prefix=FOLDER)  # what the store tries out is tried out there
+
     async def main(core: botocore.session.Session) -> T:
-        store = S3Store(config, BotoCalls(config, core))
+        store = S3Store(within, BotoCalls(within, core))
         try:
             with trio.fail_after(seconds):
                 return await work(store)
@@ -153,7 +155,7 @@ async def sharers(store: ObjectStore, bucket: str, record: Record) -> Sequence[s
     found, token = [], None
     while True:
         page = await store.list(RECORDS, delimiter=False, token=token)
-        for info in page.objects:
+        for info in (info for info in page.objects if info.key.endswith(".json")):
             other = await _other(store, bucket, info.key)
             if other is None or (other.name != record.name and _overlap(other.prefix, record.prefix)):
                 found.append(other.name if other else info.key)

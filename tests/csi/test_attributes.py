@@ -129,6 +129,20 @@ def test_a_volume_in_our_words_takes_the_credentials_of_the_default_secret_alone
     assert volume.credentials.access_key == "AKIA"
 
 
+def test_a_volume_in_csi_rclones_words_takes_no_place_of_ours() -> None:
+    defaults = {"endpoint": "http://other:9000", "bucket": "other", "umask": "002"}
+    volume = parse(CHART, defaults=defaults)
+    assert volume.source == "s3://primehub/"
+    assert volume.settings == {"endpoint-url": "http://primehub-minio.hub:9000", "umask": "002"}
+
+
+def test_a_volume_may_leave_the_endpoint_to_the_default_secret() -> None:
+    defaults = {"endpoint": "http://minio:9000", "accessKey": "AKIA", "secretKey": SECRET}
+    volume = parse({"bucket": "b-1"}, defaults=defaults)
+    assert volume.settings == {"endpoint-url": "http://minio:9000"}
+    assert volume.credentials.secret_key == SECRET
+
+
 def test_an_rclone_conf_names_the_store(caplog: pytest.LogCaptureFixture) -> None:
     volume = parse({"remote": "my-s3", "remotePath": "b-1", "umask": "077"}, {"configData": CONF})
     assert volume.source == "s3://b-1/"
