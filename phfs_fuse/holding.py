@@ -7,7 +7,7 @@ packet of a SOCK_SEQPACKET socket, each request with one answer; a descriptor tr
     {"op": "take", "name": ...}                                 {"name": ..., "device": ...} + descriptor, or {}
     {"op": "next", "after": ...}                                the same, of the next name in order
     {"op": "drop", "name": ...}                                 {}
-    {"op": "succeed"}                                           {}; the holder lets go of all and ends
+    {"op": "succeed"}                                           {"pod_uid": ...}; the holder lets go of all
 
 What cannot be done is answered by {"error": "one line"}. Owns no state. Standard library only: the keeper imports
 this.
@@ -75,9 +75,10 @@ class HolderLink:
     def drop(self, name: str) -> None:
         self._ask({"op": "drop", "name": name})
 
-    def succeed(self) -> None:
-        """Tell the holder that all it has is held by another one."""
-        self._ask({"op": "succeed"})
+    def succeed(self) -> str:
+        """Tell the holder that all it has is held by another one; returns the id of its pod, "" if it has none."""
+        answer, _fds = self._ask({"op": "succeed"})
+        return str(answer.get("pod_uid", ""))
 
     def _held(self, request: dict[str, str]) -> Held | None:
         answer, fds = self._ask(request)

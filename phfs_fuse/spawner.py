@@ -2,7 +2,8 @@
 
 For who has many mounts on one machine. `python -m phfs_fuse.spawner --fd N` answers on a SOCK_SEQPACKET socket pair:
 
-    {"config": ..., "holder": ..., "environ": {...}} + descriptors of report pipe and log     {"pid": ...}
+    {}                                                                        {"pid": ...} of its own, once it has loaded
+    {"config": ..., "holder": ..., "environ": {...}} + descriptors of report pipe and log               {"pid": ...}
 
 It starts the keeper of `config` as `python -m phfs_fuse.keeper` does it, and ends with the other end of the socket;
 what it has started goes on. State: the socket. One thread, and none may have been started before a fork.
@@ -110,7 +111,9 @@ def serve(channel: socket.socket) -> None:
         packet, fds, _flags, _address = socket.recv_fds(channel, PACKET_BYTES_MAX, 2, socket.MSG_CMSG_CLOEXEC)
         if not packet:
             return
-        request = json.loads(packet)
+        if not (request := json.loads(packet)):
+            channel.send(json.dumps({"pid": os.getpid()}).encode())
+            continue
         report_fd, log_fd = fds
         try:
             child = Fork(lambda: _keep(request, report_fd, log_fd))  # noqa: B023 - runs before the next turn

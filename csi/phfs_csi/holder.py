@@ -15,27 +15,29 @@ import os
 import select
 import signal
 import socket
-import struct
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from phfs_csi.succession import Marks, is_of_us, listen, wait_until_alone
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.fusemount import is_connected
 from phfs_fuse.holding import PACKET_BYTES_MAX, Held, HolderLink
 
 log = logging.getLogger(__name__)
 
+ROLE: Final = "holder"
 CONNECTIONS_MAX: Final = 1024
 NAME_CHARS_MAX: Final = 4096
-_PEER: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid. Source: unix(7)
 
 
 class Holder:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pod_uid: str = "") -> None:
         """Take over from a holder that listens at `path`, then listen there. Raises: LocalStateError."""
         self._path = path
+        self._pod_uid = pod_uid
         self._held: dict[str, Held] = {}
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[], None]] = {}
@@ -44,15 +46,15 @@ class Holder:
         before = _predecessor(path)
         if before is not None:
             self._take_over(before)
-        self._listener = _listen(path)
+        self._listener = listen(path)
         self._watch(self._listener.fileno(), select.POLLIN, self._accept)
         if before is not None:  # only now: who asks in between finds one of us
             with suppress(LocalStateError):
-                before.succeed()
+                Marks(path, ROLE).set(before.succeed(), but=pod_uid)
             before.close()
 
-    def run(self) -> None:
-        """Hold until another holder takes over, or until SIGTERM when nothing is held.
+    def run(self) -> bool:
+        """Hold until another holder takes over (True), or until SIGTERM when nothing is held.
 
         On SIGTERM with mounts that nobody else holds it goes on: they end with this process.
         """
@@ -71,6 +73,7 @@ class Holder:
         for name in list(self._held):
             self._drop(name)
         log.info("ended path=%s succeeded=%s", self._path, self._succeeded)
+        return self._succeeded
 
     def _take_over(self, before: HolderLink) -> None:
         name = ""
@@ -97,8 +100,7 @@ class Holder:
 
     def _accept(self) -> None:
         channel, _address = self._listener.accept()
-        _pid, uid, _gid = _PEER.unpack(channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        if uid not in (0, os.geteuid()) or len(self._handlers) > CONNECTIONS_MAX + len(self._held):
+        if not is_of_us(channel) or len(self._handlers) > CONNECTIONS_MAX + len(self._held):
             channel.close()
             return
         channel.setblocking(False)
@@ -136,6 +138,7 @@ class Holder:
                     self._drop(_text(request, "name"))
                 case "succeed":
                     self._succeeded = True
+                    return {"pod_uid": self._pod_uid}, []
                 case other:
                     raise ValueError(f"no such op: {other!r}")
         except (ValueError, TypeError, KeyError) as exc:
@@ -161,10 +164,27 @@ class Holder:
             log.info("let go name=%s", name)
 
 
-def hold(path: Path) -> int:
-    """The command: returns its exit code. Raises: LocalStateError."""
-    Holder(path).run()
-    return 0
+def hold(path: Path, pod_uid: str = "") -> None:
+    """The command. In a pod that was succeeded it idles, as its container would be restarted: until SIGTERM, or until
+    it is needed again. Raises: LocalStateError."""
+    marks = Marks(path, ROLE)
+    while True:
+        if marks.is_set(pod_uid):
+            log.info("another pod has taken over: idle")
+            if not _wait_for_our_turn(path):
+                return
+            marks.clear(pod_uid)
+        if not Holder(path, pod_uid).run() or not marks.is_set(pod_uid):
+            return
+
+
+def _wait_for_our_turn(path: Path) -> bool:
+    """False: asked to end."""
+    ending = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: ending.set())
+    wait_until_alone(path, ending)
+    return not ending.is_set()
 
 
 def _text(request: dict[str, Any], name: str) -> str:
@@ -185,20 +205,3 @@ def _predecessor(path: Path) -> HolderLink | None:
         return HolderLink(path)
     except LocalStateError:
         return None
-
-
-def _listen(path: Path) -> socket.socket:
-    """Listen at `path`, at once in place of whoever did. Raises: LocalStateError."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        draft.unlink(missing_ok=True)
-        listener.bind(str(draft))
-        draft.chmod(0o600)  # nobody can connect before listen()
-        listener.listen(64)
-        draft.rename(path)
-    except OSError as exc:
-        listener.close()
-        raise LocalStateError(f"{path}: cannot listen: {exc.strerror}") from exc
-    return listener

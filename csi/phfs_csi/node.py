@@ -10,6 +10,7 @@ import grpc
 from phfs_csi.config import NodeConfig
 from phfs_csi.drains import Drains
 from phfs_csi.errors import NotFound
+from phfs_csi.life import Life
 from phfs_csi.metrics import VolumeState, VolumeStatus
 from phfs_csi.mounter import Mounter, PhfsMounter, State
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc
@@ -43,35 +44,25 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         records: Records,
         mounter: Mounter,
         volumes: Volumes,
-        spawner: Spawner | None = None,
+        life: Life,
     ) -> None:
-        self._spawner = spawner
+        self._life = life
         self._config = config
         self._requests = requests
         self._records = records
         self._mounter = mounter
         self._volumes = volumes
 
-    # --- its life
+    # --- its life: see `life.Life`
 
     def start(self, door: Door) -> bool:
-        """Take up the mounts of a plugin before, in the background. Returns whether calls are to be taken."""
-        if self._spawner is not None:
-            self._spawner.start()
-        self._volumes.start()
-        return True
+        return self._life.start(door)
 
     def stop(self) -> None:
-        """Leave the mounts: with a holder their processes end, and the next plugin takes them up."""
-        self._volumes.stop()
-        if self._config.holder_socket is not None:
-            self._volumes.release()
-        if self._spawner is not None:
-            self._spawner.stop()
+        self._life.stop()
 
     def ready(self) -> str:
-        """Why not; "" when ready."""
-        return ""
+        return self._life.ready()
 
     def volumes(self) -> list[VolumeStatus]:
         return [self._status(record) for record in self._records.volumes()]
@@ -164,12 +155,11 @@ class NodeService(csi_pb2_grpc.NodeServicer):
 
 
 def open_node(config: NodeConfig, requests: Requests) -> NodeService:
-    """Raises: OSError, the state directory cannot be used."""
     records = Records(config.state_dir / "volumes")
     spawner = Spawner()
     mounter = PhfsMounter(config, records, Shares(config, records), spawner)
     volumes = Volumes(records, mounter, Drains(records, mounter))
-    return NodeService(config, requests, records, mounter, volumes, spawner)
+    return NodeService(config, requests, records, mounter, volumes, Life(config, volumes, spawner))
 
 
 def _seconds(context: grpc.ServicerContext) -> float:

@@ -70,14 +70,19 @@ class Records:
     """All methods may be called by any thread; those that change a volume only by who holds it."""
 
     def __init__(self, directory: Path) -> None:
-        """Reads what is there. What cannot be read is left alone, with an error in the log. Raises: OSError."""
         self._directory = directory
         self._changed = threading.Condition()
         self._busy: set[str] = set()
         self._volumes: dict[str, VolumeRecord] = {}
         self._targets: dict[str, dict[Path, TargetRecord]] = {}
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in sorted(directory.glob("*/volume.json")):
+
+    def read(self) -> None:
+        """Take up what is there. What cannot be read is left alone, with an error in the log. Raises: OSError."""
+        with self._changed:
+            self._volumes.clear()
+            self._targets.clear()
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in sorted(self._directory.glob("*/volume.json")):
             self._load(path)
 
     def _load(self, path: Path) -> None:

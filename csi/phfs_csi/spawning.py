@@ -10,7 +10,7 @@ import logging
 import socket
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -40,6 +40,15 @@ class Spawner:
         with self._lock:
             self._ready()
 
+    def wait(self) -> None:
+        """Return when it has loaded, or cannot."""
+        with self._lock:
+            try:
+                self._ask({}, ())
+            except (OSError, ValueError, KeyError) as exc:
+                log.warning("the spawner does not answer: %s", exc)
+                self._end()
+
     def stop(self) -> None:
         """What it has started goes on."""
         with self._lock:
@@ -58,7 +67,7 @@ class Spawner:
                 self._end()
         return keeper.execute(config_path, holder, environ, report_fd, log_fd)
 
-    def _ask(self, request: Mapping[str, object], fds: tuple[int, int]) -> int:
+    def _ask(self, request: Mapping[str, object], fds: Sequence[int]) -> int:
         channel = self._ready().channel
         socket.send_fds(channel, [json.dumps(request).encode()], fds)
         return int(json.loads(channel.recv(PACKET_BYTES_MAX))["pid"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -47,6 +47,7 @@ class Volumes:
         self._stopping = threading.Event()
         self._shares_due = threading.Event()
         self._threads: list[threading.Thread] = []
+        self.is_settled = False  # each mount was looked at once
 
     # --- what the kubelet asks
 
@@ -179,7 +180,8 @@ class Volumes:
     # --- what goes on without a call
 
     def start(self) -> None:
-        """Take up what is recorded, and look after it, in the background."""
+        """Take up what is recorded, and look after it, in the background. Raises: OSError."""
+        self._records.read()
         self._stopping.clear()
         self._shares_due.set()
         self._threads = [
@@ -198,26 +200,31 @@ class Volumes:
             thread.join()
         self._drains.stop()
 
-    def release(self) -> None:
-        """Have all processes of mounts end that the holder can keep without them. After `stop`."""
-        self._for_all(self._mounted(), lambda record: self._mounter.release(record))
+    def release(self) -> list[str]:
+        """Have all processes of mounts end that the holder can keep without them. After `stop`. Returns the ids of
+        the volumes that now wait for others."""
+        released: list[str] = []
 
-    def take_up(self) -> list[str]:
-        """Have all that is mounted served; returns what could not be done, for people."""
+        def release(record: VolumeRecord) -> None:
+            if self._mounter.release(record):
+                released.append(record.volume_id)
+
+        self._for_all(self._mounted(), release)
+        return released
+
+    def take_up(self, volume_ids: Collection[str]) -> list[str]:
+        """Have these volumes served, before `start`; returns what could not be done, for people. Raises: OSError."""
+        self._records.read()
         failed: list[str] = []
 
         def take_up(record: VolumeRecord) -> None:
             try:
                 self._take_up(record, patience_seconds=REVIVE_SECONDS)
             except CsiError as exc:
-                failed.append(str(exc))
+                failed.append(f"{record.volume_id}: {exc}")
 
-        self._for_all(self._mounted(), take_up)
+        self._for_all((record for record in self._mounted() if record.volume_id in volume_ids), take_up)
         return failed
-
-    def problems(self) -> list[str]:
-        """Volumes that are not served."""
-        return [record.volume_id for record in self._mounted() if self._mounter.state(record) is not State.SERVED]
 
     def _mounted(self) -> list[VolumeRecord]:
         return [record for record in self._records.volumes() if not record.is_ended]
@@ -236,6 +243,7 @@ class Volumes:
     def _look_after(self) -> None:
         while True:
             self._for_all((record for record in self._mounted() if self._is_due(record)), self._try_to_take_up)
+            self.is_settled = True
             if self._stopping.wait(LOOK_SECONDS):
                 return
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -80,21 +80,28 @@ class Plugin:
         command += [f"--kubelet-dir={self.kubelet}", f"--state-dir={self.state}", f"--cache-dir={self.cache}"]
         command += ["--no-register", "--cache-size=1G", "--dirty-max=1G", *self.flags, *flags]
         environ = {**os.environ, "PHFS_RUNTIME_DIR": str(self.run), "AWS_EC2_METADATA_DISABLED": "true"}
+        before = _inode(self.socket)
         with self.log_path.open("ab") as output:
             self.process = subprocess.Popen(command, env=environ, stdout=output, stderr=output)
         if wait:
+            self._wait_for(lambda: _inode(self.socket) not in (None, before))
             self.wait_ready()
 
     def wait_ready(self) -> None:
+        self._wait_for(self.is_ready)
+
+    def is_ready(self) -> bool:
+        with suppress(grpc.RpcError):
+            return bool(self.call("Probe", csi_pb2.ProbeRequest(), seconds=5).ready.value)
+        return False
+
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS
-        while time.monotonic() < deadline:
-            with suppress(grpc.RpcError):
-                if self.call("Probe", csi_pb2.ProbeRequest(), seconds=5).ready.value:
-                    return
+        while not condition():
             assert self.process is not None
             assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline, self.log()
             time.sleep(0.05)  # the only way to learn of another process's readiness
-        raise AssertionError(f"the plugin does not get ready\n{self.log()}")
 
     def kill(self) -> None:
         """kill -9 the plugin alone."""
@@ -260,6 +267,13 @@ def clean_up(plugin: Plugin) -> None:
                 os.kill(pid, signal.SIGKILL)
     if not mounts_below(plugin.root):
         shutil.rmtree(plugin.root, ignore_errors=True)
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _children(pid: int) -> list[int]:
