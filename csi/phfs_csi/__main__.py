@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 _PARSE_ERROR: Any = typer.BadParameter.__bases__[0]  # UsageError of click, wherever this typer keeps it
 PROBE_SECONDS: Final = 10.0
+INTERRUPTED: Final = 130  # Source: bash(1), exit status of a command that SIGINT ended
 UNIX: Final = "unix://"
 
 
@@ -238,6 +239,7 @@ def _serve(outer: Outer, node: Node | None, *, controller: bool, secrets_dir: st
         services.append(_controller_service(secrets_dir))
     door = server.PluginServer(_socket_path(outer.endpoint), services, counted, registration)
     ending = _on_signals()
+    log.info("phfs-csi %s driver=%s", package_version("phfs-fuse"), outer.driver_name)
     with ExitStack() as stack:
         if outer.metrics_address:
             stack.enter_context(metrics.serving(outer.metrics_address, counted, ready))
@@ -337,7 +339,14 @@ def _guarded(call: Callable[[], int | None]) -> int:
         _say(exc.format_message())
         return int(exc.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return 130
+        return INTERRUPTED
+    except OSError as exc:
+        _say(str(exc))
+        return LocalStateError.exit_code
+    except Exception as exc:
+        _say(f"unexpected {type(exc).__name__}: {exc} (--log-level=debug shows where)")
+        log.debug("unexpected", exc_info=True)
+        return 1
 
 
 def _say(line: str) -> None:
