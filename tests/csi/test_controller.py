@@ -15,11 +15,12 @@ import pytest
 from phfs_csi import catalog
 from phfs_csi.catalog import quota_now
 from phfs_csi.controller import ControllerService
-from phfs_csi.errors import Aborted, AlreadyExists, CsiError, InvalidArgument, NotFound, OutOfRange
+from phfs_csi.errors import Aborted, AlreadyExists, CsiError, DeadlineExceeded, InvalidArgument, NotFound, OutOfRange
 from phfs_csi.params import Credentials, VolumeParams
 from phfs_csi.proto import csi_pb2
 from phfs_csi.volumeid import parse_volume_id
-from phfs_fuse.errors import BucketNotFound
+from phfs_fuse.errors import BucketNotFound, PhfsError
+from phfs_fuse.store.s3 import S3Store
 from tests.support import servers
 from tests.support.servers import Server
 
@@ -356,6 +357,57 @@ def test_validate(service: ControllerService, parameters: dict[str, str]) -> Non
         ask(volume_id=volume.volume_id, volume_capabilities=[])
     with pytest.raises(InvalidArgument):
         ask()
+
+
+def test_of_two_controllers_one_makes_the_volume(
+    service: ControllerService, parameters: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = create(service, parameters)
+    find, looks = catalog.find, []
+
+    async def too_early(*arguments: Any) -> Any:
+        """The first look is before the other one has written."""
+        looks.append(arguments)
+        return None if len(looks) == 1 else await find(*arguments)
+
+    monkeypatch.setattr(catalog, "find", too_early)
+    assert create(service, parameters) == made
+    looks.clear()
+    with pytest.raises(AlreadyExists):
+        create(service, {**parameters, "uid": "7"})
+
+
+def test_a_deletion_that_was_cut_off_goes_on_with_the_next_call(
+    service: ControllerService, s3: S3Client, parameters: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = create(service, {**parameters, "onDelete": "delete"})
+    put(s3, *(f"volumes/pvc-1/{number}" for number in range(5)))
+    monkeypatch.setattr(catalog, "PAGE", 2)
+    whole, calls = S3Store.delete_many, []
+
+    async def fails_later(store: S3Store, names: Any) -> Any:
+        calls.append(names)
+        return await whole(store, names) if len(calls) == 1 else {names[0]: "AccessDenied"}
+
+    monkeypatch.setattr(S3Store, "delete_many", fails_later)
+    with pytest.raises(PhfsError, match="AccessDenied"):
+        delete(service, volume.volume_id)
+    assert len(keys(s3)) == 4  # the record too
+    monkeypatch.setattr(S3Store, "delete_many", whole)
+    delete(service, volume.volume_id)
+    assert keys(s3) == []
+
+
+def test_the_deadline_of_the_caller_is_kept(service: ControllerService) -> None:
+    class Hurried:
+        def time_remaining(self) -> float:
+            return 1.0
+
+    hurried = cast("grpc.ServicerContext", Hurried())
+    with servers.silent() as url:
+        request = create_request({"bucket": BUCKET, "endpoint": url})
+        with pytest.raises(DeadlineExceeded):
+            service.CreateVolume(request, hurried)
 
 
 def test_a_second_call_for_a_volume_at_work_is_aborted(s3: S3Client, parameters: dict[str, str]) -> None:
