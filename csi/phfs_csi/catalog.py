@@ -14,9 +14,11 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from functools import cache
 from typing import Any, Final, TypeVar
 from urllib.parse import quote, unquote
 
+import botocore.loaders
 import botocore.session
 import trio
 
@@ -107,10 +109,17 @@ def with_store(
         raise DeadlineExceeded(f"{config.url}: the store did not answer in time") from None
 
 
+@cache
+def _model_loader() -> botocore.loaders.Loader:
+    """The description of S3 is a megabyte of JSON: read once, not at each call."""
+    return botocore.loaders.create_loader()
+
+
 @contextmanager
 def _session(credentials: Credentials) -> Iterator[botocore.session.Session]:
     """With the credentials of the volume, in memory alone; without any the environment's."""
     core = botocore.session.get_session()
+    core.register_component("data_loader", _model_loader())
     if credentials.access_key:
         core.set_credentials(credentials.access_key, credentials.secret_key, credentials.session_token or None)
     if not credentials.ca_bundle:
