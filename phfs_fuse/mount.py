@@ -83,7 +83,8 @@ class Mount:
                 "the journal was damaged; it is kept as %s, what was readable goes on", self.journal.saved_aside
             )
         epoch = self.journal.number("epoch", 0)
-        self.journal.set_number("epoch", epoch + 1)
+        self.starts = epoch + 1  # processes that this local state has had
+        self.journal.set_number("epoch", self.starts)
         self.area = StagingArea(directory / "staging", first_id=1)
         self.blocks = BlockCache(store, config.cache)
         self.inodes = Inodes(
@@ -185,6 +186,7 @@ class Mount:
             "keeper_pid": os.getppid(),
             "version": phfs_fuse.__version__,
             "uptime_seconds": time.monotonic() - self.started,
+            "starts": self.starts,
             "read_only": config.tree.read_only,
             "pending": {
                 "files": pending.files,

@@ -6,6 +6,7 @@ State: the registry with what was counted; gauges of volumes are read at each sc
 from __future__ import annotations
 
 import logging
+import math
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,9 +39,9 @@ class VolumeStatus:
 
     volume_id: str
     state: VolumeState
-    pending_files: int  # that are not in the store yet
-    pending_bytes: int
-    restarts: int  # of its worker, since its keeper started
+    pending_files: int | None  # that are not in the store yet; None: its process does not tell
+    pending_bytes: int | None
+    starts: int | None  # of its processes, as long as its local state exists
 
 
 class NodeStatus(Protocol):
@@ -80,17 +81,22 @@ class _Volumes(Collector):
         count = GaugeMetricFamily("phfs_csi_volumes", "Volumes by what is done for them.", labels=["state"])
         files = GaugeMetricFamily("phfs_csi_pending_files", "Files that wait for upload.", labels=["volume", "state"])
         size = GaugeMetricFamily("phfs_csi_pending_bytes", "Bytes that wait for upload.", labels=["volume", "state"])
-        restarts = CounterMetricFamily(
-            "phfs_csi_worker_restarts", "Workers that had to start again.", labels=["volume"]
+        starts = CounterMetricFamily(
+            "phfs_csi_worker_starts", "Processes that the local state has had.", labels=["volume"]
         )
         for state in VolumeState:
             count.add_metric([state.value], sum(volume.state is state for volume in volumes))
         for volume in volumes:
-            files.add_metric([volume.volume_id, volume.state.value], volume.pending_files)
-            size.add_metric([volume.volume_id, volume.state.value], volume.pending_bytes)
-            if volume.state is VolumeState.MOUNTED:
-                restarts.add_metric([volume.volume_id], volume.restarts)
-        return (count, files, size, restarts)
+            labels = [volume.volume_id, volume.state.value]
+            files.add_metric(labels, _known(volume.pending_files))
+            size.add_metric(labels, _known(volume.pending_bytes))
+            starts.add_metric([volume.volume_id], _known(volume.starts))
+        return (count, files, size, starts)
+
+
+def _known(value: int | None) -> float:
+    """What is not known is no 0: a node whose uploads are at 0 may be removed."""
+    return math.nan if value is None else value
 
 
 # --- HTTP

@@ -68,13 +68,14 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         return [self._status(record) for record in self._records.volumes()]
 
     def _status(self, record: VolumeRecord) -> VolumeStatus:
-        pending = (self._mounter.status(record) or {}).get("pending", {})
+        status = self._mounter.status(record)
+        pending = status["pending"] if status else None
         return VolumeStatus(
             volume_id=record.volume_id,
             state=VolumeState.DRAINING if record.is_ended else VolumeState.MOUNTED,
-            pending_files=int(pending.get("files", 0)) + int(pending.get("deletes", 0)),
-            pending_bytes=int(pending.get("bytes", 0)),
-            restarts=0,
+            pending_files=pending["files"] + pending["deletes"] if pending else None,
+            pending_bytes=pending["bytes"] if pending else None,
+            starts=status["starts"] if status else None,
         )
 
     # --- the calls

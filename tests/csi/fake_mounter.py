@@ -20,6 +20,7 @@ class FakeMounter:
             "store": {"state": "ok"},
             "pending": {"files": 2, "deletes": 1, "bytes": 5},
             "errors": [],
+            "starts": 1,
         }
 
     def state(self, record: VolumeRecord) -> State:

@@ -16,12 +16,14 @@ from grpc import StatusCode
 from phfs_csi.config import NodeConfig
 from phfs_csi.drains import Drains
 from phfs_csi.errors import Unavailable
+from phfs_csi.life import Life
 from phfs_csi.metrics import Metrics, VolumeState
 from phfs_csi.node import CAPABILITIES, NodeService
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc
 from phfs_csi.records import Records
 from phfs_csi.requests import EPHEMERAL, Requests
 from phfs_csi.server import PluginServer
+from phfs_csi.spawning import Spawner
 from phfs_csi.volumes import Volumes
 from tests.csi.fake_mounter import FakeMounter
 
@@ -92,12 +94,14 @@ def mounter() -> FakeMounter:
 
 @contextmanager
 def serving(root: Path, mounter: FakeMounter) -> Iterator[NodeService]:
-    """The plugin as `open_node` puts it together, but for the mounter."""
+    """The plugin as `open_node` puts it together, but for the mounter, and without what goes on between calls."""
     config = NodeConfig(node_id="node-1", kubelet_dir=root / "kubelet", state_dir=root / "state")
     config.kubelet_dir.mkdir(exist_ok=True)
     records = Records(config.state_dir / "volumes")
+    records.read()
     volumes = Volumes(records, mounter, Drains(records, mounter))
-    node = NodeService(config, Requests(kubelet_dir=config.kubelet_dir), records, mounter, volumes)
+    requests = Requests(kubelet_dir=config.kubelet_dir)
+    node = NodeService(config, requests, records, mounter, volumes, Life(config, volumes, Spawner()))
     server = PluginServer(
         root / "csi.sock", [lambda to: csi_pb2_grpc.add_NodeServicer_to_server(node, to)], Metrics(node)
     )
@@ -294,11 +298,13 @@ def test_statistics(kubelet: Caller, mounter: FakeMounter, node: NodeService) ->
     _, found = kubelet.stats()
     assert [(usage.total, usage.used, usage.available) for usage in found.usage] == [(100, 30, 70), (10, 3, 7)]
     assert not found.volume_condition.abnormal
-    assert [(item.volume_id, item.state, item.pending_bytes) for item in node.volumes()] == [
-        ("vol", VolumeState.MOUNTED, 5)
-    ]
+    (told,) = node.volumes()
+    assert (told.volume_id, told.state, told.starts) == ("vol", VolumeState.MOUNTED, 1)
+    assert (told.pending_files, told.pending_bytes) == (3, 5)
     mounter.answer = None
     assert kubelet.stats()[1].volume_condition.abnormal
+    (told,) = node.volumes()
+    assert (told.pending_files, told.pending_bytes) == (None, None)
 
 
 def test_what_the_node_says_of_itself(kubelet: Caller) -> None:
