@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -158,7 +158,7 @@ class MountConfig:
     kernel: KernelConfig
     log_level: str = "info"
     log_format: str = "text"  # or "json"
-    extra: dict[str, str] = field(default_factory=dict)
+    log_name: str = ""  # names the mount in a log that several share
 
     @property
     def control_socket(self) -> Path:

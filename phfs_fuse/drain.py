@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     config = load_config(options.config.read_text(encoding="utf-8"))
     options.config.unlink(missing_ok=True)
-    logs.setup(config.log_level, config.log_format)
+    logs.setup(config.log_level, config.log_format, name=config.log_name)
     prepare_process()
     return trio.run(partial(_main, config))
 

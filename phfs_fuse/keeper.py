@@ -82,8 +82,10 @@ def start(config: MountConfig, config_path: Path, *, foreground: bool, worker: S
         command = [*fusemount.python(), "phfs_fuse.keeper", f"--config={config_path.absolute()}"]
         if foreground:
             _become(command, worker)
-        start = partial(_execute_keeper, command, worker, os.environ)
-        _start_in_background(config.writeback.directory / "log", start)
+        log_path = config.writeback.directory / "log"
+        with _open_log(log_path) as log_fd:
+            start = partial(_execute_keeper, command, worker, os.environ)
+            _start_in_background(lambda report_fd: start(report_fd, log_fd), str(log_path))
     except BaseException:
         config_path.unlink(missing_ok=True)
         raise
@@ -106,9 +108,10 @@ def start_held(
     environ: Mapping[str, str],
     seconds: float,
     spawn: Spawn,
+    log_fd: int,
 ) -> None:
     """Mount in the background, or go on with the connection that `holder` has of this mount point; return when it is
-    served. Nothing here looks at the mount point. `environ` is that of keeper and workers.
+    served. Nothing here looks at the mount point. `environ` is that of keeper and workers, `log_fd` their log.
 
     Raises:
         StartupError: the class says why not; there is no mount, or the holder still has it.
@@ -116,7 +119,7 @@ def start_held(
     """
     start = partial(spawn, config_path.absolute(), holder, environ)
     try:
-        _start_in_background(config.writeback.directory / "log", start, time.monotonic() + seconds)
+        _start_in_background(lambda report_fd: start(report_fd, log_fd), "the log", time.monotonic() + seconds)
     except BaseException:
         config_path.unlink(missing_ok=True)
         raise
@@ -139,13 +142,12 @@ def _become(command: Sequence[str], worker: Sequence[str]) -> None:
     os.execve(sys.executable, [*command, "--", *worker], fusemount.environment())
 
 
-def _start_in_background(log_path: Path, start: Callable[[int, int], int], deadline: float | None = None) -> None:
-    """`start` is given the descriptors of the report and of the log, and returns the process group."""
+def _start_in_background(start: Callable[[int], int], log_place: str, deadline: float | None = None) -> None:
+    """`start` is given the descriptor to report to, and returns the process group."""
     ours, theirs = os.pipe()
     with open(ours, "rb", buffering=0) as answers:
         try:
-            with _open_log(log_path) as log_fd:
-                group = start(theirs, log_fd)
+            group = start(theirs)
         finally:
             os.close(theirs)
         answer = _read_until(answers, deadline)
@@ -153,7 +155,7 @@ def _start_in_background(log_path: Path, start: Callable[[int, int], int], deadl
             _end_group(group, answers)
             raise TimeoutError("the mount was not ready in time")
     if not answer:
-        raise StartupError(f"the mount ended before it was ready; the reason is in {log_path}")
+        raise StartupError(f"the mount ended before it was ready; the reason is in {log_place}")
     report = json.loads(answer)
     if report["exit_code"]:
         raise startup_error(report["exit_code"], report["reason"])
@@ -755,7 +757,7 @@ def main(arguments: Sequence[str], *, launch: Launch | None = None) -> int:
             os._exit(0)
     os.chdir("/")  # hold no directory that somebody wants to unmount
     config = load_config(options.config.read_text(encoding="utf-8"))
-    logs.setup(config.log_level, config.log_format)
+    logs.setup(config.log_level, config.log_format, name=config.log_name)
     command = options.worker or [*fusemount.python(), "phfs_fuse.mount"]
     lock = keeper_lock(options.config)
     try:

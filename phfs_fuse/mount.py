@@ -461,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--standby", action="store_true", help="begin when the worker before has ended")
     options = parser.parse_args(arguments)
     config = load_config(options.config.read_text())
-    logs.setup(config.log_level, config.log_format)
+    logs.setup(config.log_level, config.log_format, name=config.log_name)
     prepare_process()
     return trio.run(partial(_main, config, options.fd, resume=options.resume, standby=options.standby))
 

@@ -29,6 +29,11 @@ def check(config: MountConfig) -> None:
     """
     require_free(config.kernel.mountpoint, mount_table())
     _require_fuse()
+    check_directories(config)
+
+
+def check_directories(config: MountConfig) -> None:
+    """Make the local directories. Raises: LocalStateError."""
     for directory in (config.writeback.directory, config.cache.directory):
         _require_writable(directory)
 

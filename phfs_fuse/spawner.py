@@ -2,8 +2,8 @@
 
 For who has many mounts on one machine. `python -m phfs_fuse.spawner --fd N` answers on a SOCK_SEQPACKET socket pair:
 
-    {}                                                                        {"pid": ...} of its own, once it has loaded
-    {"config": ..., "holder": ..., "environ": {...}} + descriptors of report pipe and log               {"pid": ...}
+    {}                                                                  {"pid": ...}, once all is loaded
+    {"config": ..., "holder": ..., "environ": {...}} + descriptors of report pipe and log         {"pid": ...}
 
 It starts the keeper of `config` as `python -m phfs_fuse.keeper` does it, and ends with the other end of the socket;
 what it has started goes on. State: the socket. One thread, and none may have been started before a fork.

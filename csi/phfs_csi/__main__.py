@@ -171,12 +171,14 @@ def controller(
 
 
 @app.command("hold")
-def hold(socket: SocketPath, log_level: LogLevel = "info", log_format: LogFormat = "text") -> None:
+def hold(
+    socket: SocketPath, pod_uid: PodUid = "", log_level: LogLevel = "info", log_format: LogFormat = "text"
+) -> None:
     """Hold the connections of the node's mounts, so that the plugin may be restarted."""
-    from phfs_csi.holder import Holder
+    from phfs_csi import holder
 
     _set_up_logs(log_level, log_format)
-    Holder(socket).run()
+    holder.hold(socket, pod_uid)
 
 
 @app.command("probe")

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -150,6 +151,7 @@ class PhfsMounter:
                 environ={**os.environ, **self._variables(record), **variables},
                 seconds=max(1.0, deadline - time.monotonic()),
                 spawn=self._spawn,
+                log_fd=sys.stderr.fileno(),
             )
         except TimeoutError:
             raise DeadlineExceeded(f"{record.source}: not mounted within {seconds:.0f} s") from None
@@ -195,9 +197,10 @@ class PhfsMounter:
             ours["credentials-file"] = str(credentials)
         given = {**settings.from_aws(os.environ), **given, **{name: Given(raw, name) for name, raw in ours.items()}}
         try:
-            return settings.resolve(record.source, record.path, given)
+            found = settings.resolve(record.source, record.path, given)
         except StartupError as exc:
             raise FailedPrecondition(f"{record.volume_id}: {exc}") from exc
+        return replace(found, config=replace(found.config, log_name=record.volume_id))
 
     def _variables(self, record: VolumeRecord) -> dict[str, str]:
         bundle = self._records.ca_file(record)
