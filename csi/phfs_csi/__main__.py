@@ -342,6 +342,9 @@ def _guarded(call: Callable[[], int | None]) -> int:
         return int(exc.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
+    except ModuleNotFoundError as exc:
+        _say(f"{exc.name} is missing: pip install 'phfs-fuse[csi]'")
+        return 1
     except OSError as exc:
         _say(str(exc))
         return LocalStateError.exit_code

@@ -75,6 +75,13 @@ def test_mistakes_are_one_line_with_the_flag(words: list[str], named: str) -> No
     assert done.stderr.startswith("phfs-csi: ")
 
 
+def test_without_the_extra_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['grpc'] = None; from phfs_csi.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "controller"], capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 1
+    assert done.stderr == "phfs-csi: grpc is missing: pip install 'phfs-fuse[csi]'\n"
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with servers.moto() as found:
