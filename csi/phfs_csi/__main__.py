@@ -241,10 +241,10 @@ def _serve(outer: Outer, node: Node | None, *, controller: bool, secrets_dir: st
         services.append(_controller_service(secrets_dir))
     door = server.PluginServer(_socket_path(outer.endpoint), services, counted, registration)
     ending = _on_signals()
-    log.info("phfs-csi %s driver=%s", package_version("phfs-fuse"), outer.driver_name)
     with ExitStack() as stack:
         if outer.metrics_address:
             stack.enter_context(metrics.serving(outer.metrics_address, counted, ready))
+        log.info("phfs-csi %s driver=%s", package_version("phfs-fuse"), outer.driver_name)
         if node is not None:
             stack.callback(node.stop)
         stack.callback(door.stop)
