@@ -168,13 +168,15 @@ def hold(path: Path, pod_uid: str = "") -> None:
     """The command. In a pod that was succeeded it idles, as its container would be restarted: until SIGTERM, or until
     it is needed again. Raises: LocalStateError."""
     marks = Marks(path, ROLE)
+    is_succeeded = marks.is_set(pod_uid)
     while True:
-        if marks.is_set(pod_uid):
+        if is_succeeded:
             log.info("another pod has taken over: idle")
             if not _wait_for_our_turn(path):
                 return
             marks.clear(pod_uid)
-        if not Holder(path, pod_uid).run() or not marks.is_set(pod_uid):
+        is_succeeded = Holder(path, pod_uid).run()
+        if not is_succeeded or not pod_uid:
             return
 
 

@@ -1,7 +1,8 @@
 """Mounts of volumes, made, looked at and ended without ever waiting for one of them in this process.
 
-State: none of its own: what is mounted is in the mount table, who serves it in the lock of its keeper. Programs that
-may hang on a mount (mount, umount, stat) are children with a deadline.
+State: none of its own: what is mounted is in the mount table, who serves it in the lock of its keeper (whose place is
+noted, since it is looked at every other second). Programs that may hang on a mount (mount, umount, stat) are children
+with a deadline.
 """
 
 from __future__ import annotations
@@ -103,6 +104,9 @@ class Mounter(Protocol):
     def limit(self, record: VolumeRecord) -> None:
         """Tell the mount what its share is now, also for a restart of the worker. Never raises."""
 
+    def tidy_up(self) -> None:
+        """Keep what volumes have left in the cache within its limit."""
+
     def apply(self, record: VolumeRecord) -> None:
         """Have another worker go on with the settings of the record; open files go on."""
 
@@ -112,6 +116,7 @@ class PhfsMounter:
 
     def __init__(self, config: NodeConfig, records: Records, shares: Shares, spawn: keeper.Spawn) -> None:
         self._spawn = spawn
+        self._config_paths: dict[tuple[str, Path], Path] = {}
         self._config = config
         self._records = records
         self._shares = shares
@@ -129,7 +134,10 @@ class PhfsMounter:
         return ours is not None and theirs is not None and ours.device == theirs.device
 
     def _keeper(self, record: VolumeRecord) -> int | None:
-        return keeper_of(prepare.config_path(self._resolve(record).config))
+        name = (record.key, record.path)
+        if name not in self._config_paths:
+            self._config_paths[name] = prepare.config_path(self._resolve(record).config)
+        return keeper_of(self._config_paths[name])
 
     # --- the mount
 
@@ -319,6 +327,9 @@ class PhfsMounter:
             next(client.ask(self._link(record, config), request, client.STATUS_SECONDS))
         except (CsiError, StartupError, TimeoutError, OSError) as exc:  # it reads the file when it starts again
             log.info("volume=%s: limits are told later: %s", record.volume_id, exc)
+
+    def tidy_up(self) -> None:
+        self._shares.tidy_up()
 
     def apply(self, record: VolumeRecord) -> None:
         config, _variables = prepare.with_credentials(self._resolve(record))

@@ -279,6 +279,7 @@ class Volumes:
             self._shares_due.clear()
             for record in self._mounted():
                 self._mounter.limit(record)
+            self._mounter.tidy_up()
 
 
 def _record(

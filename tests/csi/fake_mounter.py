@@ -61,6 +61,8 @@ class FakeMounter:
     def status(self, record: VolumeRecord) -> Mapping[str, Any] | None:
         return self.answer
 
+    def tidy_up(self) -> None: ...
+
     def limit(self, record: VolumeRecord) -> None:
         pass
 

@@ -28,6 +28,7 @@ volumes
 drains
 mounter spawning
 shares
+caches
 records
 server
 registration boundary identity

@@ -285,8 +285,9 @@ def test_what_is_left_goes_up_in_the_background(plugin: Plugin, bucket: str, sto
     volume = Volume(plugin, bucket, endpoint=store.endpoint_url, drainTimeout="1s")
     volume.stage()
     target = volume.publish()
+    sh('mkdir "$1/folder"', target)  # known to be empty: a file in it needs no answer of the store
     store.script = lambda _request: Answer(503)
-    sh('echo precious > "$1/file"', target)
+    sh('echo precious > "$1/folder/file"', target)
     volume.unpublish()
     volume.unstage()
     assert mounts_below(plugin.root) == []
@@ -294,7 +295,7 @@ def test_what_is_left_goes_up_in_the_background(plugin: Plugin, bucket: str, sto
     assert stat.S_IMODE(credentials.stat().st_mode) == 0o600
     store.script = forward_all
     eventually(lambda: is_forgotten(plugin), plugin.log)
-    assert volume.object("file") == b"precious\n"
+    assert volume.object("folder/file") == b"precious\n"
     assert not credentials.exists()
 
 
@@ -302,33 +303,35 @@ def test_what_is_left_goes_up_after_a_restart(plugin: Plugin, bucket: str, store
     volume = Volume(plugin, bucket, endpoint=store.endpoint_url, drainTimeout="1s")
     volume.stage()
     target = volume.publish()
+    sh('mkdir "$1/folder"', target)  # known to be empty: a file in it needs no answer of the store
     store.script = lambda _request: Answer(503)
-    sh('echo precious > "$1/file"', target)
+    sh('echo precious > "$1/folder/file"', target)
     volume.unpublish()
     volume.unstage()
     plugin.kill()
     store.script = forward_all
     plugin.start()
     eventually(lambda: is_forgotten(plugin), plugin.log)
-    assert volume.object("file") == b"precious\n"
+    assert volume.object("folder/file") == b"precious\n"
 
 
 def test_a_volume_that_is_staged_again_takes_up_what_is_left(plugin: Plugin, bucket: str, store: Proxy) -> None:
     volume = Volume(plugin, bucket, endpoint=store.endpoint_url, drainTimeout="1s")
     volume.stage()
     target = volume.publish()
+    sh('mkdir "$1/folder"', target)  # known to be empty: a file in it needs no answer of the store
     store.script = lambda _request: Answer(503)
-    sh('echo precious > "$1/file"', target)
+    sh('echo precious > "$1/folder/file"', target)
     volume.unpublish()
     volume.unstage()
     eventually(lambda: "uploading what is left" in plugin.log())
     store.script = forward_all
     volume.stage()
     target = volume.publish()
-    assert sh('cat "$1/file"', target) == "precious\n"
+    assert sh('cat "$1/folder/file"', target) == "precious\n"
     volume.unpublish()
     volume.unstage()
-    assert volume.object("file") == b"precious\n"
+    assert volume.object("folder/file") == b"precious\n"
 
 
 # --- what is told
@@ -349,8 +352,9 @@ def test_stats_and_condition(plugin: Plugin, bucket: str, store: Proxy) -> None:
         assert [usage.unit for usage in found.usage] == [csi_pb2.VolumeUsage.BYTES, csi_pb2.VolumeUsage.INODES]
         assert all(usage.total >= usage.available > 0 for usage in found.usage)
         assert not found.volume_condition.abnormal
+    sh('mkdir "$1/folder"', target)
     store.script = lambda _request: Answer(503)
-    sh('echo x > "$1/file"', target)
+    sh('echo x > "$1/folder/file"', target)
     eventually(lambda: ask(target).volume_condition.abnormal)
     store.script = forward_all
     elsewhere = csi_pb2.NodeGetVolumeStatsRequest(volume_id="vol", volume_path=str(plugin.kubelet))
