@@ -229,8 +229,7 @@ def _serve(outer: Outer, node: Node | None, *, controller: bool, secrets_dir: st
     )
 
     def ready() -> str:
-        of_node = (node.ready() or identity.fuse_problem()) if node is not None else ""
-        return of_node or door.problem()
+        return server.not_ready(node, door, identity.fuse_problem)
 
     services: list[server.AddService] = []
     about = identity.IdentityService(outer.driver_name, ready, controller=controller)

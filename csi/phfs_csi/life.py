@@ -32,6 +32,7 @@ class Life:
         self._marks: Marks | None = None
         self._ending = threading.Event()
         self._problem = "starting"
+        self.is_succeeded = False  # another pod serves, or is about to
 
     def start(self, door: Door) -> bool:
         """Take over from a plugin that runs, take up what is recorded. Returns whether calls are to be taken: not in
@@ -48,6 +49,7 @@ class Life:
         self._handover = HandoverServer(path, self._config.pod_uid, self)
         if self._marks.is_set(self._config.pod_uid):
             self._problem = "another pod has taken over"
+            self.is_succeeded = True
             threading.Thread(target=self._wait_for_our_turn, name="idle", daemon=True).start()
             return False
         self._take_over()
@@ -75,6 +77,7 @@ class Life:
         self._spawner.start()
         self._volumes.start()
         self._problem = ""
+        self.is_succeeded = False
 
     def _wait_for_our_turn(self) -> None:
         assert self._marks is not None
@@ -113,6 +116,7 @@ class Life:
     def let_go(self) -> list[str]:
         assert self._door is not None
         self._problem = "another pod takes over"
+        self.is_succeeded = True
         self._door.close_door()
         self._volumes.stop()
         return self._volumes.release()

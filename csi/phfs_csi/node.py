@@ -67,6 +67,9 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     def ready(self) -> str:
         return self._life.ready()
 
+    def is_succeeded(self) -> bool:
+        return self._life.is_succeeded
+
     def volumes(self) -> list[VolumeStatus]:
         return [self._status(record) for record in self._records.volumes()]
 

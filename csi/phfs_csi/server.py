@@ -49,8 +49,24 @@ class Node(NodeStatus, Protocol):
     def ready(self) -> str:
         """Why it is not; "" when it is."""
 
+    def is_succeeded(self) -> bool:
+        """Whether another pod serves this node, or is about to."""
+
     def stop(self) -> None:
         """After the last call."""
+
+
+def not_ready(node: Node | None, server: PluginServer, fuse_problem: Callable[[], str]) -> str:
+    """Why a probe is to say that the plugin is not ready; "" when it is.
+
+    One that was succeeded counts as ready: while a new pod is there, an old one that is not ready is deleted at once,
+    and this one may have to go on if the new one does not make it.
+    """
+    if node is None:
+        return server.problem()
+    if node.is_succeeded():
+        return ""
+    return node.ready() or fuse_problem() or server.problem()
 
 
 class PluginServer:

@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -21,7 +21,7 @@ from phfs_csi import errors
 from phfs_csi.identity import IdentityService, fuse_problem
 from phfs_csi.metrics import Metrics, VolumeState, VolumeStatus, parse_address, serving
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc
-from phfs_csi.server import PluginServer
+from phfs_csi.server import Node, PluginServer, not_ready
 from phfs_csi.sockets import SocketFile
 from phfs_fuse.errors import AccessDenied, ConfigError, LocalStateError, StoreUnavailable, UsageError
 
@@ -247,6 +247,31 @@ def test_a_closing_door_waits_for_the_call_at_work(server: PluginServer, node: F
     caller.join(SECONDS)
     closing.join(SECONDS)
     assert codes == [StatusCode.OK]
+
+
+class Role:
+    """A node as far as its readiness goes."""
+
+    def __init__(self, problem: str = "", *, succeeded: bool = False) -> None:
+        self._problem, self._succeeded = problem, succeeded
+
+    def ready(self) -> str:
+        return self._problem
+
+    def is_succeeded(self) -> bool:
+        return self._succeeded
+
+
+def test_what_a_readiness_probe_hears(server: PluginServer) -> None:
+    def ask(node: Role | None, fuse: str = "") -> str:
+        return not_ready(cast("Node | None", node), server, lambda: fuse)
+
+    assert ask(None) == ask(Role()) == ""
+    assert ask(Role("starting")) == "starting"
+    assert ask(Role(), "no fuse") == "no fuse"
+    server.close_door()
+    assert "another plugin" in ask(Role())
+    assert ask(Role("another pod has taken over", succeeded=True)) == ""  # else its pod would be deleted at once
 
 
 def test_a_path_where_nobody_can_listen(tmp_path: Path) -> None:
