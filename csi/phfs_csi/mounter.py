@@ -89,6 +89,9 @@ class Mounter(Protocol):
     def end(self, record: VolumeRecord, seconds: float) -> None:
         """Upload for up to `seconds`, then unmount in any case. What is not uploaded stays in the local state."""
 
+    def abandon(self, record: VolumeRecord) -> None:
+        """Take off a mount that nobody serves, and the connection from the holder."""
+
     def release(self, record: VolumeRecord) -> bool:
         """Have keeper and worker end without unmounting, where the holder keeps the connection."""
 
@@ -254,6 +257,10 @@ class PhfsMounter:
         config = replace(config, kernel=replace(config.kernel, mountpoint=config.writeback.directory))
         return config, fusemount.environment({**os.environ, **self._variables(record), **variables})
 
+    def abandon(self, record: VolumeRecord) -> None:
+        if self._keeper(record) is None:
+            self._take_off(record.path)
+
     def release(self, record: VolumeRecord) -> bool:
         if self._config.holder_socket is None or (pid := self._keeper(record)) is None:
             return False
@@ -292,6 +299,9 @@ class PhfsMounter:
 
     def _take_off(self, path: Path) -> None:
         """Unmount all that lies at `path`, dead or alive: who is in it keeps it, nobody else finds it."""
+        if self._config.holder_socket is not None:
+            with suppress(LocalStateError):
+                _drop(self._config.holder_socket, str(path))  # else the kernel waits for somebody to serve it
         for _ in range(LAYERS_MAX):
             if str(path) not in mount_table():
                 return
@@ -369,6 +379,15 @@ def _take(socket: Path, name: str) -> str | None:
             return None
         os.close(held.fd)
         return held.device
+    finally:
+        link.close()
+
+
+def _drop(socket: Path, name: str) -> None:
+    """Raises: LocalStateError."""
+    link = HolderLink(socket)
+    try:
+        link.drop(name)
     finally:
         link.close()
 

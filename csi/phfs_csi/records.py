@@ -13,6 +13,7 @@ Files are replaced as a whole. A record is saved before its effect and removed a
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from phfs_csi.errors import Aborted
+from phfs_csi.errors import Aborted, Internal, InvalidArgument, ResourceExhausted
 from phfs_csi.params import AccessMode, Credentials
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class Records:
             return self._volumes.get(record.key)
 
     def save(self, record: VolumeRecord) -> None:
-        """Raises: OSError."""
+        """Raises: CsiError."""
         _write(self.directory(record) / "volume.json", _plain(record))
         with self._changed:
             self._volumes[record.key] = record
@@ -167,7 +168,7 @@ class Records:
             return next(found, None)
 
     def save_target(self, record: VolumeRecord, target: TargetRecord) -> None:
-        """Raises: OSError."""
+        """Raises: CsiError."""
         _write(self._target_file(record, target.path), _plain(target))
         with self._changed:
             self._targets[record.key][target.path] = target
@@ -189,7 +190,10 @@ class Records:
         return self.directory(record) / "ca.pem" if record.has_ca_bundle else None
 
     def save_credentials(self, record: VolumeRecord, credentials: Credentials) -> None:
-        """As an AWS shared credentials file. Raises: OSError."""
+        """As an AWS shared credentials file. Raises: CsiError."""
+        words = (credentials.access_key, credentials.secret_key, credentials.session_token)
+        if not all(word.isprintable() for word in words):
+            raise InvalidArgument("credentials: control characters in a key")
         if credentials.access_key:
             lines = ["[default]", f"aws_access_key_id = {credentials.access_key}"]
             lines.append(f"aws_secret_access_key = {credentials.secret_key}")
@@ -208,14 +212,18 @@ def _key(*parts: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Atomic, also towards a power cut; mode 0600."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Atomic, also towards a power cut; mode 0600. Raises: CsiError."""
     draft = path.with_name(f".{path.name}.new")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as exc:
+        kind = ResourceExhausted if exc.errno in (errno.ENOSPC, errno.EDQUOT) else Internal
+        raise kind(f"{path}: cannot be written: {exc.strerror}") from exc
 
 
 def _plain(record: VolumeRecord | TargetRecord) -> str:

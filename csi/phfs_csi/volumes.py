@@ -28,6 +28,7 @@ LOOK_SECONDS: Final = 2.0
 REVIVE_SECONDS: Final = 60.0  # for one mount to be served again
 PAUSES: Final = (0.0, 2.0, 5.0, 15.0, 60.0)  # before the n-th try to revive a mount
 AT_A_TIME: Final = 4
+ADOPTIONS_MAX: Final = 4  # tries, and then the mount is made anew
 
 
 @dataclass(slots=True)
@@ -68,10 +69,12 @@ class Volumes:
 
     def unpublish(self, volume_id: str, target: Path, seconds: float) -> None:
         with self._records.hold(volume_id):
-            inline = self._records.at(target)
+            inline, found = self._records.at(target), self._records.target_at(target)
+            for record in (inline, found[0] if found else None):
+                if record is not None and record.volume_id != volume_id:
+                    raise FailedPrecondition(f"{target}: is published, but not for {volume_id}")
             if inline is not None and inline.is_inline:
                 self._end(inline, seconds)
-            found = self._records.target_at(target)
             self._mounter.unbind(target)
             if found is not None:
                 self._records.remove_target(found[0], target)
@@ -170,6 +173,9 @@ class Volumes:
             self._records.remove_target(record, target.path)
 
     def _end(self, record: VolumeRecord, seconds: float) -> None:
+        if self._mounter.state(record) is State.DEAD:  # what programs wrote may still wait for somebody to serve it
+            with suppress(CsiError):
+                self._mounter.mount(record, seconds)
         self._records.save(replace(record, is_ended=True))  # first: what is left is uploaded whatever happens now
         self._mounter.end(record, min(seconds, record.drain_seconds))
         self._mounter.clear(record.path)
@@ -234,8 +240,12 @@ class Volumes:
             now = self._records.current(record)
             if now is None or now.is_ended:
                 return
-            if self._mounter.state(now) is State.SERVED:
+            state = self._mounter.state(now)
+            if state is State.SERVED:
                 self._bind_again(now)
+            elif state is State.ABSENT and not now.path.is_dir():
+                log.warning("volume=%s: is not staged any more, %s is gone", now.volume_id, now.path)
+                self._forget(replace(now, is_ended=True))
             else:
                 log.warning("not served, taken up again: volume=%s", now.volume_id)
                 self._revive(now, REVIVE_SECONDS)
@@ -262,10 +272,18 @@ class Volumes:
         except CsiError as exc:
             revival.tries += 1
             log.error("volume=%s: not served: %s", record.volume_id, exc)
+            if revival.tries == ADOPTIONS_MAX:
+                self._abandon(record)
         except Exception:
             revival.tries += 1
             log.exception("volume=%s: not served", record.volume_id)
         revival.due = time.monotonic() + PAUSES[min(revival.tries, len(PAUSES) - 1)]
+
+    def _abandon(self, record: VolumeRecord) -> None:
+        """Nobody can take up its connection, for which programs wait: they get an error, and a new mount is made."""
+        with suppress(CsiError), self._records.hold(record.volume_id, 0):
+            self._mounter.abandon(record)
+            log.error("volume=%s: given up, to be mounted anew", record.volume_id)
 
     def _for_all(self, records: Iterable[VolumeRecord], call: Callable[[VolumeRecord], object]) -> None:
         with ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="volume") as pool:

@@ -61,6 +61,8 @@ class FakeMounter:
     def status(self, record: VolumeRecord) -> Mapping[str, Any] | None:
         return self.answer
 
+    def abandon(self, record: VolumeRecord) -> None: ...
+
     def tidy_up(self) -> None: ...
 
     def limit(self, record: VolumeRecord) -> None:
