@@ -12,6 +12,7 @@ what it has started goes on. State: the socket. One thread, and none may have be
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -73,6 +74,7 @@ def forked_worker(arguments: Sequence[str], fds: Sequence[int]) -> Fork:
     def run() -> int:
         os.setsid()
         _be_fresh(fds)
+        _call_oneself("phfs-worker")
         return mount.main(arguments)
 
     return Fork(run)
@@ -91,6 +93,12 @@ def _be_fresh(fds: Sequence[int]) -> None:
     os.closerange(last + 1, CLOSED_MAX)
 
 
+def _call_oneself(name: str) -> None:
+    """For ps and top, which else show the spawner's name. Source: proc_pid_comm(5)."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as comm:
+        comm.write(name)
+
+
 def _keep(request: dict[str, Any], report_fd: int, log_fd: int) -> int:
     os.setsid()
     _be_fresh((report_fd, log_fd))
@@ -99,6 +107,7 @@ def _keep(request: dict[str, Any], report_fd: int, log_fd: int) -> int:
     os.dup2(log_fd, 1)
     os.dup2(log_fd, 2)
     os.close(log_fd)
+    _call_oneself("phfs-keeper")
     os.environ.clear()
     os.environ.update(request["environ"])
     flags = [f"--holder={request['holder']}"] if request["holder"] else []
