@@ -73,7 +73,7 @@ class Holder:
         for name in list(self._held):
             self._drop(name)
         log.info("ended path=%s succeeded=%s", self._path, self._succeeded)
-        return self._succeeded
+        return self._succeeded and not self._ending  # asked to end: it was only waiting for that
 
     def _take_over(self, before: HolderLink) -> None:
         name = ""
