@@ -15,13 +15,16 @@ from typing import Final
 
 import trio
 
+from phfs_fuse import adoption
 from phfs_fuse.cachedir import CacheDirectory, file_name, unlink_all
+from phfs_fuse.cachedisk import CacheDisk, RunSync, on_thread
 from phfs_fuse.cachefile import CRC32, Buffer, Checksum, Layout
 from phfs_fuse.config import CacheConfig
 from phfs_fuse.extents import Extents
+from phfs_fuse.fills import Fetching
 from phfs_fuse.store.base import ObjectStore
 from phfs_fuse.types import MIB, ETag, ObjectKey
-from phfs_fuse.version import RunSync, Shared, Version, on_thread
+from phfs_fuse.version import Shared, Version
 
 __all__ = ["BlockCache", "Buffer", "CacheUsage", "Version"]
 log = logging.getLogger(__name__)
@@ -63,42 +66,44 @@ class BlockCache:
         checksum: Checksum = CRC32,
         run_sync: RunSync = on_thread,
     ) -> None:
-        self._shared = Shared(
-            store=store,
+        self._disk = CacheDisk(
             config=config,
             directory=CacheDirectory(config.directory),
             checksum=checksum,
             run_sync=run_sync,
             limiter=trio.CapacityLimiter(THREADS_MAX),
         )
+        self._fetching = Fetching(store)
+        self._shared = Shared(self._disk, self._fetching)
+        self._versions = self._shared.versions
 
     def close(self) -> None:
         """Give the directory to others; after `run` ended."""
-        self._shared.directory.close()
+        self._disk.directory.close()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve: fetch, keep to the limit, find what earlier processes left. Ends by cancellation."""
-        shared = self._shared
+        disk, fetching = self._disk, self._fetching
         try:
             async with trio.open_nursery() as nursery:
-                shared.nursery, shared.token = nursery, trio.lowlevel.current_trio_token()
+                fetching.nursery, fetching.token = nursery, trio.lowlevel.current_trio_token()
                 task_status.started()
                 nursery.start_soon(self._take_up)
                 while True:
-                    await shared.work.wait()
-                    shared.work = trio.Event()
+                    await disk.work.wait()
+                    disk.work = trio.Event()
                     await self._make_room()
         finally:
-            shared.nursery = None
+            fetching.nursery = None
 
     # -- versions
 
     def open(self, key: ObjectKey, etag: ETag, size: int) -> Version:
         """The version; its bytes are fetched when they are read."""
         name = self._name(key, etag)
-        version = self._shared.versions.get(name)
+        version = self._versions.get(name)
         if version is None:
-            version = self._shared.versions[name] = Version(self._shared, key, etag, size, name)
+            version = self._versions[name] = Version(self._shared, key, etag, size, name)
         else:
             version.refs += 1
         return version
@@ -124,11 +129,11 @@ class BlockCache:
         try:
             path = None if base is None or covered.covers(0, size) else self._inherit(version, base)
             if base is None or path is None:
-                version.adopt(os.fspath(source), covered)
+                adoption.adopt(self._shared, version, os.fspath(source), covered)
             else:
-                old = Layout(base[2], self._shared.config.block_bytes)
+                old = Layout(base[2], self._disk.config.block_bytes)
                 same = Extents(covered.gaps(0, min(base_bytes, base[2], size)))
-                version.graft(path, old, os.fspath(source), covered, same)
+                adoption.graft(self._shared, version, path, old, os.fspath(source), covered, same)
         except OSError as exc:
             log.info("bytes of key=%s are not kept: %s", key, exc)
         finally:
@@ -136,52 +141,52 @@ class BlockCache:
 
     def _inherit(self, version: Version, base: tuple[ObjectKey, ETag, int]) -> str | None:
         """Take the file of `base` out of the cache for a version that has none, if nobody needs it."""
-        shared, name = self._shared, self._name(base[0], base[1])
-        if shared.nursery is None or shared.is_full or version.name in shared.directory.entries:
+        directory, name = self._disk.directory, self._name(base[0], base[1])
+        if self._fetching.nursery is None or self._disk.is_full or version.name in directory.entries:
             return None
-        if name in shared.versions or name not in shared.directory.entries:
+        if name in self._versions or name not in directory.entries:
             return None
-        return shared.directory.discard(name)
+        return directory.discard(name)
 
     def rekey(self, old_key: ObjectKey, old_etag: ETag, new_key: ObjectKey, new_etag: ETag) -> None:
         """The same bytes have another name in the store: blocks and open versions go on under it."""
-        shared = self._shared
+        versions, directory = self._versions, self._disk.directory
         old_name, new_name = self._name(old_key, old_etag), self._name(new_key, new_etag)
         if old_name == new_name:
             return
-        version = shared.versions.get(old_name)
-        if version is None and old_name not in shared.directory.entries:
+        version = versions.get(old_name)
+        if version is None and old_name not in directory.entries:
             return
-        if new_name in shared.versions:  # opened already: it has the name, the old one goes on without
+        if new_name in versions:  # opened already: it has the name, the old one goes on without
             if version is not None:
                 version.rename(new_key, new_etag, old_name)
                 version.is_forgotten = True
             return
-        shared.directory.move(old_name, new_name)
+        directory.move(old_name, new_name)
         if version is not None:
             version.rename(new_key, new_etag, new_name)
-            shared.versions[new_name] = shared.versions.pop(old_name)
+            versions[new_name] = versions.pop(old_name)
 
     def forget(self, key: ObjectKey, etag: ETag) -> None:
         """The version is of no use any more; who has it open goes on."""
         name = self._name(key, etag)
-        if (version := self._shared.versions.get(name)) is not None:
+        if (version := self._versions.get(name)) is not None:
             version.is_forgotten = True
-        elif name in self._shared.directory.entries:
-            self._shared.discard(name)
+        elif name in self._disk.directory.entries:
+            self._disk.discard(name)
 
     def limit(self, size_max: int) -> None:
         """Keep to another limit from now on; what is too much goes at once."""
-        self._shared.config = replace(self._shared.config, size_max=size_max)
-        self._shared.work.set()
+        self._disk.config = replace(self._disk.config, size_max=size_max)
+        self._disk.work.set()
 
     def usage(self) -> CacheUsage:
-        shared, counts = self._shared, self._shared.counts
+        disk, counts = self._disk, self._disk.counts
         return CacheUsage(
-            bytes=shared.directory.used_bytes,
-            limit=shared.config.size_max,
-            files=len(shared.directory.entries),
-            open_versions=len(shared.versions),
+            bytes=disk.directory.used_bytes,
+            limit=disk.config.size_max,
+            files=len(disk.directory.entries),
+            open_versions=len(self._versions),
             hits=counts.hits,
             misses=counts.misses,
             fetches=counts.fetches,
@@ -189,63 +194,63 @@ class BlockCache:
             evicted_bytes=counts.evicted_bytes,
             damaged_bytes=counts.damaged_bytes,
             disk_errors=counts.disk_errors,
-            is_bypassed=shared.is_full,
+            is_bypassed=disk.is_full,
         )
 
     def _name(self, key: ObjectKey, etag: ETag) -> str:
-        return file_name(key, etag, self._shared.config.block_bytes, self._shared.checksum.name)
+        return file_name(key, etag, self._disk.config.block_bytes, self._disk.checksum.name)
 
     # -- keeping to the limit
 
     async def _take_up(self) -> None:
         """Enter what earlier processes left; until then their files are found by name only."""
-        directory = self._shared.directory
-        found = await self._shared.on_disk(directory.scan)
+        directory = self._disk.directory
+        found = await self._disk.run(directory.scan)
         while found:  # the last used first, each batch older than all before
             directory.add_found(found[-BATCH:])
             del found[-BATCH:]
             await trio.lowlevel.checkpoint()
-        self._shared.work.set()
+        self._disk.work.set()
 
     async def _make_room(self) -> None:
         """Keep to the limits; after the disk failed, see to it that it is tried again."""
-        shared = self._shared
-        used = shared.directory.used_bytes
-        if shared.is_full and shared.needs_room:
-            await self._evict(min(used - max(used // 10, 16 * MIB), shared.config.size_max))
-        elif used > shared.config.size_max or len(shared.directory.entries) > FILES_MAX:
-            await self._evict(int(shared.config.size_max * LOW_WATER))
-        if shared.trash:
-            trash, shared.trash = shared.trash, []
-            await shared.on_disk(partial(unlink_all, trash), abandon_on_cancel=False)
-        if shared.is_full:
-            if shared.directory.used_bytes >= used:
+        disk = self._disk
+        used = disk.directory.used_bytes
+        if disk.is_full and disk.needs_room:
+            await self._evict(min(used - max(used // 10, 16 * MIB), disk.config.size_max))
+        elif used > disk.config.size_max or len(disk.directory.entries) > FILES_MAX:
+            await self._evict(int(disk.config.size_max * LOW_WATER))
+        if disk.trash:
+            trash, disk.trash = disk.trash, []
+            await disk.run(partial(unlink_all, trash), abandon_on_cancel=False)
+        if disk.is_full:
+            if disk.directory.used_bytes >= used:
                 await trio.sleep(FULL_SECONDS)
-            shared.is_full = False
+            disk.is_full = False
 
     async def _evict(self, goal_bytes: int) -> None:
         """Drop the least recently used until `goal_bytes` are left: first files nobody has open, then blocks."""
-        shared = self._shared
-        before = shared.directory.used_bytes
+        disk = self._disk
+        before = disk.directory.used_bytes
         for count, name in enumerate(self._idle(goal_bytes), 1):
-            if name not in shared.versions:
-                shared.discard(name)
+            if name not in self._versions:
+                disk.discard(name)
             if count % BATCH == 0:
                 await trio.lowlevel.checkpoint()
-        for version in list(shared.versions.values()):
-            await version.shrink(shared.directory.used_bytes - goal_bytes)
-        shared.counts.evicted_bytes += max(0, before - shared.directory.used_bytes)
+        for version in list(self._versions.values()):
+            await version.shrink(disk.directory.used_bytes - goal_bytes)
+        disk.counts.evicted_bytes += max(0, before - disk.directory.used_bytes)
 
     def _idle(self, goal_bytes: int) -> list[str]:
         """The files to drop, out of those that are not open."""
-        directory = self._shared.directory
+        directory = self._disk.directory
         excess_bytes = directory.used_bytes - goal_bytes
         excess_files = len(directory.entries) - FILES_MAX
         names: list[str] = []
         for name, entry in directory.entries.items():
             if excess_bytes <= 0 and excess_files <= 0:
                 break
-            if name not in self._shared.versions:
+            if name not in self._versions:
                 names.append(name)
                 excess_bytes -= entry.bytes
                 excess_files -= 1

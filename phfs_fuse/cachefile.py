@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from errno import EIO
+from errno import EINVAL, EIO, ENOSYS, EOPNOTSUPP, EXDEV
 from typing import Final
 
 from phfs_fuse.extents import Extent, Extents, split
@@ -229,10 +229,22 @@ def copy(source_fd: int, fd: int, extents: Extents) -> None:
     """Copy the bytes of `extents` to the same offsets. Raises: OSError, also if the source is too short."""
     for start, end in extents:
         while start < end:
-            count = os.copy_file_range(source_fd, fd, min(end - start, COPY_BYTES), start, start)
+            count = _copy_some(source_fd, fd, start, min(end - start, COPY_BYTES))
             if not count:
                 raise OSError(EIO, "the source is too short")
             start += count
+
+
+def _copy_some(source_fd: int, fd: int, offset: int, length: int) -> int:
+    """How many bytes were copied; 0 at the end of the source."""
+    try:
+        return os.copy_file_range(source_fd, fd, length, offset, offset)
+    except OSError as exc:
+        if exc.errno not in (EXDEV, EINVAL, ENOSYS, EOPNOTSUPP):  # Source: copy_file_range(2), since Linux 5.19
+            raise
+    data = os.pread(source_fd, min(length, MIB), offset)
+    write_all(fd, data, offset)
+    return len(data)
 
 
 def _entry(value: int) -> bytes:

@@ -8,19 +8,21 @@ is in the journal when it returns. It does not upload: it puts the file on the q
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
 import trio
 
 from phfs_fuse import keys
+from phfs_fuse.attrs import to_metadata
 from phfs_fuse.dirty import DirtyFile, Event, State
 from phfs_fuse.errors import IllegalName
 from phfs_fuse.gone import Gone, GoneKeys
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Base, Inodes, Node
 from phfs_fuse.journal import Act, Journal, LayerRow, PresentRow
 from phfs_fuse.kernelstate import KernelState
+from phfs_fuse.quota import Quotas
 from phfs_fuse.staging import Layer, Staged, StagingArea
 from phfs_fuse.store.base import ObjectInfo
 from phfs_fuse.types import ETag, Ino, ObjectKey
@@ -31,7 +33,14 @@ ATTEMPTS_MAX = 8  # of one key that are remembered
 
 class Changes:
     def __init__(
-        self, *, inodes: Inodes, journal: Journal, area: StagingArea, queue: UploadQueue, kernel: KernelState
+        self,
+        *,
+        inodes: Inodes,
+        journal: Journal,
+        area: StagingArea,
+        queue: UploadQueue,
+        kernel: KernelState,
+        quotas: Quotas,
     ) -> None:
         self._inodes = inodes
         self._kernel = kernel
@@ -39,6 +48,7 @@ class Changes:
         self._journal = journal
         self._area = area
         self._queue = queue
+        self._quotas = quotas
         self.gone = GoneKeys()
         self._dirty: dict[Ino, Node] = {}
         self._sources: dict[ObjectKey, set[Node]] = {}  # who needs the stored bytes of a key that is not its own
@@ -46,6 +56,7 @@ class Changes:
         self._attempts: dict[ObjectKey, list[tuple[int, str]]] = {}  # (size, metadata) that the store may have
         self._seq = 0
         self._waiters: dict[Ino, trio.Event] = {}
+        self.on_met: Callable[[ObjectKey], None] | None = None
         self.settled = trio.Event()  # set, and replaced, when something has reached the store or failed
 
     def users(self, key: ObjectKey) -> Collection[Node]:
@@ -76,6 +87,14 @@ class Changes:
             at.seq = self._seq
             at = at.parent
 
+    def require_space(self, size: int = 0) -> None:
+        """Before a change that makes the local state grow by `size`. Raises: OSError (ENOSPC)."""
+        self._journal.reserve.require(size)
+
+    def require_some_space(self) -> None:
+        """Before one that will give space back. Raises: OSError (ENOSPC)."""
+        self._journal.reserve.require_some()
+
     def created(self, node: Node) -> None:
         """`node` has just got a name that nothing had. A file starts empty and is not in the store."""
         key = self._inodes.key(node)
@@ -93,6 +112,21 @@ class Changes:
         self.touch(node)
         self._queue.schedule(node)
 
+    def created_in_store(self, node: Node, info: ObjectInfo) -> None:
+        """`node` has just got a name under which the store has `info`, which is all of it."""
+        self._take_gone(info.key)
+        if node.is_dir:
+            node.marker = info.etag
+        else:
+            node.base, node.size = Base(info.key, info.etag, info.size), info.size
+            self._quotas.changed(info.key, 0, node.stored_size)
+        self.touch(node)
+
+    def give_back(self, key: ObjectKey, etag: ETag | None) -> None:
+        """The object that was made there for a name which is not made now shall vanish (`etag` None: if it came to
+        be)."""
+        self._add_gone(key, etag, request=True)
+
     def stage(self, node: Node) -> Layer:
         """The layer that takes the next write to `node`; the caller then calls `written`. Raises: OSError."""
         staged = node.staged
@@ -103,21 +137,32 @@ class Changes:
         if staged is None and node.base is not None:
             seen = min(size, node.base.size)
         layer = self._area.new(seen=seen, size=size)
-        if node.dirty is None:
+        was_dirty = node.dirty is not None
+        if not was_dirty:
             self._make_dirty(node, node.base.etag if node.base else None)
-        assert node.dirty is not None
+        try:
+            with self._journal.batch():
+                self._journal.put_layer(LayerRow(layer.id, node.ino, seen))
+                self.save(node)
+        except OSError:  # a layer without a row would not be found again
+            self._area.discard(layer)
+            if not was_dirty:
+                node.dirty = None
+                del self._dirty[node.ino]
+            raise
         if staged is None:
             node.staged = Staged([layer])
         else:
             staged.layers.append(layer)
-        with self._journal.batch():
-            self._journal.put_layer(LayerRow(layer.id, node.ino, seen))
-            self.save(node)
         return layer
 
-    def written(self, node: Node) -> None:
-        """Bytes of the staged `node` changed."""
+    def written(self, node: Node, size: int) -> None:
+        """Bytes of the staged `node` changed; it is `size` long now."""
         assert node.dirty is not None
+        if size != node.size:
+            if self._quotas and not node.detached:
+                self._quotas.changed(self._inodes.key(node), node.stored_size, size)
+            node.size = size
         self._changed(node, node.dirty)
 
     def attrs_changed(self, node: Node) -> None:
@@ -153,6 +198,7 @@ class Changes:
 
     def _replaced(self, node: Node, key: ObjectKey, *, keep_gone: bool) -> ETag | None:
         self.touch(node)
+        self._quotas.changed(key, node.stored_size, 0)
         over, in_store = self._stored_as(node, key)
         with self._journal.batch():
             if keep_gone and (in_store or node.is_dir):
@@ -200,10 +246,22 @@ class Changes:
         text = json.dumps(dict(found.metadata or {}), sort_keys=True)
         return (found.size, text) in self._attempts.get(found.key, ())
 
+    def made_before(self, node: Node) -> bool:
+        """Whether `node` is what a call that got no answer has made: then that ends here."""
+        if node.base is None or node.dirty is not None:
+            return False
+        text = json.dumps(to_metadata(node.attrs), sort_keys=True)
+        if (node.base.size, text) not in self._attempts.get(node.base.key, ()):
+            return False
+        self.answered(node.base.key)
+        return True
+
     def renamed(self, node: Node, old_key: ObjectKey, over: ETag | None) -> None:
         """`node` had the name `old_key` and now has another, where the store has version `over` (None: nothing)."""
         self.touch(node)
         key = self._inodes.key(node)
+        self._quotas.changed(old_key, node.stored_size, 0)
+        self._quotas.changed(key, 0, node.stored_size)
         over = self._take_gone(key) or over
         old_over, in_store = self._stored_as(node, old_key)
         with self._journal.batch():
@@ -219,8 +277,38 @@ class Changes:
             self.save(node)
         self._changed(node, dirty)
 
+    def displaced(self, node: Node, key: ObjectKey, winner_size: int | None) -> None:
+        """`node` lost its name `key` to what somebody else has stored there (None: of a size that is not known),
+        and has another one now, or none."""
+        if winner_size is None:
+            self._quotas.foreign(key, None, 0)
+        else:
+            self._quotas.changed(key, node.stored_size, winner_size)
+        if not node.detached:
+            self._quotas.changed(self._inodes.key(node), 0, node.stored_size)
+
+    def spared(self, gone: Gone, size: int) -> None:
+        """Somebody else has stored `size` bytes under a key that was to be deleted: it stays."""
+        self._quotas.changed(gone.key, 0, size)
+        self.deleted([gone])
+        self.met(gone.key)
+
+    def met(self, key: ObjectKey) -> None:
+        """Somebody else's object was found under `key`."""
+        if self.on_met is not None:
+            self.on_met(key)
+
+    def known_sizes(self) -> dict[str, int]:
+        """The keys of which the store does not know yet what they are here: the sizes of the files, 0: deleted."""
+        sizes = {str(gone.key): 0 for gone in self.gone.all()}
+        return sizes | {str(self._inodes.key(node)): node.stored_size for node in self.waiting()}
+
     def _moved(self, node: Node) -> None:
         self._journal.after(partial(self._kernel.changed, node))
+
+    def refreshed(self, node: Node) -> None:
+        """The store says other attributes of a version that is known."""
+        self._kernel.changed(node)
 
     def did(self, act: Act | None, node: Node) -> None:
         """`act` is done with this transaction."""
@@ -354,7 +442,7 @@ class Changes:
 
     def _add_gone(self, key: ObjectKey, etag: ETag | None, *, request: bool) -> None:
         self._seq += 1
-        gone = Gone(key, etag, request, trio.current_time() + self._queue.delay)
+        gone = Gone(key, etag, request, self._queue.delete_due)
         self.gone.add(gone)
         self._journal.put_gone(key, etag)  # of directories too: their names stay hidden after a restart
         self._queue.push(gone, gone.due)
@@ -382,7 +470,7 @@ class Changes:
             gone.request = gone.request or etag is not None
             self._journal.put_gone(key, etag)
             return
-        node = self._find(key)
+        node = self.find(key)
         if node is None:
             if etag is not None:  # it was renamed or removed while it went up, and who had the name then is gone too
                 self._add_gone(key, etag, request=True)
@@ -390,7 +478,7 @@ class Changes:
             node.dirty.over = etag
             self.save(node)
 
-    def _find(self, key: ObjectKey) -> Node | None:
+    def find(self, key: ObjectKey) -> Node | None:
         """The known node of that key."""
         prefix = self._inodes.key(self._inodes.root)
         at: Node | None = self._inodes.root

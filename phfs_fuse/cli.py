@@ -41,7 +41,7 @@ INTERRUPTED = 130  # Source: bash(1), exit status of a command that SIGINT ended
 def mount(
     arguments: list[str],
     options: Layer,
-    flags: Mapping[str, Raw | None],
+    flags: Mapping[str, Raw | Sequence[Raw] | None],
     *,
     foreground: bool,
     fake: bool = False,
@@ -129,7 +129,8 @@ def _flag(setting: Setting) -> Any:
     text = f"{setting.help} [{setting.default}]" if setting.default else setting.help
     if setting.is_switch:
         return Annotated[bool | None, typer.Option(f"--{setting.name}/--no-{setting.name}", help=text)]
-    return Annotated[str | None, typer.Option(f"--{setting.name}", metavar=setting.kind.metavar, help=text)]
+    kind: Any = list[str] | None if setting.is_list else str | None
+    return Annotated[kind, typer.Option(f"--{setting.name}", metavar=setting.kind.metavar, help=text)]
 
 
 for _name, _command, _parameters in (
@@ -251,6 +252,55 @@ def demo(
     from phfs_fuse import demo as show
 
     return show.run(directory, keep=keep, once=once)
+
+
+@app.command()
+def bench(
+    against: Annotated[str, typer.Option(metavar="SYSTEM,...", help="The other mounts.")] = "rclone",
+    endpoint_url: Annotated[str | None, typer.Option(metavar="URL", help="The store, when it is not AWS.")] = None,
+    bucket: Annotated[str | None, typer.Option(metavar="NAME", help="An existing bucket: a prefix is used.")] = None,
+    minio: Annotated[Path | None, typer.Option(metavar="BINARY", help="Start this MinIO for the run.")] = None,
+    embedded: Annotated[bool, typer.Option("--embedded", help="Start moto for the run: slow, to try it.")] = False,
+    dirs: Annotated[
+        str | None, typer.Option(metavar="NAME=PATH,...", help="Compare directories that are mounted already.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(metavar="WORKLOAD,...", help="Default: all.")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Show the workloads and end.")] = False,
+    size: Annotated[str, typer.Option(metavar="full|small", help="small: to try it.")] = "full",
+    reps: Annotated[int, typer.Option(metavar="N", help="Repetitions.")] = 3,
+    latency_ms: Annotated[float, typer.Option(metavar="L", help="Added to each round trip to the store.")] = 0.0,
+    counts: Annotated[bool, typer.Option(help="Count requests and bytes in a repetition of its own.")] = True,
+    timeout: Annotated[str, typer.Option(metavar="TIME", help="Of each step of a workload.")] = "10m",
+    work_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Caches of the mounts. Default: that for temporary files.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="All raw figures.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="A bar chart.")] = None,
+) -> int:
+    """Run workloads on phfs and on other mounts of the same store, side by side."""
+    from phfs_fuse.bench import command
+
+    if show_list:
+        command.show_workloads()
+        return 0
+    options = command.Options(
+        against=against,
+        endpoint_url=endpoint_url,
+        bucket=bucket,
+        minio=minio,
+        embedded=embedded,
+        dirs=dirs,
+        only=only,
+        size=size,
+        repetitions=reps,
+        latency_ms=latency_ms,
+        counts=counts,
+        timeout_seconds=_seconds("--timeout", timeout) or 0,
+        work_dir=work_dir,
+        json_file=json_file,
+        plot_file=plot,
+    )
+    return command.run(options)
 
 
 def _drain(record: MountRecord, path: str | None, seconds: float | None) -> None:

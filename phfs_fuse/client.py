@@ -111,6 +111,12 @@ def settled(conflict: Conflict) -> None:
     next(ask(conflict.record, request, STATUS_SECONDS))
 
 
+def set_quota(record: MountRecord, path: str, size: int | None) -> None:
+    """Let `path` below the mount point ("": all of it) hold `size` bytes, None: as many as there are, until the
+    mount ends. Raises: MountpointError, StartupError."""
+    next(ask(record, {"op": "quota", "path": path, "size": size}, STATUS_SECONDS))
+
+
 def upgrade(record: MountRecord) -> tuple[str, str]:
     """Have a worker of what is installed now take over; returns the versions before and after, when it serves.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -20,6 +20,16 @@ class OnConflict(Enum):
     KEEP_BOTH = "keep-both"
     OVERWRITE = "overwrite"
     FAIL = "fail"
+
+
+class Events(Enum):
+    AUTO = "auto"  # hear of the changes of others, where the store tells them
+    OFF = "off"
+
+
+class ExclusiveCreate(Enum):
+    LOCAL = "local"  # O_EXCL and RENAME_NOREPLACE hold within the mount
+    STORE = "store"  # and between mounts: the name is in the store before the call is answered
 
 
 def _at_least(name: str, value: float, low: float, wanted: str) -> None:
@@ -123,6 +133,9 @@ class TreeConfig:
     file_mode: int = 0o644
     dir_mode: int = 0o755
     attr_ttl_seconds: float = 5.0
+    events: Events = Events.AUTO
+    events_ttl_seconds: float = 300.0  # instead of attr_ttl, as long as the store's stream of changes is open
+    exclusive_create: ExclusiveCreate = ExclusiveCreate.LOCAL
     posix_attrs: PosixAttrs = PosixAttrs.STORE
     xattrs: bool = False
 
@@ -134,6 +147,24 @@ class TreeConfig:
             if not 0 <= getattr(self, name) <= 0o7777:
                 raise ConfigError(name, oct(getattr(self, name)), "an octal mode up to 7777")
         _at_least("attr_ttl_seconds", self.attr_ttl_seconds, 0, ">= 0")
+        _at_least("events_ttl_seconds", self.events_ttl_seconds, 0, ">= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaConfig:
+    """How much may be stored."""
+
+    limits: dict[str, int] = field(default_factory=dict)  # bytes, by path below the mount point; "": all of it
+    file: Path | None = None  # with more of them
+    recount_seconds: float = 600.0
+
+    @property
+    def has_folders(self) -> bool:
+        """Whether a folder may have a quota of its own."""
+        return self.file is not None or any(path.strip("/") for path in self.limits)
+
+    def __post_init__(self) -> None:
+        _at_least("quota.recount_seconds", self.recount_seconds, 1, ">= 1s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +187,7 @@ class MountConfig:
     writeback: WritebackConfig
     tree: TreeConfig
     kernel: KernelConfig
+    quota: QuotaConfig = field(default_factory=QuotaConfig)
     log_level: str = "info"
     log_format: str = "text"  # or "json"
     log_name: str = ""  # names the mount in a log that several share

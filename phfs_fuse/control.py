@@ -7,6 +7,7 @@
     {"op": "conflicts"}                 {"conflicts": [{"path": ..., "kept_as": ..., "outside": ..., "at": ...}, ...]}
     {"op": "settled", "path": ..., "kept_as": ...}      {"done": {}}; the conflict is not shown any more
     {"op": "limits", "cache_bytes": 1073741824, "dirty_bytes": 1073741824}      {"done": {}}; either may be left out
+    {"op": "quota", "path": "a/b", "size": n}       {"done": {}}; null takes the quota away, "" is the whole mount
     {"op": "upgrade"}                   the end of the connection: another worker takes over
 
 What cannot be done is answered by {"error": "one line", "exit_code": n}; n is that of a command that ends so.
@@ -30,6 +31,7 @@ from typing import Final, Protocol
 
 import trio
 
+from phfs_fuse import values
 from phfs_fuse.errors import NotDrained, NotFound, PhfsError, StartupError, UsageError
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,9 @@ class Controllable(Protocol):
 
     def limit(self, *, cache_bytes: int | None, dirty_bytes: int | None) -> None:
         """Keep to other limits from now on. Raises: ConfigError."""
+
+    def set_quota(self, path: str, size: int | None) -> None:
+        """Raises: LocalStateError, it holds but will not after a restart."""
 
     async def sync(self, path: str | None) -> None:
         """Return when `path` (None: everything) is in the store. Raises: PhfsError."""
@@ -144,6 +149,9 @@ class ControlServer:
                         cache_bytes=_count(request, "cache_bytes"), dirty_bytes=_count(request, "dirty_bytes")
                     )
                     await _send(stream, {"done": {}})
+                case "quota":
+                    self._mount.set_quota(*_quota(request))
+                    await _send(stream, {"done": {}})
                 case "upgrade":
                     await self._worker.upgrade()
                 case other:
@@ -230,6 +238,16 @@ def _parse(line: bytes) -> Fields:
 
 def _path(request: Fields) -> str | None:
     return None if request.get("path") is None else _text(request, "path")
+
+
+def _quota(request: Fields) -> tuple[str, int | None]:
+    size = request.get("size")
+    try:
+        if size is not None and not (isinstance(size, int) and not isinstance(size, bool)):
+            raise ValueError("size as a number or null")
+        return values.folder(_text(request, "path")), None if size is None else values.quota_size(size)
+    except ValueError as exc:
+        raise UsageError(f"expected {exc}") from exc
 
 
 def _text(request: Fields, name: str) -> str:

@@ -1,4 +1,4 @@
-"""One open directory: its names in the order of their keys, page by page. Owns the position of one reader.
+"""Open directories: their names in the order of their keys, page by page. Owns the streams and their positions.
 
 The names that exist only here are merged into the pages of the store. A window of about one page is held, and what is
 in it is not forgotten meanwhile; reading again from an earlier offset starts the listing over. The order is fixed, so
@@ -8,13 +8,19 @@ that a reader can go on after a restart behind the last name it was given.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 import trio
 
 from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.namespace import Namespace
+from phfs_fuse.settling import Settling
+from phfs_fuse.types import Fh
+
+STREAM_BITS = 20  # of the handle of a directory stream: which one of its directory
+STREAM_MASK = (1 << STREAM_BITS) - 1
 
 
 def sort_key(node: Node) -> bytes:
@@ -100,3 +106,56 @@ class DirStream:
         while self._window:
             self._release(self._window.pop()[1])
         await self._pages.aclose()
+
+
+class DirStreams:
+    """The open directories. A handle is the inode number and which one of its streams."""
+
+    def __init__(self, *, inodes: Inodes, namespace: Namespace, kernel: KernelState, settling: Settling) -> None:
+        self._inodes = inodes
+        self._namespace = namespace
+        self._kernel = kernel
+        self._settling = settling
+        self._streams: dict[int, DirStream] = {}
+        self._stream_no = 0
+        self._positions: dict[int, tuple[int, bytes]] = {}  # of streams that the process before had open
+
+    def resume(self, positions: dict[int, tuple[int, bytes]]) -> None:
+        """Go on for a process that died, from the positions that it had noted."""
+        self._positions = positions
+        self._stream_no = max((fh & STREAM_MASK for fh in positions), default=0)
+
+    def opendir(self, ino: int) -> Fh:
+        node = self._inodes.get(ino)
+        node.opens += 1
+        self._kernel.referred(node)
+        self._stream_no = (self._stream_no + 1) & STREAM_MASK
+        return Fh(node.ino << STREAM_BITS | self._stream_no)
+
+    async def readdir(self, fh: int, offset: int) -> list[tuple[int, Node]]:
+        """Some entries after the cookie `offset`, each with its cookie; empty at the end."""
+        stream = self._streams.get(fh)
+        if stream is None:
+            node, position = self._inodes.get(fh >> STREAM_BITS), self._positions.pop(fh, (0, b""))
+            stream = self._streams[fh] = DirStream(self._namespace, self._inodes, node, *position)
+        return await stream.read(offset)
+
+    def told_page(self, fh: int, page: Sequence[tuple[int, Node]]) -> None:
+        """A reply hands out these entries of a directory stream."""
+        if page:
+            cookie, last = page[-1]
+            self._kernel.told_all([node for _, node in page], fh, cookie, sort_key(last))
+
+    async def releasedir(self, fh: int) -> None:
+        if (stream := self._streams.pop(fh, None)) is not None:
+            await stream.aclose()
+        self._positions.pop(fh, None)
+        self._kernel.stream_closed(fh)
+        node = self._inodes.get(fh >> STREAM_BITS)
+        node.opens -= 1
+        self._kernel.referred(node)
+        self._inodes.drop_unused(node)
+
+    async def fsyncdir(self, fh: int) -> None:
+        """Return when the store has what was changed at the names in the directory."""
+        await self._settling.settle_names(self._inodes.get(fh >> STREAM_BITS))

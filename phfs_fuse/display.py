@@ -51,13 +51,16 @@ def _lines(label: str, events: Iterable[client.Progress]) -> None:
 def mounts(answers: Iterable[Mapping[str, Any]]) -> None:
     """A table, one row per mount, and the errors below it."""
     table = Table("MOUNT POINT", "VOLUME", "STATE", "PENDING", "CACHE", "HITS", "CONFLICTS", box=None)
-    errors = []
+    errors, quotas = [], []
     for answer in answers:
         table.add_row(*map(escape, _row(answer)))
         errors += [(answer["mountpoint"], error) for error in answer.get("errors", ())]
+        quotas += [(answer["mountpoint"], quota) for quota in answer.get("quotas", ())]
     # A pipe has no width: one line per mount for grep.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
     console.print(table)
+    for mountpoint, quota in quotas:
+        console.print(os.path.join(mountpoint, quota["path"]) + ": " + _quota(quota), markup=False)
     for mountpoint, error in errors:
         console.print(f"{mountpoint}: {error['path']}: {error['reason']} ({error['count']} times)", markup=False)
 
@@ -83,9 +86,17 @@ def _row(answer: Mapping[str, Any]) -> tuple[str, ...]:
     if count := pending["files"] + pending["deletes"]:
         waits = f"{count} changes, {size(pending['bytes'])}, {duration(pending['oldest_seconds'])}"
     state = ("read-only, " if answer["read_only"] else "") + f"store {answer['store']['state']}"
+    if "events" in answer:  # not of a worker before there were any
+        state += f", events {answer['events']['state']}"
     used = f"{size(cache['bytes'])} of {size(cache['limit'])}"
     hits = "-" if cache["hit_rate"] is None else f"{cache['hit_rate']:.0%}"  # None: nothing was read yet
     return answer["mountpoint"], answer["url"], state, waits, used, hits, str(answer["conflicts"])
+
+
+def _quota(quota: Mapping[str, Any]) -> str:
+    known = "" if quota["counted"] else ", being counted"
+    refused = f", refused {quota['refused']} times" if quota["refused"] else ""
+    return f"{size(quota['used'])} of {size(quota['limit'])}, {size(quota['free'])} free{known}{refused}"
 
 
 def size(count: float) -> str:

@@ -49,11 +49,11 @@ async def upload_left(config: MountConfig) -> None:
             await services.start(mount.writeback.run)
             await services.start(ControlServer(config.control_socket, mount, _NoMount()).run)
             services.start_soon(_report, mount)
-            done = await mount.writeback.drain()
+            done = await mount.settling.drain()
             await mount.writeback.abort_stale_uploads()
             services.cancel_scope.cancel()
         if not done:
-            left = mount.writeback.pending()
+            left = mount.settling.pending()
             raise NotDrained(
                 f"{config.store.url}: {left.files} files and {left.bytes} bytes are not in the store yet; "
                 f"they stay in {config.writeback.directory}"
@@ -62,7 +62,7 @@ async def upload_left(config: MountConfig) -> None:
 
 
 def _is_done(mount: Mount) -> bool:
-    left = mount.writeback.pending()
+    left = mount.settling.pending()
     return not (left.files or left.deletes)
 
 
@@ -70,7 +70,7 @@ async def _report(mount: Mount) -> None:
     """Service: say how far it is."""
     while True:
         await trio.sleep(REPORT_SECONDS)
-        left = mount.writeback.pending()
+        left = mount.settling.pending()
         log.info("draining files=%d deletes=%d bytes=%d", left.files, left.deletes, left.bytes)
 
 

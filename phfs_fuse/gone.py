@@ -69,7 +69,11 @@ class GoneKeys:
 
     def hides(self, key: str, asked_seq: int) -> bool:
         """Whether an answer about `key`, asked for at change number `asked_seq`, speaks of something deleted."""
-        return key in self._gone or self._done.get(key, -1) >= asked_seq
+        return key in self._gone or self._done.get(key, -1) > asked_seq
+
+    def was_deleted(self, key: str) -> bool:
+        """Whether `key` is, or was not long ago, deleted here."""
+        return key in self._gone or key in self._done
 
     def waits_below(self, directory_key: str) -> bool:
         """Whether keys under that prefix still wait for their deletion."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from phfs_fuse import keys
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from phfs_fuse.staging import Staged
 
 NEVER = float("-inf")
+
+
+@dataclass(slots=True, eq=False)
+class Question:
+    """What the store was asked about names of one directory, at local change number `seq` and at time `at`. The
+    answer says nothing reliable of the names in `heard`: somebody else has changed them meanwhile."""
+
+    seq: int
+    at: float
+    heard: set[bytes] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +54,9 @@ class Node:
         "complete_at",
         "ctime_ns",
         "detached",
+        "direct_writers",
         "dirty",
+        "doubted_at",
         "gaps",
         "gid",
         "holds",
@@ -53,6 +65,7 @@ class Node:
         "link",
         "lookups",
         "marker",
+        "misjudged",
         "misses",
         "mode",
         "mtime_ns",
@@ -88,8 +101,11 @@ class Node:
         self.noted = False  # kernel state on disk has it as it is
         self.opens = 0  # open files and directory streams
         self.writers = 0  # of these, open for writing
+        self.direct_writers = 0  # of these, past the kernel's cache
+        self.misjudged = False  # the kernel takes it for longer, or older, than it is
         self.holds = 0  # directory streams that are about to show it
-        self.checked_at = NEVER  # when the store last said that this is what the name means
+        self.checked_at = NEVER  # when the store was last asked and said that this is what the name means
+        self.doubted_at = NEVER  # when somebody else changed what the name means: answers from before do not count
         self.seq = 0  # of the last local change: answers that are older say nothing about it
         self.detached = False
         self.dirty: DirtyFile | None = None
@@ -143,6 +159,11 @@ class Node:
         self.link = attrs.link
 
     @property
+    def stored_size(self) -> int:
+        """How many bytes its object has, or shall have."""
+        return 0 if self.link is not None or self.is_dir else self.size
+
+    @property
     def busy(self) -> bool:
         """Whether something still refers to it."""
         return bool(self.lookups or self.opens or self.holds or self.dirty or self.kids)
@@ -155,7 +176,7 @@ class Inodes:
         self._prefix = prefix
         self._next = first_ino
         self._nodes: dict[int, Node] = {}
-        self._questions: dict[Ino, list[int]] = {}  # directory -> the change numbers at which it was asked for
+        self._questions: dict[Ino, list[Question]] = {}  # by directory, those under way
         self.on_changed: Callable[[Node], None] | None = None  # a node got another name, or lost it
         self.root = Node(ROOT_INO, root_attrs, ctime_ns=now_ns)
         self.root.lookups = 1  # never forgotten
@@ -288,22 +309,27 @@ class Inodes:
         parent.gaps += 1
 
     @contextmanager
-    def asking(self, parent: Node, seq: int) -> Iterator[None]:
-        """While the store is asked about names in `parent`, at change number `seq`, and until the answer is merged:
-        nodes changed since then stay, they know what the answer cannot know. May be held over an await."""
+    def asking(self, parent: Node, question: Question) -> Iterator[Question]:
+        """While the store is asked about names in `parent`, and until the answer is merged: nodes changed since then
+        stay, they know what the answer cannot know. May be held over an await."""
         asked = self._questions.setdefault(parent.ino, [])
-        asked.append(seq)
+        asked.append(question)
         try:
-            yield
+            yield question
         finally:
-            asked.remove(seq)
+            asked.remove(question)
             if not asked:
                 del self._questions[parent.ino]
 
     def _outdates_an_answer(self, node: Node) -> bool:
         if node.detached or node.parent is None or (asked := self._questions.get(node.parent.ino)) is None:
             return False
-        return node.seq > min(asked)
+        return node.seq > min(question.seq for question in asked)
+
+    def heard(self, parent: Node, name: bytes) -> None:
+        """Somebody else has changed `name`: answers that are under way say nothing of it."""
+        for question in self._questions.get(parent.ino, ()):
+            question.heard.add(name)
 
     @staticmethod
     def descendants(node: Node) -> Iterator[Node]:

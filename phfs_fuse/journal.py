@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from phfs_fuse.errors import LocalStateError
+from phfs_fuse.reserve import Reserve
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
 FORMAT: Final = 1
@@ -114,6 +115,7 @@ class Journal:
         """Opens or makes it. Raises: LocalStateError if it is of a newer format, of another volume, or cannot be
         opened; a damaged one is moved aside first (`saved_aside` names it) and what is readable is carried over."""
         self.path = directory / "journal.db"
+        self.reserve = Reserve(directory)
         self.saved_aside: Path | None = None
         self._depth = 0
         self._after: list[Callable[[], None]] = []
@@ -201,6 +203,15 @@ class Journal:
     def _run(self, sql: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
         """Raises: OSError (ENOSPC if the disk is full, else EIO)."""
         try:
+            return self._execute(sql, values)
+        except OSError as exc:
+            if self._db.in_transaction or sql == "COMMIT" or exc.errno != errno.ENOSPC or not self.reserve.is_held:
+                raise
+        self.reserve.give_up()
+        return self._execute(sql, values)
+
+    def _execute(self, sql: str, values: Sequence[object]) -> sqlite3.Cursor:
+        try:
             return self._db.execute(sql, values)
         except sqlite3.OperationalError as exc:
             code = errno.ENOSPC if exc.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
@@ -210,6 +221,7 @@ class Journal:
     def batch(self) -> Iterator[None]:
         """One transaction for all calls inside. Must not be held over an await."""
         if self._depth == 0:
+            self.reserve.review()
             self._run("BEGIN IMMEDIATE")
         self._depth += 1
         try:
@@ -245,11 +257,14 @@ class Journal:
             call()
 
     def checkpoint(self) -> None:
-        """Bring the log into the database file and sync it. Blocks; call it on a thread of its own."""
-        with sqlite3.connect(self.path, isolation_level=None) as db:
-            db.execute("PRAGMA busy_timeout=10000")
-            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        db.close()
+        """Bring the log into the database file and sync it. Blocks; call it on a thread of its own.
+        Raises: OSError (the disk is full): the log stays, nothing is lost."""
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            try:
+                db.execute("PRAGMA busy_timeout=10000")
+                db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            except sqlite3.OperationalError as exc:
+                raise OSError(errno.EIO, f"journal: {exc}") from exc
 
     @property
     def log_bytes(self) -> int:
@@ -342,6 +357,17 @@ class Journal:
 
     def set_number(self, name: str, value: int) -> None:
         self._run("INSERT OR REPLACE INTO meta VALUES (?,?)", (name, str(value)))
+
+    def set_note(self, name: str, text: str | None) -> None:
+        """Remember a text; None: forget it."""
+        if text is None:
+            self._run("DELETE FROM meta WHERE name=?", (name,))
+        else:
+            self._run("INSERT OR REPLACE INTO meta VALUES (?,?)", (name, text))
+
+    def note(self, name: str) -> str | None:
+        row = self._run("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
+        return None if row is None else str(row[0])
 
     def number(self, name: str, default: int) -> int:
         row = self._run("SELECT value FROM meta WHERE name=?", (name,)).fetchone()

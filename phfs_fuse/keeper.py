@@ -13,7 +13,7 @@ next one adopts the connection. SIGUSR1 makes room for it: the worker answers wh
 the mount stays and its requests wait.
 
 Nothing here touches a file of the mount: the call would wait for a worker that waits for the keeper.
-Standard library only, one thread, no event loop.
+Standard library only, no event loop, one thread (and that of `expiry`, which may have to wait for the worker).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from typing import BinaryIO, Final, Protocol
 from phfs_fuse import fusemount, logs, messages, registry
 from phfs_fuse.config import MountConfig
 from phfs_fuse.errors import LocalStateError, MountpointError, NotDrained, StartupError, startup_error
+from phfs_fuse.expiry import Expiry
 from phfs_fuse.holding import HolderLink
 from phfs_fuse.localstate import StateLock, keeper_lock
 from phfs_fuse.messages import Kind, Message
@@ -274,6 +275,7 @@ class Keeper:
         self._holder: HolderLink | None = None
         self._is_held: bool | None = None  # None: not tried yet
         self._device: int | None = None
+        self._expiry: Expiry | None = None
         self._worker: Worker | None = None
         self._standby: Worker | None = None  # waits to take over
         self._unmounting: subprocess.Popen[bytes] | None = None
@@ -396,6 +398,7 @@ class Keeper:
             Kind.FAILED: self._on_failed,
             Kind.READY: self._on_ready,
             Kind.UNMOUNT: self._on_unmount,
+            Kind.EXPIRE: self._on_expire,
             Kind.UPGRADE: lambda _message: self._start_upgrade(),
         }
         if not (packet := self._receive(self._worker.link)):
@@ -429,7 +432,15 @@ class Keeper:
             except MountpointError as exc:
                 self._finish(exc.exit_code, str(exc))
                 return
-        self._send(Message(kind=Kind.DESCRIPTOR), [self._device])
+        self._send(Message(kind=Kind.DESCRIPTOR, expires=True), [self._device])
+
+    def _on_expire(self, message: Message) -> None:
+        assert self._device is not None
+        assert self._worker is not None
+        names = [(ino, bytes.fromhex(name)) for ino, name in message.names]
+        if self._expiry is None:
+            self._expiry = Expiry(self._device)
+        self._expiry.expire(names, self._worker.link, messages.encode(Message(kind=Kind.EXPIRED)))
 
     def _on_failed(self, message: Message) -> None:
         self._failure = message

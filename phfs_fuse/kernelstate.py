@@ -17,7 +17,7 @@ import marshal
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -115,8 +115,10 @@ def _refs(node: Node) -> bytes:
 class KernelState:
     """The log of one connection. Every call that notes something is one append, atomic towards a crash."""
 
-    def __init__(self, path: Path, inodes: Inodes) -> None:
+    def __init__(self, path: Path, inodes: Inodes, make_room: Callable[[], None] = lambda: None) -> None:
+        """`make_room` is called when the disk is full."""
         self._path = path
+        self._make_room = make_room
         self._inodes = inodes
         self._fd = -1
         self._next_fd = -1  # while the log is being made anew, it is written twice
@@ -227,12 +229,15 @@ class KernelState:
     def _write(self, fd: int, data: bytes | bytearray) -> None:
         """A disk that is full must not stop who reads or closes: the log is then made anew when there is room."""
         try:
-            torn = os.write(fd, data) != len(data)
+            try:
+                _write_whole(fd, data)
+            except OSError:
+                self._make_room()
+                _write_whole(fd, data)
         except OSError as exc:
-            torn = True
             if not self._is_torn:
                 log.error("%s cannot be written, a worker that died could not be replaced: %s", self._path, exc)
-        self._is_torn = self._is_torn or torn
+            self._is_torn = True
 
     @property
     def wants_compaction(self) -> bool:
@@ -240,8 +245,9 @@ class KernelState:
 
     async def compact(self) -> None:
         """Write the log anew with what counts, a few nodes at a time. Raises: OSError."""
-        self._is_torn = False
+        was_torn = self._is_torn
         self._next_fd = self._next_file()
+        self._is_torn = False
         try:
             self._write(self._next_fd, _packed(_FORMAT, FORMAT))
             nodes = list(self._inodes.all())
@@ -253,6 +259,7 @@ class KernelState:
             if self._is_torn:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except BaseException:
+            self._is_torn = self._is_torn or was_torn
             os.close(self._next_fd)
             self._next_fd = -1
             raise
@@ -273,6 +280,13 @@ class KernelState:
     def _replace(self) -> None:
         os.replace(self._path.with_suffix(".new"), self._path)
         self._bytes = self._needed_bytes = os.fstat(self._fd).st_size
+
+
+def _write_whole(fd: int, data: bytes | bytearray) -> None:
+    """Raises: OSError; then nothing is there of `data`, which would hide what follows."""
+    if (count := os.write(fd, data)) != len(data):
+        os.ftruncate(fd, os.fstat(fd).st_size - count)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:

@@ -7,6 +7,8 @@ A worker that resumes starts in the same way.
 Upgrade: worker UPGRADE (or a signal to the keeper); a second worker of what is installed now looks at the state and
 says STANDBY (or FAILED: the first one gets REFUSED), the first gets HANDOVER, answers what is in work and ends, the
 second gets GO and resumes.
+Any time, one at a time: worker EXPIRE, keeper EXPIRED when the kernel was told. Only a keeper whose DESCRIPTOR says
+`expires` knows them.
 End of file means that the other side is gone.
 Owns no state. Standard library only: the keeper imports this.
 """
@@ -14,7 +16,8 @@ Owns no state. Standard library only: the keeper imports this.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Final
 
@@ -29,6 +32,7 @@ class Kind(Enum):
     STANDBY = "standby"  # can take over, and waits for GO
     UPGRADE = "upgrade"  # asks for another worker in its place
     UNMOUNT = "unmount"  # asks for the end of the mount: `lazy`
+    EXPIRE = "expire"  # the kernel has to look `names` up again: (inode of the directory, name in hex)
     DESCRIPTOR = "descriptor"  # carries the /dev/fuse descriptor of the mount
     DRAIN = "drain"  # upload everything, then ask for UNMOUNT; `now`: wait for no upload
     UNMOUNTED = "unmounted"
@@ -36,6 +40,7 @@ class Kind(Enum):
     REFUSED = "refused"  # no upgrade: `reason`, `exit_code`
     GO = "go"  # the worker before has ended
     BUSY = "busy"  # still mounted: `reason`
+    EXPIRED = "expired"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +50,18 @@ class Message:
     exit_code: int = 0
     lazy: bool = False
     now: bool = False
+    expires: bool = False
+    names: Sequence[tuple[int, str]] = ()
 
 
 def encode(message: Message) -> bytes:
-    fields = asdict(message) | {"kind": message.kind.value, "reason": message.reason[:REASON_CHARS_MAX]}
-    return json.dumps(fields).encode()
+    """Without what says nothing: the other side may be of a version that does not know it."""
+    said = {field.name: getattr(message, field.name) for field in fields(message)}
+    said |= {"kind": message.kind.value, "reason": message.reason[:REASON_CHARS_MAX]}
+    return json.dumps({name: value for name, value in said.items() if value}).encode()
 
 
 def decode(packet: bytes) -> Message:
     """Raises ValueError, TypeError or KeyError: not a message of this version."""
-    fields = json.loads(packet)
-    return Message(**fields | {"kind": Kind(fields["kind"])})
+    said = json.loads(packet)
+    return Message(**said | {"kind": Kind(said["kind"])})

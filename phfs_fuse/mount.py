@@ -29,6 +29,8 @@ import phfs_fuse
 from phfs_fuse import logs
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
+from phfs_fuse.claims import Claims
+from phfs_fuse.config import Events as EventsSetting
 from phfs_fuse.config import MountConfig
 from phfs_fuse.control import ControlServer
 from phfs_fuse.errors import (
@@ -39,19 +41,25 @@ from phfs_fuse.errors import (
     StartupError,
     store_startup_error,
 )
+from phfs_fuse.events import Events
+from phfs_fuse.expiry import can_expire
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.localstate import StateLock
 from phfs_fuse.namespace import Namespace
 from phfs_fuse.ops import operations
+from phfs_fuse.quota import Quotas
+from phfs_fuse.quotakeeper import QuotaKeeper
 from phfs_fuse.recovery import Recovery
 from phfs_fuse.resume import last_change, restore
 from phfs_fuse.session import KeeperLink, Session
 from phfs_fuse.settings import load_config
+from phfs_fuse.settling import Settling
 from phfs_fuse.staging import StagingArea
 from phfs_fuse.store import open_store
 from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.trust import Trust
 from phfs_fuse.uploadqueue import UploadQueue
 from phfs_fuse.vfs import Vfs
 from phfs_fuse.writeback import Writeback
@@ -93,10 +101,27 @@ class Mount:
             now_ns=time.time_ns(),
             first_ino=epoch * EPOCH_INODES + 2,
         )
-        self.kernel = KernelState(directory / KERNEL_LOG, self.inodes)
+        self.kernel = KernelState(directory / KERNEL_LOG, self.inodes, self.journal.reserve.give_up)
         queue = UploadQueue(config.writeback)
+        quotas = Quotas()
         self.changes = Changes(
-            inodes=self.inodes, journal=self.journal, area=self.area, queue=queue, kernel=self.kernel
+            inodes=self.inodes,
+            journal=self.journal,
+            area=self.area,
+            queue=queue,
+            kernel=self.kernel,
+            quotas=quotas,
+        )
+        self.quotas = QuotaKeeper(
+            quotas=quotas,
+            store=store,
+            changes=self.changes,
+            journal=self.journal,
+            config=config.quota,
+            prefix=config.store.prefix,
+        )
+        self.settling = Settling(
+            inodes=self.inodes, area=self.area, changes=self.changes, queue=queue, config=config.writeback
         )
         self.writeback = Writeback(
             store=store,
@@ -108,14 +133,28 @@ class Mount:
             queue=queue,
             config=config.writeback,
         )
-        self.namespace = Namespace(store=store, inodes=self.inodes, changes=self.changes, config=config.tree)
+        self.trust = Trust(config.tree)
+        self.namespace = Namespace(
+            store=store, inodes=self.inodes, changes=self.changes, config=config.tree, trust=self.trust
+        )
+        self.events = Events(
+            store=store,
+            inodes=self.inodes,
+            changes=self.changes,
+            queue=queue,
+            namespace=self.namespace,
+            trust=self.trust,
+        )
+        self.events.on_foreign = quotas.foreign
         self.vfs = Vfs(
             inodes=self.inodes,
             namespace=self.namespace,
             blocks=self.blocks,
             changes=self.changes,
-            writeback=self.writeback,
+            settling=self.settling,
             kernel=self.kernel,
+            quotas=quotas,
+            claims=Claims(store=store, changes=self.changes, queue=queue),
             config=config.tree,
             write_through=config.writeback.write_through,
         )
@@ -153,7 +192,7 @@ class Mount:
         self.journal.drop_acts()
         for path in recovery.saved:
             log.error("bytes that no file could be found for are saved as %s", path)
-        pending = self.writeback.pending()
+        pending = self.settling.pending()
         if pending.files or pending.deletes:
             log.info("found from before: files=%d deletes=%d bytes=%d", pending.files, pending.deletes, pending.bytes)
 
@@ -167,7 +206,7 @@ class Mount:
     # ---- what the control socket asks (see control.Controllable) ----
 
     def pending(self) -> Mapping[str, int]:
-        now = self.writeback.pending()
+        now = self.settling.pending()
         return {
             "files_pending": now.files + now.deletes,
             "bytes_pending": now.bytes,
@@ -175,8 +214,8 @@ class Mount:
         }
 
     def status(self) -> Mapping[str, object]:
-        config, writeback = self.config, self.writeback
-        pending, usage = writeback.pending(), self.blocks.usage()
+        config, writeback, settling = self.config, self.writeback, self.settling
+        pending, usage = settling.pending(), self.blocks.usage()
         asked = usage.hits + usage.misses
         return {
             "mountpoint": str(config.kernel.mountpoint),
@@ -201,16 +240,16 @@ class Mount:
                 "misses": usage.misses,
                 "hit_rate": usage.hits / asked if asked else None,
             },
-            "dirty": {"bytes": pending.bytes, "limit": writeback.dirty_bytes_max},
+            "dirty": {"bytes": pending.bytes, "limit": settling.dirty_bytes_max},
             "uploaded": {"files": writeback.uploaded_files, "bytes": writeback.uploaded_bytes},
             "inodes": len(self.inodes),
             "open_files": self.vfs.open_files,
+            "quotas": self.quotas.shown(),
             "conflicts": len(self.journal.conflicts()),
             "illegal_keys": self.namespace.illegal_keys,
-            "errors": [
-                {"path": path, "reason": reason, "count": count} for path, reason, count in writeback.errors()
-            ],
-            "store": {"state": "unavailable" if writeback.store_is_away else "ok"},
+            "errors": [{"path": path, "reason": reason, "count": count} for path, reason, count in settling.errors()],
+            "events": self.events.status(),
+            "store": {"state": "unavailable" if settling.store_is_away else "ok"},
         }
 
     def conflicts(self) -> Sequence[Mapping[str, object]]:
@@ -232,7 +271,10 @@ class Mount:
         if cache_bytes is not None:
             self.blocks.limit(replace(self.config.cache, size_max=cache_bytes).size_max)
         if dirty_bytes is not None:
-            self.writeback.limit(replace(self.config.writeback, dirty_bytes_max=dirty_bytes).dirty_bytes_max)
+            self.settling.limit(replace(self.config.writeback, dirty_bytes_max=dirty_bytes).dirty_bytes_max)
+
+    def set_quota(self, path: str, size: int | None) -> None:
+        self.quotas.set(path, size)
 
     async def sync(self, path: str | None) -> None:
         await flush_kernel(self.config.kernel.mountpoint)
@@ -271,7 +313,10 @@ class Worker:
             self._nursery = services
             await services.start(mount.blocks.run)
             await services.start(mount.writeback.run)
+            await services.start(mount.quotas.run)
             services.start_soon(self._hear_keeper)
+            if mount.config.tree.events is EventsSetting.AUTO:
+                services.start_soon(self._hear_store)
             services.start_soon(self._announce)
             await services.start(listener.run)
             services.start_soon(self._flush_kernel)
@@ -282,7 +327,7 @@ class Worker:
                 drained = await self._drain()
             services.cancel_scope.cancel()
         if not drained:
-            left = mount.writeback.pending()
+            left = mount.settling.pending()
             raise NotDrained(
                 f"{mount.config.kernel.mountpoint}: {left.files} files and {left.bytes} bytes are not in the store "
                 f"yet; they stay in {mount.config.writeback.directory} and go up at the next mount"
@@ -290,6 +335,17 @@ class Worker:
 
     async def _hear_keeper(self) -> None:
         await self._link.run(on_drain=self._on_drain, on_handover=self._on_handover, on_gone=self._on_gone)
+
+    async def _hear_store(self) -> None:
+        """Service: see and show what others change."""
+        mount = self._mount
+        async with trio.open_nursery() as nursery:
+            if self._link.expires:  # the keeper is not of an older version
+                mount.trust.kernel_takes_back = can_expire()
+                nursery.start_soon(mount.events.tell_kernel, self._link.expire)
+                if self._resumed:  # told by the process before, which may have missed something when it died
+                    mount.events.expire_all()
+            await mount.events.run()
 
     async def _announce(self) -> None:
         await self._session.established.wait()
@@ -351,7 +407,7 @@ class Worker:
             await self._drain()
             await self._link.unmount(lazy=lazy)
         finally:
-            self._mount.writeback.end_drain()
+            self._mount.settling.end_drain()
 
     async def _drain(self) -> bool:
         done = False
@@ -362,7 +418,7 @@ class Worker:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(stop)
-            done = await self._mount.writeback.drain()
+            done = await self._mount.settling.drain()
             nursery.cancel_scope.cancel()
         return done
 
@@ -378,9 +434,11 @@ class Worker:
         while True:
             await trio.sleep(CHECKPOINT_SECONDS)
             with contextlib.suppress(OSError):
+                self._mount.journal.reserve.review()
                 self._mount.journal.forget_ended()
             if self._mount.journal.log_bytes > CHECKPOINT_BYTES:
-                await trio.to_thread.run_sync(self._mount.journal.checkpoint)
+                with contextlib.suppress(OSError):  # the disk is full: the log stays as it is
+                    await trio.to_thread.run_sync(self._mount.journal.checkpoint)
             if self._mount.kernel.wants_compaction:
                 with contextlib.suppress(OSError):  # the disk is still full
                     await self._mount.kernel.compact()
@@ -409,8 +467,10 @@ async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None
             await mount.check()
             mount.kernel.begin()
         mount.recover()
+        mount.quotas.begin(resumed=resume)
         fd = await link.receive_descriptor()
-        session = Session(operations(mount.vfs, config.tree), fd, resume=resume)
+        ops = operations(mount.vfs, config.tree)
+        session = Session(ops, fd, resume=resume, on_statfs=ops.statfs_for if config.quota.has_folders else None)
         worker = Worker(mount, link, session, resumed=resume)
         try:
             await worker.run(ControlServer(config.control_socket, mount, worker))

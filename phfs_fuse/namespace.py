@@ -12,43 +12,60 @@ import math
 import stat
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 
 import trio
-from cachetools import TTLCache
+from cachetools import LRUCache
 
 from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs, from_metadata
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import PosixAttrs, TreeConfig
-from phfs_fuse.errors import IllegalName, NameTooLong, NotADirectory, NotFound, StoreUnavailable
-from phfs_fuse.inodes import NEVER, Base, Inodes, Node
+from phfs_fuse.errors import IllegalName, NameTooLong, NotADirectory, NotFound, ReadOnly, StoreUnavailable
+from phfs_fuse.inodes import NEVER, Base, Inodes, Node, Question
 from phfs_fuse.store.base import ObjectInfo, ObjectStore
 from phfs_fuse.tasks import gather
-from phfs_fuse.types import NAME_BYTES_MAX, ObjectKey
+from phfs_fuse.trust import Trust
+from phfs_fuse.types import NAME_BYTES_MAX, Ino, ObjectKey
 
 log = logging.getLogger(__name__)
 
 MISSES_MAX = 2  # names asked for one by one before the whole directory is listed
 AWAY_SECONDS = 2.0  # after a request that found the store away, names are answered from memory
+ROWS_BYTES = 4096  # of the journal, for one change
+MISSING_SECONDS = 0.5  # for which a name is known not to be there, without any lifetime: create follows lookup
 HEADS_MAX = 32  # at a time, where a listing does not carry the metadata
 
 
 class Namespace:
-    def __init__(self, *, store: ObjectStore, inodes: Inodes, changes: Changes, config: TreeConfig) -> None:
+    def __init__(
+        self, *, store: ObjectStore, inodes: Inodes, changes: Changes, config: TreeConfig, trust: Trust
+    ) -> None:
         self._store = store
         self._inodes = inodes
         self._changes = changes
         self._config = config
-        self._ttl = config.attr_ttl_seconds
-        # what was just asked for and is not there; a little life even without a ttl: create follows lookup
-        self._missing: TTLCache[tuple[int, bytes], None] = TTLCache(
-            100_000, max(self._ttl, 0.5), timer=time.monotonic
-        )
+        self._trust = trust
+        # names that the kernel was told are not there, and when they were asked for
+        self._missing: LRUCache[tuple[int, bytes], float] = LRUCache(100_000)
         self._heads = trio.CapacityLimiter(HEADS_MAX)
         self._away_until = -math.inf
         self.illegal_keys = 0
+
+    def require_writable(self) -> None:
+        """Raises: ReadOnly, OSError (ENOSPC, when not even what gives space back could be noted)."""
+        self._require_not_read_only()
+        self._changes.require_some_space()
+
+    def require_room(self, size: int = ROWS_BYTES) -> None:
+        """As `require_writable`, for what makes the local state grow. Raises: ReadOnly, OSError (ENOSPC)."""
+        self._require_not_read_only()
+        self._changes.require_space(size)
+
+    def _require_not_read_only(self) -> None:
+        if self._config.read_only:
+            raise ReadOnly("write", "mount", "is read-only")
 
     # ---- defaults ----
 
@@ -86,18 +103,28 @@ class Namespace:
 
     # ---- one name ----
 
-    def _fresh(self, node: Node, now: float) -> bool:
-        return node.dirty is not None or now - node.checked_at < self._ttl
+    def _known_at(self, node: Node) -> float:
+        """When the store was asked last what the name of `node` means; NEVER if somebody else changed it since."""
+        parent = node.parent
+        at = node.checked_at if parent is None else max(node.checked_at, parent.complete_at)
+        return at if at > node.doubted_at else NEVER
 
     def lifetime(self, node: Node) -> float:
-        """Seconds for which what is known of `node` is recent enough."""
-        if node.dirty is not None or node.detached or node.parent is None:
-            return self._ttl
-        checked = max(node.checked_at, node.parent.complete_at)
-        return min(self._ttl, max(0.0, checked + self._ttl - trio.current_time()))
+        """Seconds for which the kernel may believe what it is told of `node`."""
+        now = trio.current_time()
+        is_ours = node.dirty is not None or node.detached or node.parent is None
+        return self._trust.kernel_seconds(now if is_ours else self._known_at(node), now)
 
     def _complete(self, parent: Node, now: float) -> bool:
-        return now - parent.complete_at < self._ttl
+        return self._trust.holds(parent.complete_at, now)
+
+    def _is_missing(self, parent: Node, name: bytes, now: float) -> bool:
+        """Whether `name` was asked for, not long ago, and is not there."""
+        asked_at = self._missing.get((parent.ino, name), NEVER)
+        return self._trust.holds(asked_at, now) or now < asked_at + MISSING_SECONDS
+
+    def _question(self) -> Question:
+        return Question(self._changes.seq, trio.current_time())
 
     def known(self, parent: Node, name: bytes) -> Node | None:
         """The child if what is known of it is recent enough. Raises: NotFound if it is known not to be there."""
@@ -107,9 +134,10 @@ class Namespace:
         now = trio.current_time()
         node = kids.get(name)
         if node is not None:
-            if self._fresh(node, now) or self._complete(parent, now):
+            if node.dirty is not None or self._trust.holds(self._known_at(node), now):
                 return node
-        elif self._complete(parent, now) or (parent.ino, name) in self._missing:
+        elif self._complete(parent, now) or self._is_missing(parent, name, now):
+            self._missing[parent.ino, name] = max(parent.complete_at, self._missing.get((parent.ino, name), NEVER))
             raise NotFound("lookup", name.decode(errors="replace"))
         return None
 
@@ -127,12 +155,12 @@ class Namespace:
         if self._is_away and (node := self._remembered(parent, name)) is not None:
             return node
         keys.join(self._inodes.key(parent), keys.segment_of(name))  # the key's length
+        question = self._question()
         try:
-            if parent.misses >= MISSES_MAX and await self._list_once(parent):
-                pass
-            else:
-                parent.misses += 1
-                await self._ask(parent, name)
+            with self._inodes.asking(parent, question):
+                if parent.misses < MISSES_MAX or not await self._list_once(parent):
+                    parent.misses += 1
+                    await self._ask(parent, name)
         except StoreUnavailable:
             self._found_away()
             if (node := self._remembered(parent, name)) is None:
@@ -140,7 +168,8 @@ class Namespace:
             return node
         if (node := (parent.kids or {}).get(name)) is not None:
             return node
-        self._missing[parent.ino, name] = None
+        if name not in question.heard:
+            self._missing[parent.ino, name] = question.at
         raise NotFound("lookup", name.decode(errors="replace"))
 
     def _remembered(self, parent: Node, name: bytes) -> Node | None:
@@ -177,11 +206,10 @@ class Namespace:
             self._vanish(parent, name, self._changes.seq)  # it is shown as a link, without the suffix
             return
         prefix = self._inodes.key(parent)
-        seq = self._changes.seq
-        with self._inodes.asking(parent, seq):
-            await self._ask_plain(parent, name, segment, prefix, seq)
+        with self._inodes.asking(parent, self._question()) as question:
+            await self._ask_plain(parent, name, segment, prefix, question)
 
-    async def _ask_plain(self, parent: Node, name: bytes, segment: str, prefix: str, seq: int) -> None:
+    async def _ask_plain(self, parent: Node, name: bytes, segment: str, prefix: str, question: Question) -> None:
         folder: tuple[bool, ObjectInfo | None] = (False, None)
         found: ObjectInfo | None = None
 
@@ -195,26 +223,26 @@ class Namespace:
 
         await gather([ask_folder, ask_file])
         if folder[0]:
-            self._merge_folder(parent, segment, folder[1], seq)
+            self._merge_folder(parent, segment, folder[1], question)
         elif found is not None:
-            self._merge_object(parent, segment, name, found, seq)
+            self._merge_object(parent, segment, name, found, question)
         else:
-            await self._ask_odd(parent, name, segment, prefix, seq)
+            await self._ask_odd(parent, name, segment, prefix, question)
 
-    async def _ask_odd(self, parent: Node, name: bytes, segment: str, prefix: str, seq: int) -> None:
+    async def _ask_odd(self, parent: Node, name: bytes, segment: str, prefix: str, question: Question) -> None:
         if segment.endswith(keys.OBJECT_BESIDE):
             plain = segment.removesuffix(keys.OBJECT_BESIDE)
             beside = plain != "" and (await self._probe_folder(ObjectKey(prefix + plain + "/")))[0]
             info = await self._head(ObjectKey(prefix + plain)) if beside else None
             if info is not None:
-                self._merge_object(parent, plain, name, info, seq)
+                self._merge_object(parent, plain, name, info, question)
                 return
         else:
             info = await self._head(ObjectKey(prefix + segment + keys.RCLONE_LINK))
             if info is not None:
-                self._merge_object(parent, segment + keys.RCLONE_LINK, name, info, seq)
+                self._merge_object(parent, segment + keys.RCLONE_LINK, name, info, question)
                 return
-        self._vanish(parent, name, seq)
+        self._vanish(parent, name, question.seq)
 
     async def _head(self, key: ObjectKey) -> ObjectInfo | None:
         try:
@@ -244,60 +272,86 @@ class Namespace:
         """Whether a directory has something in it that exists only here."""
         return node.is_dir and any(n.dirty is not None for n in self._inodes.descendants(node))
 
-    def _merge_object(self, parent: Node, segment: str, name: bytes, info: ObjectInfo, seq: int) -> Node | None:
+    def _merge_object(
+        self, parent: Node, segment: str, name: bytes, info: ObjectInfo, question: Question
+    ) -> Node | None:
         """The store has object `info` for `name`; returns the node that shows it now, or what we have instead."""
         assert parent.kids is not None
         node = parent.kids.get(name)
-        if self._changes.gone.hides(info.key, seq):
+        if self._changes.gone.hides(info.key, question.seq):
             return node
         if node is not None:
-            if node.dirty is not None or node.seq > seq:
+            if node.dirty is not None or node.seq > question.seq:
                 return node
-            if not node.is_dir and node.base is not None and node.base.etag == info.etag:
-                node.checked_at = trio.current_time()
+            if self._shows(node, segment, name, info):
+                node.checked_at = max(node.checked_at, question.at)
                 return node
             if node.is_dir and self._holds_local(node):
                 return node
             self._inodes.detach(node)
-        return self._new_file(parent, segment, name, info)
+        return self._new_file(parent, segment, name, info, question)
 
-    def _new_file(self, parent: Node, segment: str, name: bytes, info: ObjectInfo) -> Node:
+    def _shows(self, node: Node, segment: str, name: bytes, info: ObjectInfo) -> bool:
+        """Whether `node` is that version; takes on attributes that somebody else has given to it."""
+        if node.is_dir or node.base is None or (node.base.key, node.base.etag) != (info.key, info.etag):
+            return False
+        if info.metadata is None:
+            return True
+        attrs = self._object_attrs(segment, name, info)
+        if stat.S_IFMT(attrs.mode) != stat.S_IFMT(node.mode):
+            return False
+        if attrs != node.attrs:
+            node.set_attrs(attrs)
+            node.ctime_ns = info.modified_ns
+            self._changes.refreshed(node)
+        return True
+
+    def _object_attrs(self, segment: str, name: bytes, info: ObjectInfo) -> Attrs:
         attrs = self._attrs(info, self.default_file(info.modified_ns))
         if segment.endswith(keys.RCLONE_LINK) and not name.endswith(keys.RCLONE_LINK.encode()):
-            attrs = Attrs(mode=stat.S_IFLNK | 0o777, uid=attrs.uid, gid=attrs.gid, mtime_ns=attrs.mtime_ns)
+            return Attrs(mode=stat.S_IFLNK | 0o777, uid=attrs.uid, gid=attrs.gid, mtime_ns=attrs.mtime_ns)
+        return attrs
+
+    def _new_file(self, parent: Node, segment: str, name: bytes, info: ObjectInfo, question: Question) -> Node:
+        attrs = self._object_attrs(segment, name, info)
         node = self._inodes.new(attrs, ctime_ns=info.modified_ns)
         node.base = Base(info.key, info.etag, info.size)
         node.size = info.size if attrs.link is None else len(attrs.link)
-        node.checked_at = trio.current_time()
-        self._inodes.attach(parent, name, node, segment)
+        self._attach(parent, name, node, segment, question)
         return node
 
-    def _merge_folder(self, parent: Node, segment: str, marker: ObjectInfo | None, seq: int) -> Node | None:
+    def _attach(self, parent: Node, name: bytes, node: Node, segment: str, question: Question) -> None:
+        node.checked_at = question.at
+        if name in question.heard:
+            node.doubted_at = trio.current_time()
+        self._inodes.attach(parent, name, node, segment)
+
+    def _merge_folder(self, parent: Node, segment: str, marker: ObjectInfo | None, question: Question) -> Node | None:
         """The store has keys below `segment/`, and `marker` among them if that is not None."""
         assert parent.kids is not None
         name = keys.name_of(segment)
         key = self._inodes.key(parent) + segment + "/"
         node = parent.kids.get(name)
-        if self._changes.gone.hides(key, seq):
+        if self._changes.gone.hides(key, question.seq):
             return node
         if node is not None and not node.is_dir:
-            if node.dirty is not None or node.seq > seq:
+            if node.dirty is not None or node.seq > question.seq:
                 return node
             self._inodes.detach(node)  # from now on shown as name + OBJECT_BESIDE
             node = None
         if node is None:
             node = self._inodes.new(self.default_directory(), ctime_ns=time.time_ns())
-            self._inodes.attach(parent, name, node, segment)
-        if node.dirty is None and node.seq <= seq:
+            self._attach(parent, name, node, segment, question)
+        if node.dirty is None and node.seq <= question.seq:
             self._set_marker(node, marker)
-        node.checked_at = trio.current_time()
+        node.checked_at = max(node.checked_at, question.at)
         return node
 
     def _set_marker(self, node: Node, marker: ObjectInfo | None) -> None:
         if marker is None:
             node.marker = None
             return
-        if node.marker == marker.etag and node.checked_at != NEVER:
+        if node.marker == marker.etag and marker.metadata is None:
             return
         node.marker = marker.etag
         node.set_attrs(self._attrs(marker, self.default_directory(marker.modified_ns)))
@@ -307,6 +361,65 @@ class Namespace:
         """Whether a directory's mode or owner are not the defaults, or it has extended attributes."""
         default = self.default_directory()
         return (attrs.mode, attrs.uid, attrs.gid) != (default.mode, default.uid, default.gid) or bool(attrs.xattrs)
+
+    # ---- what others change ----
+
+    def changed_by_others(self, key: str, *, removed: bool) -> list[tuple[Ino, bytes]]:
+        """Somebody else has stored or removed `key`: nothing that was known of the names on the way to it and is
+        touched by that is believed any more. Returns those of which the kernel may know: (directory, name)."""
+        told: list[tuple[Ino, bytes]] = []
+        at = self._inodes.root
+        segments = key.removeprefix(self._inodes.key(at)).split("/")
+        is_marker = segments[-1] == ""
+        if is_marker:
+            segments.pop()
+        for depth, segment in enumerate(segments, 1):
+            is_last = depth == len(segments)
+            kid: Node | None = None
+            for name in self._names_for(segment, is_object=is_last and not is_marker):
+                self._inodes.heard(at, name)
+                kid = (at.kids or {}).get(name)
+                if self._doubts(kid, is_folder=is_marker or not is_last, is_last=is_last, removed=removed):
+                    told += self._doubt(at, name, kid, removed=removed)
+            if is_last or kid is None or not kid.is_dir:
+                break
+            at = kid
+        return told
+
+    @staticmethod
+    def _names_for(segment: str, *, is_object: bool) -> list[bytes]:
+        """The names that may show a key's segment; the last is its own."""
+        shown = [segment]
+        if is_object:
+            shown.insert(0, segment + keys.OBJECT_BESIDE)
+            if segment.endswith(keys.RCLONE_LINK):
+                shown.insert(0, segment.removesuffix(keys.RCLONE_LINK))
+        names = []
+        for text in shown:
+            with suppress(IllegalName, NameTooLong):
+                names.append(keys.name_of(text))
+        return names
+
+    @staticmethod
+    def _doubts(kid: Node | None, *, is_folder: bool, is_last: bool, removed: bool) -> bool:
+        """Whether the change can mean something for the name that now shows `kid`."""
+        if kid is None:
+            return not removed
+        if not kid.is_dir or not is_folder:
+            return True
+        if is_last and not removed:
+            return True  # attributes in the marker
+        has_others = len(kid.kids or ()) > 1 or (is_last and bool(kid.kids))
+        return removed and not has_others
+
+    def _doubt(self, parent: Node, name: bytes, kid: Node | None, *, removed: bool) -> list[tuple[Ino, bytes]]:
+        parent.gaps += 1  # a listing that is under way may not know
+        was_missing = self._missing.pop((parent.ino, name), None) is not None
+        if kid is None or removed:
+            self._inodes.incomplete(parent)
+        if kid is not None:
+            kid.doubted_at = trio.current_time()
+        return [(parent.ino, name)] if was_missing or (kid is not None and kid.lookups) else []
 
     # ---- whole directories ----
 
@@ -331,10 +444,9 @@ class Namespace:
         token: str | None = None
         for _ in range(pages_max):
             try:
-                page_seq = self._changes.seq
-                with self._inodes.asking(parent, page_seq):
+                with self._inodes.asking(parent, self._question()) as question:
                     page = await self._store.list(prefix, delimiter=True, token=token)
-                    nodes = await self._merge_page(parent, prefix, page.objects, page.prefixes, page_seq)
+                    nodes = await self._merge_page(parent, prefix, page.objects, page.prefixes, question)
             except StoreUnavailable:
                 self._found_away()
                 if token is not None or parent.complete_at == NEVER:
@@ -355,7 +467,12 @@ class Namespace:
                 return
 
     async def _merge_page(
-        self, parent: Node, prefix: str, objects: Sequence[ObjectInfo], prefixes: Sequence[str], seq: int
+        self,
+        parent: Node,
+        prefix: str,
+        objects: Sequence[ObjectInfo],
+        prefixes: Sequence[str],
+        question: Question,
     ) -> list[Node]:
         infos = await self._with_metadata(parent, prefix, objects)
         segments = [key[len(prefix) : -1] for key in prefixes if self._legal(key[len(prefix) : -1])]
@@ -364,18 +481,18 @@ class Namespace:
         folders = set(segments)
         plain = folders | {info.key[len(prefix) :] for info in infos}
         for segment, marker in zip(segments, markers, strict=True):
-            if (node := self._merge_folder(parent, segment, marker, seq)) is not None:
+            if (node := self._merge_folder(parent, segment, marker, question)) is not None:
                 nodes.append(node)
         for info in infos:
             if info.key == prefix:
-                if parent.dirty is None and parent.seq <= seq:
+                if parent.dirty is None and parent.seq <= question.seq:
                     self._set_marker(parent, info)
                 continue
             segment = info.key[len(prefix) :]
             name = self._shown_name(segment, folders, plain)
             if name is None:
                 continue
-            if (node := self._merge_object(parent, segment, name, info, seq)) is not None:
+            if (node := self._merge_object(parent, segment, name, info, question)) is not None:
                 nodes.append(node)
         return nodes
 

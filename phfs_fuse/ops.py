@@ -10,20 +10,28 @@ import errno
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from phfs_fuse.config import TreeConfig
 from phfs_fuse.errors import NotFound, PhfsError
 from phfs_fuse.inodes import Node
 from phfs_fuse.journal import Act
+from phfs_fuse.openfiles import DIRECT
+from phfs_fuse.quota import Room
+from phfs_fuse.types import ROOT_INO, Fh
 from phfs_fuse.vfs import Change, Vfs
 
 log = logging.getLogger(__name__)
 
+DROP_SECONDS: Final = 1.0
 BLOCK_BYTES: Final = 4096
+NOMINAL: Final = Room(1 << 50, 1 << 50, 1 << 50)  # a bucket has no size
 PASSED: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE))  # of the local disk
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
@@ -73,6 +81,7 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self._vfs = vfs
         self._ttl = config.attr_ttl_seconds
+        self._statfs_ino: int = ROOT_INO
 
     def _entry(self, node: Node) -> EntryAttributes:
         entry = EntryAttributes()
@@ -104,7 +113,7 @@ class Operations(pyfuse3.Operations):
         except NotFound:
             missing = EntryAttributes()  # inode 0: the kernel remembers that there is nothing
             missing.st_ino = pyfuse3.InodeT(0)
-            missing.entry_timeout = self._ttl
+            missing.entry_timeout = self._ttl  # never long: nobody keeps count of which names the kernel was told
             return missing
         return self._counted(node)
 
@@ -178,8 +187,7 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        # a foreign version has a number of its own, so what the kernel has cached of this one is true
-        return FileInfo(fh=pyfuse3.FileHandleT(self._vfs.open(inode, flags)), keep_cache=True)
+        return _opened(self._vfs.open(inode, flags))
 
     @_answers
     async def create(
@@ -187,7 +195,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         act = Act(ctx.pid, "create", parent_inode, name)
         node, fh = await self._vfs.create(parent_inode, name, mode, flags, ctx.uid, ctx.gid, act=act)
-        return FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=True), self._counted(node)
+        return _opened(fh), self._counted(node)
 
     @_answers
     async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:  # type: ignore[override]  # a buffer
@@ -199,7 +207,11 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def flush(self, fh: int) -> None:
-        await self._vfs.flush(fh)
+        node = await self._vfs.flush(fh)
+        if node is not None and node.parent is not None:  # whoever asks after close(2) shall be told what is
+            drop = partial(_drop_entry, node.parent.ino, node.name)
+            with trio.move_on_after(DROP_SECONDS):
+                await trio.to_thread.run_sync(drop, abandon_on_cancel=True)
 
     @_answers
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -207,7 +219,9 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def release(self, fh: int) -> None:
-        self._vfs.release(fh)
+        if (node := self._vfs.release(fh)) is not None and node.parent is not None:
+            name, parent = pyfuse3.FileNameT(node.name), pyfuse3.InodeT(node.parent.ino)
+            pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
 
     @_answers
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
@@ -232,11 +246,17 @@ class Operations(pyfuse3.Operations):
     async def releasedir(self, fh: int) -> None:
         await self._vfs.releasedir(fh)
 
+    def statfs_for(self, ino: int) -> None:
+        """The next request is a statfs, which asks for `ino`."""
+        self._statfs_ino = ino
+
     @_answers
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         found = StatvfsData()
         found.f_bsize = found.f_frsize = BLOCK_BYTES
-        found.f_blocks = found.f_bfree = found.f_bavail = (1 << 50) // BLOCK_BYTES  # a bucket has no size
+        room = self._vfs.statfs(self._statfs_ino) or NOMINAL
+        found.f_blocks = room.size // BLOCK_BYTES
+        found.f_bfree, found.f_bavail = room.free // BLOCK_BYTES, room.available // BLOCK_BYTES
         found.f_files = found.f_ffree = found.f_favail = 1 << 40
         found.f_namemax = 255
         return found
@@ -260,6 +280,18 @@ class XattrOperations(Operations):
     @_answers
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         self._vfs.removexattr(inode, name)
+
+
+def _drop_entry(parent: int, name: bytes) -> None:
+    """Have the kernel look the name up again, on a thread: it may hold a lock there until we have answered it."""
+    with suppress(OSError):  # it does not know the name
+        pyfuse3.invalidate_entry(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
+
+
+def _opened(fh: Fh) -> FileInfo:
+    """A foreign version has a number of its own, so what the kernel has cached of this one is true."""
+    direct = bool(fh & DIRECT)
+    return FileInfo(fh=pyfuse3.FileHandleT(fh), direct_io=direct, keep_cache=not direct)
 
 
 def operations(vfs: Vfs, config: TreeConfig) -> Operations:

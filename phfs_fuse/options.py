@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from phfs_fuse import values
-from phfs_fuse.config import OnConflict, PosixAttrs
+from phfs_fuse.config import Events, ExclusiveCreate, OnConflict, PosixAttrs
 
 DEFAULT_BUCKET: Final = "primehub"
 
@@ -31,11 +31,14 @@ FILE: Final = Kind(values.path, "FILE")
 DIR: Final = Kind(values.path, "DIR")
 URL: Final = Kind(values.endpoint, "URL")
 BUCKET: Final = Kind(values.bucket, "NAME")
+QUOTAS: Final = Kind(values.quotas, "[PATH=]SIZE")
 GROUP: Final = Kind(values.group_prefix, "NAME")
 USER: Final = Kind(values.user, "ID")
 GROUP_ID: Final = Kind(values.group, "ID")
 POSIX_ATTRS: Final = Kind(values.one_of(PosixAttrs), "store|ignore")
 ON_CONFLICT: Final = Kind(values.one_of(OnConflict), "keep-both|overwrite|fail")
+EVENTS: Final = Kind(values.one_of(Events), "auto|off")
+EXCLUSIVE_CREATE: Final = Kind(values.one_of(ExclusiveCreate), "local|store")
 LOG_LEVEL: Final = Kind(values.choice("debug", "info", "warning", "error"), "LEVEL")
 LOG_FORMAT: Final = Kind(values.choice("text", "json"), "text|json")
 
@@ -59,6 +62,11 @@ class Setting:
     @property
     def is_switch(self) -> bool:
         return self.kind is SWITCH
+
+    @property
+    def is_list(self) -> bool:
+        """May be given several times."""
+        return self.kind is QUOTAS
 
 
 _tuning = partial(Setting, flag=False)
@@ -119,6 +127,22 @@ SETTINGS: Final = (
         "5s",
     ),
     Setting(
+        "events",
+        "tree.events",
+        "tree.events",
+        EVENTS,
+        "Hear of the changes of others at once, where the store is MinIO.",
+        "auto",
+    ),
+    Setting(
+        "exclusive-create",
+        "tree.exclusive-create",
+        "tree.exclusive_create",
+        EXCLUSIVE_CREATE,
+        "Where O_EXCL holds: within the mount, or between all mounts of the prefix.",
+        "local",
+    ),
+    Setting(
         "write-through",
         "writeback.write-through",
         "writeback.write_through",
@@ -133,6 +157,14 @@ SETTINGS: Final = (
         "Quiet time before the upload of a closed file.",
         "500ms",
     ),
+    Setting(
+        "quota",
+        "quota.limit",
+        "quota.limits",
+        QUOTAS,
+        "What the mount, or a folder of it, may hold; several times for several folders.",
+    ),
+    Setting("quota-file", "quota.file", "quota.file", FILE, "More quotas, one a line; read again when it changes."),
     Setting(
         "posix-attrs",
         "tree.posix-attrs",
@@ -196,6 +228,14 @@ SETTINGS: Final = (
         "8",
     ),
     _tuning(
+        "events-ttl",
+        "tree.events-ttl",
+        "tree.events_ttl_seconds",
+        TIME,
+        "How long attributes are believed while changes of others are heard of.",
+        "5m",
+    ),
+    _tuning(
         "full-timeout",
         "writeback.full-timeout",
         "writeback.full_seconds",
@@ -244,6 +284,14 @@ SETTINGS: Final = (
         TIME,
         "Longest wait for uploads at the end of the mount; 0: as long as it takes.",
         "0",
+    ),
+    _tuning(
+        "quota-recount",
+        "quota.recount",
+        "quota.recount_seconds",
+        TIME,
+        "How often the use of quotas is counted anew.",
+        "10m",
     ),
     _tuning(
         "read-ahead",

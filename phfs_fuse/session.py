@@ -18,7 +18,9 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from enum import Flag
+from pathlib import Path
 from typing import Final
 
 import pyfuse3
@@ -26,7 +28,9 @@ import trio
 
 from phfs_fuse import messages
 from phfs_fuse.errors import MountpointError, startup_error
+from phfs_fuse.expiry import Name
 from phfs_fuse.messages import Kind, Message
+from phfs_fuse.statfsino import telling
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +81,8 @@ class KeeperLink:
         self._asking = trio.Lock()
         self._awaited: Sequence[Kind] = ()
         self._answers, self._answered = trio.open_memory_channel[Message](1)
+        self._expired = trio.Event()
+        self.expires = False  # the keeper can tell the kernel to look names up again
 
     async def receive_descriptor(self) -> int:
         """Say that the checks passed; return the descriptor of the mount. Awaits the keeper.
@@ -91,6 +97,7 @@ class KeeperLink:
         )
         for level, kind, data in control:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self.expires = messages.decode(packet).expires
                 (fd,) = _INT.unpack_from(data)
                 return int(fd)
         raise MountpointError(f"the keeper gave no mount{': ' if packet else ''}{packet.decode()}")
@@ -113,6 +120,13 @@ class KeeperLink:
         answer = await self._ask(Message(kind=Kind.UNMOUNT, lazy=lazy), Kind.UNMOUNTED, Kind.BUSY)
         if answer.kind is Kind.BUSY:
             raise MountpointError(answer.reason)
+
+    async def expire(self, names: Sequence[Name]) -> None:
+        """Have the kernel look these names up again; returns when it knows. One call at a time."""
+        self._expired = trio.Event()
+        packed = [(ino, name.hex()) for ino, name in names]
+        await self._send(Message(kind=Kind.EXPIRE, names=packed))
+        await self._expired.wait()
 
     async def standby(self) -> None:
         """Say that this worker can take over; returns when the one before has ended."""
@@ -152,6 +166,8 @@ class KeeperLink:
         """
         while packet := await self._receive():
             message = messages.decode(packet)
+            if message.kind is Kind.EXPIRED:
+                self._expired.set()
             if message.kind is Kind.DRAIN:
                 on_drain(message.now)
             elif message.kind in self._awaited:  # else it may be for the worker before: nobody waits for it
@@ -183,7 +199,11 @@ class Session:
     (PARALLEL_DIROPS, in libfuse 3.14) or has no setting for them (max_background).
     """
 
-    def __init__(self, ops: pyfuse3.Operations, fd: int, *, resume: bool) -> None:
+    def __init__(
+        self, ops: pyfuse3.Operations, fd: int, *, resume: bool, on_statfs: Callable[[int], None] | None = None
+    ) -> None:
+        """`on_statfs` hears the inode right before a statfs handler is called; only for mounts with folders that
+        differ in that."""
         self.established = trio.Event()  # requests are answered from now on
         self._fd, self._resume = fd, resume
         if not resume:
@@ -191,7 +211,8 @@ class Session:
         self._then = ops.init
         ops.init = self._on_init  # type: ignore[method-assign]
         self._session_fd = _pretended_kernel()
-        pyfuse3.init(ops, f"/dev/fd/{self._session_fd}", set(pyfuse3.default_options))
+        with telling(Path(pyfuse3.__file__), on_statfs) if on_statfs else nullcontext():
+            pyfuse3.init(ops, f"/dev/fd/{self._session_fd}", set(pyfuse3.default_options))
 
     async def serve(self) -> None:
         """Service: answer requests until the mount has ended, by umount or by an abort of the connection."""

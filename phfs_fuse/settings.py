@@ -10,14 +10,22 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast, get_type_hints
+from typing import Any, Final, TypeVar, cast, get_args, get_type_hints
 
 from phfs_fuse import values
-from phfs_fuse.config import CacheConfig, KernelConfig, MountConfig, StoreConfig, TreeConfig, WritebackConfig
+from phfs_fuse.config import (
+    CacheConfig,
+    KernelConfig,
+    MountConfig,
+    QuotaConfig,
+    StoreConfig,
+    TreeConfig,
+    WritebackConfig,
+)
 from phfs_fuse.dirs import cache_home, state_home
 from phfs_fuse.errors import ConfigError, UsageError
 from phfs_fuse.options import BY_KEY, BY_NAME, DEFAULT_BUCKET, SETTINGS, Setting
@@ -49,9 +57,14 @@ class Resolved:
 # --- the sources
 
 
-def from_flags(flags: Mapping[str, Raw | None]) -> Layer:
+def from_flags(flags: Mapping[str, Raw | Sequence[Raw] | None]) -> Layer:
     """Values of the command line by name of the setting; None: not given."""
-    return {name: Given(raw, f"--{name}") for name, raw in flags.items() if raw is not None}
+    return {name: Given(_joined(raw), f"--{name}") for name, raw in flags.items() if raw is not None}
+
+
+def _joined(raw: Raw | Sequence[Raw]) -> Raw:
+    """The values of a setting that may be given several times, as one."""
+    return raw if isinstance(raw, str | int | float) else ";".join(map(str, raw))
 
 
 def from_environ(environ: Mapping[str, str]) -> Layer:
@@ -96,7 +109,7 @@ def from_options(lists: Iterable[str], *, sloppy: bool = False) -> Layer:
         if not has_value and name in _SHORT:
             found[_SHORT[name]] = Given(True, f"-o {name}")
         elif not (_is_standard(name, bool(has_value)) or (sloppy and name not in BY_NAME)):
-            found[name] = _option(name, value if has_value else None)
+            found[name] = _option(name, value if has_value else None, found.get(name))
     return found
 
 
@@ -106,7 +119,7 @@ def _is_standard(name: str, has_value: bool) -> bool:
     return name == "comment" or (name in _STANDARD and not has_value)
 
 
-def _option(name: str, value: str | None) -> Given:
+def _option(name: str, value: str | None, before: Given | None) -> Given:
     if name not in BY_NAME:
         if _SECRET.search(name):
             raise UsageError(
@@ -115,6 +128,8 @@ def _option(name: str, value: str | None) -> Given:
         raise UsageError(f"-o {name}: no such option{values.nearest(name, BY_NAME)}")
     if value is None and not BY_NAME[name].is_switch:
         raise UsageError(f"-o {name}: needs a value, as in {name}={BY_NAME[name].kind.metavar}")
+    if before is not None and BY_NAME[name].is_list:
+        value = f"{before.raw};{value}"
     return Given(True if value is None else value, f"-o {name}")
 
 
@@ -139,6 +154,8 @@ def _table(path: Path, table: str, keys: object) -> Iterator[tuple[str, Given]]:
         if (setting := BY_KEY.get(f"{table}.{_name(key)}")) is None:
             inside = [key.partition(".")[2] for key in BY_KEY if key.startswith(table + ".")]
             raise UsageError(f"{where}: no such key{values.nearest(_name(key), inside)}")
+        if isinstance(raw, list) and setting.is_list and all(isinstance(item, str | int) for item in raw):
+            raw = _joined(raw)
         if not isinstance(raw, str | int | float):
             raise ConfigError(where, raw, "a single value")
         yield setting.name, Given(raw, where)
@@ -198,7 +215,7 @@ def _volume(source: str | None, given: Layer, parsed: Mapping[str, Any]) -> tupl
 
 
 def _build(bucket: str, prefix: str, mountpoint: Path, parsed: Mapping[str, Any]) -> MountConfig:
-    sections = ("store", "cache", "writeback", "tree", "kernel", "")
+    sections = ("store", "cache", "writeback", "tree", "kernel", "quota", "")
     fields: dict[str, dict[str, Any]] = {name: {} for name in sections}
     umask = parsed.get("umask", 0o022)
     fields["tree"] |= {"uid": os.getuid(), "gid": os.getgid()}
@@ -214,6 +231,7 @@ def _build(bucket: str, prefix: str, mountpoint: Path, parsed: Mapping[str, Any]
         cache=CacheConfig(directory=cache_dir / store.volume_id, **fields["cache"]),
         writeback=WritebackConfig(directory=state_dir / store.volume_id, **fields["writeback"]),
         tree=TreeConfig(**fields["tree"]),
+        quota=QuotaConfig(**fields["quota"]),
         kernel=KernelConfig(mountpoint=mountpoint, **{"fs_name": store.url, **fields["kernel"]}),
         **fields[""],
     )
@@ -281,4 +299,6 @@ def _value(kind: Any, value: Any) -> Any:
         return _restore(cast("type[Any]", kind), value)
     if isinstance(kind, type) and issubclass(kind, Enum | Path):
         return kind(value)
+    if Path in get_args(kind) and value is not None:
+        return Path(value)
     return value

@@ -83,9 +83,11 @@ class Layer:
         self.size = max(self.size, end)
 
     def truncate(self, size: int) -> None:
-        os.ftruncate(self.fd, size)
+        """Raises: OSError (ENOSPC, ...): then nothing has changed."""
         if self.seen and size < self.size:
             self._log(size, _CLIP)
+        os.ftruncate(self.fd, size)
+        if self.seen and size < self.size:
             self.seen = min(self.seen, size)
         before = self.extents.total_bytes
         self.extents.clip(size)

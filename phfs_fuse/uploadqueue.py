@@ -1,13 +1,15 @@
-"""The upload queue: when to look at which dirty file or deleted key. Owns the times; no I/O, no await.
+"""The upload queue: when to look at which dirty file or deleted key. No I/O, no await.
 
 An entry of the heap says when to look; when a file is really due is in its `DirtyFile`, since each further change
-moves that on. Work that must wait for a key is parked there and comes back when the key is free.
+moves that on. Work that must wait for a key is parked there and comes back when the key is free. Owns the times, and
+which keys have a request under way.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+import random
 
 import trio
 
@@ -19,11 +21,14 @@ from phfs_fuse.types import MIB, ObjectKey
 
 Work = Node | Gone
 
+TOGETHER_SECONDS = 0.25  # deletions that are due within this time go in one request
+
 
 class UploadQueue:
     def __init__(self, config: WritebackConfig) -> None:
         self._config = config
         self._heap: list[tuple[float, int, Work]] = []
+        self._busy: set[ObjectKey] = set()
         self._parked: dict[ObjectKey, list[Work]] = {}
         self._ticket = 0
         self.draining = False  # nothing waits for its quiet time any more
@@ -39,6 +44,19 @@ class UploadQueue:
             work.dirty.queued = math.inf
         return work
 
+    def is_busy(self, key: ObjectKey) -> bool:
+        """Whether a request on the key is under way."""
+        return key in self._busy
+
+    def claim(self, key: ObjectKey) -> None:
+        """A request on the key begins."""
+        self._busy.add(key)
+
+    def free(self, key: ObjectKey) -> None:
+        """It has ended."""
+        self._busy.discard(key)
+        self.unpark(key)
+
     def park(self, key: ObjectKey, work: Work) -> None:
         self._parked.setdefault(key, []).append(work)
 
@@ -52,6 +70,12 @@ class UploadQueue:
     @property
     def delay(self) -> float:
         return 0.0 if self.draining else self._config.delay_seconds
+
+    @property
+    def delete_due(self) -> float:
+        """When a key that is removed now shall be deleted: many that are removed one after the other at once."""
+        due = trio.current_time() + self.delay
+        return math.ceil(due / TOGETHER_SECONDS) * TOGETHER_SECONDS if self.delay else due
 
     def schedule(self, node: Node) -> None:
         """Set when `node` is due: after the quiet time once nobody can write to it, by age in any case."""
@@ -68,6 +92,10 @@ class UploadQueue:
         if due < dirty.queued:
             dirty.queued = due
             self.push(node, due)
+
+    def backoff(self, attempts: int) -> float:
+        """Seconds until the next try."""
+        return random.uniform(0.5, 1.0) * min(2.0 ** min(attempts, 16) / 2, self._config.retry_seconds_max)
 
     def push(self, work: Work, due: float) -> None:
         self._ticket += 1

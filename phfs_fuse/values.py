@@ -6,6 +6,7 @@ Each function takes the raw value (a str, or what TOML gives) and raises `ValueE
 from __future__ import annotations
 
 import grp
+import os
 import pwd
 import re
 from collections.abc import Callable, Iterable
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from phfs_fuse.types import GIB, KIB, MIB
+from phfs_fuse.types import GIB, KIB, MIB, NAME_BYTES_MAX
 
 Raw = str | int | float | bool
 Parser = Callable[[Raw], object]
 
 _UNITS: Final = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
 _SECONDS: Final = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+QUOTA_BYTES_MAX: Final = 1 << 60  # what statfs can tell in blocks, with much to spare
 _TRUE: Final = ("true", "yes", "on", "1")
 _FALSE: Final = ("false", "no", "off", "0")
 
@@ -89,6 +91,35 @@ def path(raw: Raw) -> Path:
         return Path(text(raw)).expanduser().absolute()
     except RuntimeError as exc:  # ~nobody-of-this-name
         raise ValueError("a path") from exc
+
+
+def quotas(raw: Raw) -> dict[str, int]:
+    """`10G` for the whole mount, `a/b=5G` for a folder of it, several with `;` or a line each; `#` begins a comment.
+    Bytes by path, "" for the mount."""
+    found: dict[str, int] = {}
+    for line in str(raw).splitlines() if not isinstance(raw, bool) else ["?"]:
+        for item in filter(None, map(str.strip, line.partition("#")[0].split(";"))):
+            path, _, limit = item.rpartition("=")
+            found[folder(path)] = quota_size(limit)
+    return found
+
+
+def quota_size(raw: Raw) -> int:
+    try:
+        limit = size(raw)
+    except ValueError:
+        limit = 0
+    if not 0 < limit <= QUOTA_BYTES_MAX:
+        raise ValueError("SIZE or PATH=SIZE with a size such as 512M or 10G")
+    return limit
+
+
+def folder(path: str) -> str:
+    """A path below the mount point, in one form: `a/b`."""
+    parts = [part for part in path.strip().split("/") if part]
+    if any(part in (".", "..") or "\0" in part or len(os.fsencode(part)) > NAME_BYTES_MAX for part in parts):
+        raise ValueError("a path below the mount point without '.' and '..'")
+    return "/".join(parts)
 
 
 def user(raw: Raw) -> int:

@@ -201,8 +201,8 @@ async def delete_tree(store: ObjectStore, prefix: str) -> int:
         keys = [info.key for info in page.objects if info.key.startswith(prefix)]
         if not keys:
             return count
-        for key, reason in (await store.delete_many(keys)).items():
-            raise PhfsError("delete", key, reason)
+        for failure in (await store.delete_many(dict.fromkeys(keys))).values():
+            raise failure
         count += len(keys)
 
 

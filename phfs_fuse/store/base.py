@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from phfs_fuse.errors import PhfsError
 from phfs_fuse.types import ETag, ObjectKey
 
 Sink = Callable[[int, bytes | memoryview], None]
@@ -78,6 +79,29 @@ class Upload:
     started_ns: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreEvent:
+    """An object was stored, or removed (`etag` None), by whomever. `metadata` as in `ObjectInfo`."""
+
+    key: ObjectKey
+    etag: ETag | None
+    size: int
+    metadata: Mapping[str, str]
+
+
+class Listener(Protocol):
+    """Is told of changes, on the trio thread. Its methods do not await."""
+
+    def opened(self) -> None:
+        """Changes that follow are told."""
+
+    def heard(self, events: Sequence[StoreEvent]) -> None:
+        """In the order of the store, some of them maybe twice."""
+
+    def missed(self) -> None:
+        """Changes may have been left out."""
+
+
 class ObjectStore(Protocol):
     """One bucket. Keys are whole keys."""
 
@@ -124,10 +148,11 @@ class ObjectStore(Protocol):
         source is not `source_etag` or `expect` fails."""
 
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
-        """Remove; a key that is not there is a success."""
+        """Remove; a key that is not there is a success. VersionChanged if another version is."""
 
-    async def delete_many(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, str]:
-        """Remove up to 1000 keys in one request; returns those that failed with the reason."""
+    async def delete_many(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
+        """Remove up to 1000 keys in one request (two or more, where the store has no conditions), each if it has
+        that version (None: whatever is there); returns those that failed. VersionChanged: another version."""
 
     async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str: ...
 
@@ -151,5 +176,9 @@ class ObjectStore(Protocol):
     async def abort_multipart(self, key: ObjectKey, upload_id: str) -> None: ...
 
     async def list_multipart(self, prefix: str) -> Sequence[Upload]: ...
+
+    async def listen(self, prefix: str, listener: Listener) -> None:
+        """Tell `listener` of the changes below `prefix`. Never returns. Raises: StoreUnavailable (the stream is
+        lost), NotSupported, AccessDenied or NotFound (this store has none, or not for us)."""
 
     async def aclose(self) -> None: ...

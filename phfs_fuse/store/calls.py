@@ -15,6 +15,8 @@ import trio
 from botocore.session import Session
 
 from phfs_fuse.config import StoreConfig
+from phfs_fuse.errors import PhfsError
+from phfs_fuse.store.answers import NO_SUCH_KEY, error_of
 from phfs_fuse.store.base import Body, Expect, FileRange, Listing, ObjectInfo, Part, Upload
 from phfs_fuse.store.headers import (
     SECOND_NS,
@@ -168,28 +170,27 @@ class BotoCalls:
         return stored_info(key, size, metadata, {**headers, "etag": result.get("ETag", "")})
 
     async def delete(self, key: ObjectKey, expect: Expect | None) -> None:
-        """`expect` is sent to AWS only: no other store is known to keep it."""
+        """`expect` is sent as a condition and nothing else is done about it."""
         clients = await self.clients()
-        condition = _condition(expect) if clients.is_aws else {}
         await self._run(
             "delete",
             key,
-            lambda: clients.plain.delete_object(Bucket=self._bucket, Key=key, **condition),
+            lambda: clients.plain.delete_object(Bucket=self._bucket, Key=key, **_condition(expect)),
             self._control,
         )
 
-    async def delete_many(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, str]:
-        """Keys that failed, with the store's code."""
+    async def delete_many(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
+        """Keys that failed. Versions are sent as conditions and nothing else is done about them."""
         s3 = (await self.clients()).plain
-        objects: Any = [{"Key": key} for key in keys]
+        objects: Any = [{"Key": key, **({"ETag": quoted(etag)} if etag else {})} for key, etag in versions.items()]
         answer = await self._run(
             "delete",
-            f"{len(keys)} objects",
+            f"{len(versions)} objects",
             lambda: s3.delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True}),
             self._control,
         )
         failed = {ObjectKey(error["Key"]): error.get("Code", "") for error in answer.get("Errors", ())}
-        return {key: code for key, code in failed.items() if code != "NoSuchKey"}
+        return {key: error_of("delete", key, code, 500) for key, code in failed.items() if code != NO_SUCH_KEY}
 
     async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
         s3 = (await self.clients()).plain

@@ -9,18 +9,29 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import trio
 
 from phfs_fuse.config import StoreConfig
-from phfs_fuse.errors import AccessDenied, BadAnswer, BucketNotFound, NotFound, PhfsError, VersionChanged
+from phfs_fuse.errors import (
+    AccessDenied,
+    BadAnswer,
+    BucketNotFound,
+    NotFound,
+    NotSupported,
+    PhfsError,
+    VersionChanged,
+)
 from phfs_fuse.store.answers import NO_SUCH_KEY, NO_SUCH_UPLOAD, check_key, check_metadata, check_text
-from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Sink, Upload
+from phfs_fuse.store.base import Body, Expect, Listener, Listing, ObjectInfo, Part, Sink, Upload
 from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
 from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
+from phfs_fuse.store.events import EventStream
 from phfs_fuse.store.retry import retrying
 from phfs_fuse.store.transfer import Receiver, holds, multipart_etag
+from phfs_fuse.tasks import gather
 from phfs_fuse.types import GIB, MIB, S3_PARTS_MAX, ETag, ObjectKey
 
 log = logging.getLogger(__name__)
@@ -31,6 +42,7 @@ CHECK_ATTEMPTS: Final = 2  # a wrong endpoint must show soon
 COPY_BYTES_MAX: Final = 256 * MIB  # in one request: more may take longer than the time without a byte
 COPY_ONTO_ITSELF_BYTES_MAX: Final = 5 * GIB  # Source: S3 API reference, CopyObject
 COPY_PART_BYTES: Final = 128 * MIB
+LISTED_MIN: Final = 20  # versions learned by a page of a listing, which else costs more than it saves
 CLEANUP_SECONDS: Final = 30.0
 
 
@@ -175,15 +187,16 @@ class S3Store:
 
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
         check_key("delete", key)
+        conditions = await self._kept() if expect else NONE_KEPT
 
         async def attempt(_: int) -> None:
-            if expect is not None:
+            if expect is not None and not conditions.delete:
                 found = await self._etag_now(key)
                 if found is None:
                     return
                 if found != expect.etag:
                     raise VersionChanged("delete", key, f"the store has version {found}")
-            await self._calls.delete(key, expect)
+            await self._calls.delete(key, expect if conditions.delete else None)
 
         try:
             await self._retrying(attempt)
@@ -191,18 +204,52 @@ class S3Store:
             if isinstance(exc, BucketNotFound):
                 raise
 
-    async def delete_many(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, str]:
-        for key in keys:
+    async def delete_many(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
+        for key in versions:
             check_key("delete", key)
-        odd = [key for key in keys if XML_ILLEGAL.search(key)]  # the request is XML
-        plain = [key for key in keys if not XML_ILLEGAL.search(key)]
-        failed = dict(await self._retrying(lambda _: self._calls.delete_many(plain))) if plain else {}
+        odd = [key for key in versions if XML_ILLEGAL.search(key)]  # the request is XML
+        plain = {key: etag for key, etag in versions.items() if not XML_ILLEGAL.search(key)}
+        failed = dict(await self._delete_plain(plain)) if plain else {}
         for key in odd:
+            etag = versions[key]
             try:
-                await self.delete(key)
+                await self.delete(key, expect=None if etag is None else Expect(etag))
             except PhfsError as exc:
-                failed[key] = exc.reason
+                failed[key] = exc
         return failed
+
+    async def _delete_plain(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
+        failed: dict[ObjectKey, PhfsError] = {}
+        if any(versions.values()) and not (await self._kept()).delete_many:
+            found = await self._etags_now([key for key, etag in versions.items() if etag is not None])
+            for key, etag in versions.items():
+                if etag is not None and key in found and found[key] != etag:
+                    failed[key] = VersionChanged("delete", key, f"the store has version {found[key]}")
+            versions = {key: None for key in versions if key not in failed}
+        if versions:
+            failed |= await self._retrying(lambda _: self._calls.delete_many(versions))
+        return failed
+
+    async def _etags_now(self, wanted: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
+        """Versions of those that are there: by listing from the first to the last of them, as long as that finds
+        enough of them, the rest one by one."""
+        rest = sorted(wanted, key=str.encode)
+        found: dict[ObjectKey, ETag] = {}
+        token: str | None = None
+        while len(rest) > LISTED_MIN:
+            prefix = _common(rest[0], rest[-1])
+            page = await self.list(prefix, delimiter=False, token=token, start_after=rest[0][:-1])
+            here = {info.key: info.etag for info in page.objects}
+            seen = len(rest)
+            if (token := page.next_token) is not None:
+                last = page.objects[-1].key.encode()
+                seen = sum(key.encode() <= last for key in rest)
+            found |= {key: here[key] for key in rest[:seen] if key in here}
+            rest = rest[seen:]
+            if seen < LISTED_MIN:
+                break
+        single = await gather([partial(self._etag_now, key) for key in rest])
+        return found | {key: etag for key, etag in zip(rest, single, strict=True) if etag is not None}
 
     # -- in parts
 
@@ -275,6 +322,14 @@ class S3Store:
     async def list_multipart(self, prefix: str) -> Sequence[Upload]:
         check_text("list multipart", prefix)
         return await self._retrying(lambda _: self._calls.list_multipart(prefix))
+
+    # -- changes
+
+    async def listen(self, prefix: str, listener: Listener) -> None:
+        clients = await self._calls.clients()
+        if clients.is_aws:
+            raise NotSupported("listen", prefix, "AWS has no stream of events")
+        await EventStream(clients, self._config, prefix, listener).run()
 
     async def _copy_in_parts(
         self,
@@ -400,6 +455,12 @@ class S3Store:
             log.info("clean-up failed: %s", exc)
 
 
+def _common(one: str, other: str) -> str:
+    """What both begin with."""
+    length = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+    return one[:length]
+
+
 def _has_metadata(page: Listing) -> bool | None:
     """None if the page has no object that could tell."""
     return any(info.metadata is not None for info in page.objects) if page.objects else None
@@ -414,3 +475,11 @@ class _ProbeObject:
 
     async def copy(self, source_etag: ETag) -> object:
         return await self._calls.copy(self._key, source_etag, self._key, 0, {})
+
+    async def delete(self, etag: ETag) -> None:
+        await self._calls.delete(self._key, Expect(etag))
+
+    async def delete_many(self, etag: ETag) -> None:
+        failed = await self._calls.delete_many({self._key: etag})
+        for exc in failed.values():
+            raise exc

@@ -14,11 +14,11 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from phfs_fuse.blocks import BlockCache
+from phfs_fuse.cachedisk import on_thread
 from phfs_fuse.errors import BadAnswer, NotFound, PhfsError, StaleVersion, StoreUnavailable, VersionChanged
 from phfs_fuse.extents import Extent
 from phfs_fuse.store.base import Sink
 from phfs_fuse.types import KIB, MIB, ETag, ObjectKey
-from phfs_fuse.version import on_thread
 from tests.support.caches import BLOCK, KEY, RangeStore, content, running
 from tests.support.fault_store import FaultStore
 
@@ -81,7 +81,7 @@ async def test_an_open_version_is_one_for_all(tmp_path: Path, store: RangeStore)
     async with running(store, tmp_path) as cache:
         first, second = store.open(cache), store.open(cache)
         assert first is second
-        assert (first.key, first.size) == (KEY, SIZE)
+        assert (first.file.key, first.size) == (KEY, SIZE)
         first.close()
         assert await second.read(0, SIZE) == DATA
         second.close()

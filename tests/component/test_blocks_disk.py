@@ -6,7 +6,8 @@ import errno
 import os
 import random
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from phfs_fuse import cachefile, version
+from phfs_fuse import cachedisk, cachefile
 from phfs_fuse.blocks import FULL_SECONDS, BlockCache
 from phfs_fuse.config import CacheConfig
 from phfs_fuse.errors import LocalStateError, PhfsError
@@ -216,7 +217,7 @@ def open_files(directory: Path) -> int:
 async def test_few_files_are_open_at_a_time(
     tmp_path: Path, store: RangeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(version, "FILES_OPEN_MAX", 4)
+    monkeypatch.setattr(cachedisk, "FILES_OPEN_MAX", 4)
     keys = [ObjectKey(f"groups/a/{at}") for at in range(20)]
     for at, key in enumerate(keys):
         store.seed(key, content(3 * BLOCK, seed=at))
@@ -235,7 +236,7 @@ async def test_a_new_file_is_not_taken_for_the_one_that_was_whole(
     tmp_path: Path, store: RangeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even if it got the same inode number."""
-    monkeypatch.setattr(version, "FILES_OPEN_MAX", 1)
+    monkeypatch.setattr(cachedisk, "FILES_OPEN_MAX", 1)
     store.seed(OTHER, content(BLOCK))
     async with running(store, tmp_path) as cache:
         await read_all(cache, store)
@@ -264,7 +265,7 @@ class StepStore(RangeStore):
 async def test_what_goes_into_a_file_that_was_deleted_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(version, "FILES_OPEN_MAX", 1)
+    monkeypatch.setattr(cachedisk, "FILES_OPEN_MAX", 1)
     store = StepStore()
     store.seed(KEY, DATA)
     store.seed(OTHER, content(BLOCK))
@@ -462,15 +463,24 @@ def refuse_renames(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(os, "rename", rename)
 
 
+@pytest.fixture
+def other_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on another file system."""
+    shm = Path("/dev/shm")
+    if not os.access(shm, os.W_OK) or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("/dev/shm is no other file system that can be written")
+    with tempfile.TemporaryDirectory(dir=shm) as path:
+        yield Path(path)
+
+
 @pytest.mark.parametrize("size", [SIZE, MIB])
 async def test_a_file_on_another_file_system_is_copied(
-    tmp_path: Path, store: RangeStore, monkeypatch: pytest.MonkeyPatch, size: int
+    tmp_path: Path, other_disk: Path, store: RangeStore, size: int
 ) -> None:
     data = content(size, seed=4)
     etag = store.seed(OTHER, data)
-    refuse_renames(monkeypatch)
     async with running(store, tmp_path / "cache") as cache:
-        path = staged(tmp_path, data)
+        path = staged(other_disk, data)
         cache.adopt(OTHER, etag, size, path, Extents([(0, size)]))
         path.unlink()
         assert await read_all(cache, store, OTHER) == data
@@ -613,7 +623,7 @@ async def test_renamed_bytes_stay_cached(tmp_path: Path, store: RangeStore, is_o
         cache.rekey(KEY, old, OTHER, new)
         store.asked.clear()
         if is_open:
-            assert (kept.key, kept.etag) == (OTHER, new)
+            assert (kept.file.key, kept.file.etag) == (OTHER, new)
             assert kept.read_now(0, 5 * BLOCK) == DATA[: 5 * BLOCK]
             assert await kept.read(5 * BLOCK, SIZE) == DATA[5 * BLOCK :]
             kept.close()

@@ -37,6 +37,11 @@ class Mount:
     def pending(self) -> Mapping[str, int]:
         return {"files_pending": self.files, "bytes_pending": self.files * 10, "bytes_done": self.done}
 
+    def set_quota(self, path: str, size: int | None) -> None:
+        self.asked.append((path, size))
+        if self.failure is not None:
+            raise self.failure
+
     async def sync(self, path: str | None) -> None:
         self.asked.append(path)
         if self.failure is not None:
@@ -172,7 +177,28 @@ async def test_a_bug_is_an_answer_and_the_server_lives(client: Client, mount: Mo
     assert await client.ask(op="ping") == {"done": {}}
 
 
-@pytest.mark.parametrize("request_", [{"op": "explode"}, {}, {"op": "sync", "path": 3}, {"op": "umount", "lazy": 1}])
+@pytest.mark.parametrize(
+    ("path", "size", "told"), [("", 5, ("", 5)), ("/a//b/", 1 << 40, ("a/b", 1 << 40)), ("a", None, ("a", None))]
+)
+async def test_a_quota_is_set(client: Client, mount: Mount, path: str, size: int | None, told: object) -> None:
+    assert await client.ask(op="quota", path=path, size=size) == {"done": {}}
+    assert mount.asked == [told]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"op": "explode"},
+        {},
+        {"op": "sync", "path": 3},
+        {"op": "umount", "lazy": 1},
+        {"op": "quota", "size": 5},
+        {"op": "quota", "path": "../a", "size": 5},
+        {"op": "quota", "path": "a" * 256, "size": 5},
+        {"op": "quota", "path": "a\0", "size": 5},
+        *({"op": "quota", "path": "a", "size": size} for size in (0, -1, 1.5, "5G", True, 1 << 61, [])),
+    ],
+)
 async def test_a_wrong_request_gets_an_answer_and_the_next_is_heard(
     client: Client, mount: Mount, request_: Mapping[str, object]
 ) -> None:

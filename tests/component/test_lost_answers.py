@@ -195,3 +195,53 @@ async def test_what_somebody_else_stored_while_a_deletion_waited_is_kept(
     assert found == {"theirs": b"stored meanwhile"}
     await trio.sleep(10)
     assert await world.read("theirs") == b"stored meanwhile"
+
+
+async def test_what_somebody_else_stored_within_the_quiet_time_is_kept(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    for name in ("one", "two", "three", "four"):
+        await world.write(name, b"bytes")
+    await world.settle()
+    for name in (b"one", b"two", b"three"):  # in one batch
+        await world.vfs.unlink(1, name)
+    store.seed(ObjectKey(PREFIX + "two"), b"theirs")
+    await world.settle()
+    assert stored(store) == {"two": b"theirs", "four": b"bytes"}
+    await world.vfs.unlink(1, b"four")  # alone
+    store.seed(ObjectKey(PREFIX + "four"), b"theirs")
+    await world.settle()
+    assert stored(store) == {"two": b"theirs", "four": b"theirs"}
+    assert world.writeback.spared == 2
+    assert await world.read("two") == b"theirs"
+    assert await world.names() == ["four", "two"]
+
+
+async def test_the_source_of_a_rename_that_somebody_else_replaced_is_kept(
+    world: World, store: FakeStore, faults: FaultStore, autojump_clock: MockClock
+) -> None:
+    await world.write("a", b"ours")
+    await world.settle()
+    gate = faults.hold("copy", after=True)
+    await world.vfs.rename(1, b"a", 1, b"b", 0)
+    await gate.entered.wait()
+    await trio.sleep(1)
+    store.seed(ObjectKey(PREFIX + "a"), b"theirs")
+    gate.open.set()
+    await world.settle()
+    assert stored(store) == {"a": b"theirs", "b": b"ours"}
+    assert await world.read("a") == b"theirs"
+
+
+async def test_a_name_that_is_made_anew_over_what_somebody_else_stored_is_a_conflict(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    await world.write("f", b"bytes")
+    await world.settle()
+    await world.vfs.unlink(1, b"f")
+    store.seed(ObjectKey(PREFIX + "f"), b"theirs")
+    await world.write("f", b"ours again")
+    await world.settle()
+    found = stored(store)
+    assert found.pop("f") == b"theirs"
+    assert list(found.values()) == [b"ours again"]

@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from phfs_fuse.store.base import Listing
+from phfs_fuse.store.base import Expect, Listing
 from phfs_fuse.types import ObjectKey
 from tests.support.fake_store import FakeStore
 from tests.support.world import PREFIX, World, keys, made, running
@@ -26,8 +26,8 @@ class Counted(FakeStore):
         self.answer.set()
         self.deleted = trio.Event()
 
-    async def delete(self, key: ObjectKey) -> None:
-        await super().delete(key)
+    async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
+        await super().delete(key, expect=expect)
         self.deleted.set()
 
     async def list(self, prefix: str, *, delimiter: bool, token: str | None = None, count_max: int = 1000) -> Listing:

@@ -139,7 +139,7 @@ async def test_what_is_not_there(place: Place) -> None:
     with pytest.raises(NotFound):
         await place.read("none", 0, 1)
     await place.store.delete(place.key("none"))
-    assert await place.store.delete_many([place.key("none")]) == {}
+    assert await place.store.delete_many({place.key("none"): None}) == {}
 
 
 async def test_reading_a_version_that_is_gone(place: Place) -> None:
@@ -216,8 +216,8 @@ async def test_delete_many(place: Place) -> None:
     names = [f"n{number:04}" for number in range(20)]
     for name in [*names, "stays"]:
         await place.put(name)
-    assert await place.store.delete_many([place.key(name) for name in names]) == {}
-    assert await place.store.delete_many([]) == {}
+    assert await place.store.delete_many({place.key(name): None for name in names}) == {}
+    assert await place.store.delete_many({}) == {}
     assert await place.names() == ["stays"]
 
 
@@ -232,7 +232,7 @@ async def test_odd_names(place: Place, name: str) -> None:
     copy = place.key(f"copy of {name}")
     await place.store.copy(place.key(name), put.etag, copy, len(data), {}, expect=Expect(None))
     assert sorted(await place.names()) == sorted([name, f"copy of {name}"])
-    assert await place.store.delete_many([place.key(name)]) == {}
+    assert await place.store.delete_many({place.key(name): put.etag}) == {}
     await place.store.delete(copy)
     assert await place.names() == []
 
@@ -254,3 +254,14 @@ async def test_the_longest_key(place: Place) -> None:
     assert await place.names() == [name]
     with pytest.raises(NameTooLong):
         await place.put(name + "x", b"x")
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c"], [f"n{number:04}" for number in range(60)]], ids=["few", "many"])
+async def test_delete_many_of_versions(place: Place, names: list[str]) -> None:
+    versions = {place.key(name): (await place.put(name, b"1")).etag for name in names}
+    versions[place.key("never")] = OTHER
+    await place.put(names[1], b"2")
+    await place.put(f"{names[-1]}-beside", b"3")
+    failed = await place.store.delete_many(versions)
+    assert {key: type(exc) for key, exc in failed.items()} == {place.key(names[1]): VersionChanged}
+    assert await place.names() == [names[1], f"{names[-1]}-beside"]

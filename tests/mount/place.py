@@ -113,13 +113,13 @@ def watchdog(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def a_mount(*flags: str) -> Iterator[MountPlace]:
-    """A mount with more flags of `phfs mount`, under the watchdog."""
+def a_mount(*flags: str, **more: Any) -> Iterator[MountPlace]:
+    """A mount with more flags of `phfs mount` (and what else `mounted` takes), under the watchdog."""
     if LOCAL_ROOT:
         pytest.skip("needs a store")
     if os.geteuid() == 0:
         flags += ("--allow-other",)
-    with mounted(*flags) as mount, watchdog(mount.path):
+    with mounted(*flags, **more) as mount, watchdog(mount.path):
         yield MountPlace(mount)
 
 

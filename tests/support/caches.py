@@ -12,11 +12,11 @@ import trio
 import trio.testing
 
 from phfs_fuse.blocks import BlockCache, Version
+from phfs_fuse.cachedisk import RunSync
 from phfs_fuse.config import CacheConfig
 from phfs_fuse.extents import Extent
 from phfs_fuse.store.base import ObjectStore, Sink
 from phfs_fuse.types import KIB, ETag, ObjectKey
-from phfs_fuse.version import RunSync
 from tests.support.fake_store import FakeStore
 
 BLOCK = 4 * KIB

@@ -19,11 +19,13 @@ from phfs_fuse.errors import (
     BucketNotFound,
     InvalidArgument,
     NotFound,
+    NotSupported,
+    PhfsError,
     StoreUnavailable,
     VersionChanged,
 )
 from phfs_fuse.store.answers import check_key, check_metadata, check_text
-from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Sink, Upload
+from phfs_fuse.store.base import Body, Expect, Listener, Listing, ObjectInfo, Part, Sink, StoreEvent, Upload
 from phfs_fuse.store.transfer import md5_etag, multipart_etag
 from phfs_fuse.types import S3_PART_BYTES_MIN, ETag, ObjectKey
 
@@ -82,10 +84,17 @@ class FakeStore:
         self._part_bytes_min = part_bytes_min
         self._clock = clock
         self._upload_count = 0
+        self.has_events = True
+        self._listeners: list[tuple[str, Listener]] = []
+        self._cut = trio.Event()
 
     def seed(self, key: str, data: bytes = b"", metadata: Mapping[str, str] | None = None) -> ETag:
         """Store an object as another client would; not counted as a request."""
         return self._store(ObjectKey(key), data, md5_etag(data), metadata or {}).etag
+
+    def remove(self, key: str) -> None:
+        """Remove an object as another client would."""
+        self._remove(ObjectKey(key))
 
     def data(self, key: str) -> bytes:
         return self.objects[ObjectKey(key)].data
@@ -177,15 +186,20 @@ class FakeStore:
         await self._request("delete", key)
         if key in self.objects:
             self._require("delete", key, expect)
-            del self.objects[key]
+            self._remove(key)
 
-    async def delete_many(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, str]:
-        if not keys:
+    async def delete_many(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
+        if not versions:
             return {}
-        await self._request("delete_many", keys[0])
-        for key in keys:
-            self.objects.pop(key, None)
-        return {}
+        await self._request("delete_many", next(iter(versions)))
+        failed: dict[ObjectKey, PhfsError] = {}
+        for key, etag in versions.items():
+            found = self.objects.get(key)
+            if etag is not None and found is not None and found.etag != etag:
+                failed[key] = VersionChanged("delete", key, f"is {found.etag}")
+            else:
+                self._remove(key)
+        return failed
 
     async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
         await self._request("create_multipart", key)
@@ -241,6 +255,22 @@ class FakeStore:
         found = [Upload(u.key, upload_id, u.started_ns) for upload_id, u in self.uploads.items()]
         return [upload for upload in found if upload.key.startswith(prefix)]
 
+    async def listen(self, prefix: str, listener: Listener) -> None:
+        """Tells only while `has_events`; a test ends it by `cut_events`."""
+        await self._request("listen", prefix)
+        if not self.has_events:
+            raise NotSupported("listen", prefix, "no stream of events")
+        self._listeners.append((prefix, listener))
+        listener.opened()
+        self._cut = trio.Event()
+        await self._cut.wait()
+        raise StoreUnavailable("listen", prefix, "cut")
+
+    def cut_events(self) -> None:
+        """The streams end; what changes until they are opened again is told to nobody."""
+        self._listeners.clear()
+        self._cut.set()
+
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
 
@@ -264,7 +294,17 @@ class FakeStore:
         modified_ns = self._clock() // SECOND_NS * SECOND_NS  # stores answer whole seconds in HEAD
         names = {name.lower(): value for name, value in metadata.items()}
         self.objects[key] = StoredObject(bytes(data), etag, names, modified_ns)
+        self._tell(StoreEvent(key=key, etag=etag, size=len(data), metadata=names))
         return self.objects[key]
+
+    def _remove(self, key: ObjectKey) -> None:
+        self.objects.pop(key, None)
+        self._tell(StoreEvent(key=key, etag=None, size=0, metadata={}))
+
+    def _tell(self, event: StoreEvent) -> None:
+        for prefix, listener in self._listeners:
+            if event.key.startswith(prefix):
+                listener.heard([event])
 
     def _existing(self, op: str, key: ObjectKey) -> StoredObject:
         if (found := self.objects.get(key)) is None:

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import trio
 
-from phfs_fuse.errors import StoreUnavailable
-from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, ObjectStore, Part, Sink, Upload
+from phfs_fuse.errors import PhfsError, StoreUnavailable
+from phfs_fuse.store.base import Body, Expect, Listener, Listing, ObjectInfo, ObjectStore, Part, Sink, Upload
 from phfs_fuse.types import ETag, ObjectKey
 
 T = TypeVar("T")
@@ -210,9 +210,9 @@ class FaultStore:
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
         await self._through("delete", key, lambda: self.inner.delete(key, expect=expect))
 
-    async def delete_many(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, str]:
-        first = keys[0] if keys else ""
-        return await self._through("delete_many", first, lambda: self.inner.delete_many(keys))
+    async def delete_many(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
+        first = next(iter(versions), "")
+        return await self._through("delete_many", first, lambda: self.inner.delete_many(versions))
 
     async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
         return await self._through("create_multipart", key, lambda: self.inner.create_multipart(key, metadata))
@@ -250,6 +250,9 @@ class FaultStore:
 
     async def list_multipart(self, prefix: str) -> Sequence[Upload]:
         return await self._through("list_multipart", prefix, lambda: self.inner.list_multipart(prefix))
+
+    async def listen(self, prefix: str, listener: Listener) -> None:
+        await self._through("listen", prefix, lambda: self.inner.listen(prefix, listener))
 
     async def aclose(self) -> None:
         await self.inner.aclose()

@@ -35,6 +35,8 @@ from tests.support.servers import Server, minio, minio_binary, moto
 COMMAND_SECONDS = 120.0
 END_SECONDS = 20.0
 PREFIX = "groups/test/"
+BALLAST = ".ballast"
+CHECKOUT = str(Path(__file__).parents[2])
 LOUD = re.compile(r"^\S+ (WARNING|ERROR|CRITICAL) |^Traceback |^\{.*\"level\": \"(warning|error|critical)\"")
 
 
@@ -69,6 +71,7 @@ class TestMount:
         self.endpoint_url, self.env = server.endpoint_url, server.env
         self.s3 = s3_client(server)
         self.flags = flags
+        self.module = "phfs_fuse"  # what the commands run
         self.expected: list[str] = []  # patterns of loud log lines that the test provokes
 
     # --- the commands
@@ -76,8 +79,8 @@ class TestMount:
     def phfs(self, *arguments: str | Path, seconds: float = COMMAND_SECONDS) -> subprocess.CompletedProcess[str]:
         """Run a `phfs` command that may fail."""
         return subprocess.run(
-            [sys.executable, "-m", "phfs_fuse", *map(str, arguments)],
-            env={**os.environ, **self.env, "PHFS_RUNTIME_DIR": str(self.root / "run")},
+            [sys.executable, "-m", self.module, *map(str, arguments)],
+            env={**os.environ, **self.env, "PHFS_RUNTIME_DIR": str(self.root / "run"), "PYTHONPATH": CHECKOUT},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -152,6 +155,21 @@ class TestMount:
         assert new != old
         return new
 
+    # --- its disks: small file systems of their own, see `mounted`
+
+    def fill(self, disk: str) -> None:
+        """Take all the space that is left on "state" or "cache"."""
+        with open(self.root / disk / BALLAST, "ab") as ballast:
+            while free := os.statvfs(ballast.fileno()).f_bavail:
+                with suppress(OSError):  # somebody else was quicker
+                    end = ballast.tell()
+                    os.posix_fallocate(ballast.fileno(), end, free * os.fstatvfs(ballast.fileno()).f_frsize)
+                ballast.seek(0, os.SEEK_END)
+
+    def free(self, disk: str) -> None:
+        """Give back what `fill` took."""
+        (self.root / disk / BALLAST).unlink(missing_ok=True)
+
     # --- its log
 
     def log(self) -> str:
@@ -188,15 +206,25 @@ class TestMount:
 
 @contextmanager
 def mounted(
-    *flags: str, server: Server | None = None, bucket: str | None = None, prefix: str = PREFIX
+    *flags: str,
+    server: Server | None = None,
+    bucket: str | None = None,
+    prefix: str = PREFIX,
+    disks: Mapping[str, int] | None = None,
+    module: str = "phfs_fuse",
 ) -> Iterator[TestMount]:
     """A mount with more flags of `phfs mount`, of an empty bucket unless one is named. Its end unmounts and fails
-    on loud lines in the log."""
+    on loud lines in the log. `disks`: "state" and "cache" as file systems of so many bytes, which needs root.
+    `module`: what to run as `phfs`."""
     server = server or shared_server()
     root = Path(tempfile.mkdtemp(prefix="phfs-mount-"))
     mount = TestMount(root, bucket or f"test-{uuid.uuid4().hex[:12]}", server, flags, prefix)
+    mount.module = module
     try:
         mount.path.mkdir()
+        for name, size in (disks or {}).items():
+            (root / name).mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "phfs-test", root / name], check=True)
         if bucket is None:
             mount.s3.create_bucket(Bucket=mount.bucket)
         mount.mount()
@@ -207,6 +235,8 @@ def mounted(
     finally:
         mount.s3.close()
         mount.remove()
+        for name in disks or {}:
+            _run_briefly(["umount", "-l", str(root / name)])
         if str(mount.path) not in mount_table():  # else this would remove what is in the mount
             shutil.rmtree(root, ignore_errors=True)
 

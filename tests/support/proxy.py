@@ -6,10 +6,12 @@ Owns its threads and the list of the requests seen.
 from __future__ import annotations
 
 import http.client
+import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -56,6 +58,13 @@ class Proxy:
         self.endpoint_url = endpoint_url
         self.script: Script = forward_all
         self.requests: list[Request] = []
+        self.keeps_requests = True  # in `requests`
+        self.streams: list[http.client.HTTPResponse] = []  # streams of events that are passed on
+
+    def cut_streams(self) -> None:
+        for response in self.streams[:]:
+            with suppress(OSError, ValueError), socket.socket(fileno=os.dup(response.fileno())) as upstream:
+                upstream.shutdown(socket.SHUT_RDWR)
 
 
 class _Server(ThreadingHTTPServer):
@@ -94,20 +103,22 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, self.path, headers, body)
         seen: Proxy = self.server.seen  # type: ignore[attr-defined]
-        seen.requests.append(request)
+        if seen.keeps_requests:
+            seen.requests.append(request)
         action = seen.script(request)
         if isinstance(action, Answer):
             self._reply(action, len(action.body))
             return
         answer = self._forwarded(request, action)
-        if action.lost:
+        if answer is None or action.lost:
             self.close_connection = True
         else:
             self._reply(answer, len(answer.body) if action.cut is None else action.cut)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve
 
-    def _forwarded(self, request: Request, action: Forward) -> Answer:
+    def _forwarded(self, request: Request, action: Forward) -> Answer | None:
+        """None: it was a stream, which has been passed on."""
         upstream: str = self.server.upstream  # type: ignore[attr-defined]
         connection = http.client.HTTPConnection(upstream, timeout=UPSTREAM_SECONDS)
         hidden = HOP_HEADERS | action.without | {"expect"}
@@ -118,10 +129,25 @@ class _Handler(BaseHTTPRequestHandler):
                     connection.putheader(name, value)
             connection.endheaders(request.body)
             response = connection.getresponse()
+            if response.headers.get_content_type() == "text/event-stream":
+                self._stream(response)
+                return None
             headers = {n: v for n, v in response.getheaders() if n.lower() not in HOP_HEADERS}
             return Answer(response.status, headers, response.read())
         finally:
             connection.close()
+
+    def _stream(self, response: http.client.HTTPResponse) -> None:
+        seen: Proxy = self.server.seen  # type: ignore[attr-defined]
+        seen.streams.append(response)
+        self.send_response(response.status)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with suppress(OSError, http.client.HTTPException), response:
+            while piece := response.read1(65536):
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        seen.streams.remove(response)
 
     def _reply(self, answer: Answer, sent: int) -> None:
         self.send_response(answer.status)

@@ -14,12 +14,17 @@ import trio
 
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
-from phfs_fuse.config import TreeConfig, WritebackConfig
+from phfs_fuse.claims import Claims
+from phfs_fuse.config import ExclusiveCreate, TreeConfig, WritebackConfig
+from phfs_fuse.events import Events
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Journal
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.namespace import Namespace
+from phfs_fuse.quota import Quotas
+from phfs_fuse.settling import Settling
 from phfs_fuse.staging import StagingArea
+from phfs_fuse.trust import Trust
 from phfs_fuse.types import MIB, ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue
 from phfs_fuse.vfs import Vfs
@@ -39,9 +44,13 @@ class World:
     area: StagingArea
     inodes: Inodes
     changes: Changes
+    settling: Settling
     writeback: Writeback
     namespace: Namespace
     vfs: Vfs
+    quotas: Quotas
+    trust: Trust
+    events: Events
 
     async def write(self, path: str, data: bytes) -> Node:
         *folders, name = path.split("/")
@@ -90,7 +99,7 @@ class World:
         return found
 
     async def settle(self) -> None:
-        await self.writeback.settle_below(self.inodes.root)
+        await self.settling.settle_below(self.inodes.root)
 
 
 def keys(world: World) -> list[str]:
@@ -101,17 +110,21 @@ def content(world: World, path: str) -> bytes:
     return bytes(world.store.objects[ObjectKey(PREFIX + path)].data)
 
 
-def made(store: FakeStore | FaultStore, directory: Path) -> World:
+def made(
+    store: FakeStore | FaultStore, directory: Path, *, exclusive_create: ExclusiveCreate = ExclusiveCreate.LOCAL
+) -> World:
     config = WritebackConfig(directory=directory, delay_seconds=0.5, multipart_bytes_min=8 * MIB, part_bytes=5 * MIB)
-    tree = TreeConfig()
+    tree = TreeConfig(exclusive_create=exclusive_create)
     journal = Journal(directory, "volume")
     area = StagingArea(directory / "staging", first_id=1)
     blocks = FakeBlocks(store)
     inodes = Inodes(PREFIX, Namespace.root_attrs(tree), now_ns=time.time_ns())
     queue = UploadQueue(config)
-    kernel = KernelState(directory / "kernel.log", inodes)
+    kernel = KernelState(directory / "kernel.log", inodes, journal.reserve.give_up)
     kernel.begin()
-    changes = Changes(inodes=inodes, journal=journal, area=area, queue=queue, kernel=kernel)
+    quotas = Quotas()
+    changes = Changes(inodes=inodes, journal=journal, area=area, queue=queue, kernel=kernel, quotas=quotas)
+    settling = Settling(inodes=inodes, area=area, changes=changes, queue=queue, config=config)
     writeback = Writeback(
         store=store,
         inodes=inodes,
@@ -122,18 +135,24 @@ def made(store: FakeStore | FaultStore, directory: Path) -> World:
         queue=queue,
         config=config,
     )
-    namespace = Namespace(store=store, inodes=inodes, changes=changes, config=tree)
+    trust = Trust(tree)
+    namespace = Namespace(store=store, inodes=inodes, changes=changes, config=tree, trust=trust)
+    events = Events(store=store, inodes=inodes, changes=changes, queue=queue, namespace=namespace, trust=trust)
     vfs = Vfs(
         inodes=inodes,
         namespace=namespace,
         blocks=cast(BlockCache, blocks),
         changes=changes,
-        writeback=writeback,
+        settling=settling,
         kernel=kernel,
+        quotas=quotas,
+        claims=Claims(store=store, changes=changes, queue=queue),
         config=tree,
         write_through=False,
     )
-    return World(store, blocks, journal, area, inodes, changes, writeback, namespace, vfs)
+    return World(
+        store, blocks, journal, area, inodes, changes, settling, writeback, namespace, vfs, quotas, trust, events
+    )
 
 
 @asynccontextmanager

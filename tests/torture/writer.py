@@ -2,8 +2,9 @@
 
 Run as `python -m tests.torture.writer FOLDER SEED STOP_FILE`; ends when STOP_FILE exists, with its model of the
 folder as JSON on standard output: what each path has to be. Only this process changes the folder, so the model is
-exact. No call may fail, whatever is done to the mount, but with EIO where it needs a store that is away: then it had
-no effect, and is made again.
+exact. No call may fail, whatever is done to the mount, but with EIO where it needs a store that is away, and with
+ENOSPC while the disk of its state is full: then it had no effect, and is made again. A file whose `write`, `fsync` or
+`close` said ENOSPC has any content; it is removed.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 BYTES_MAX = 300_000
 FILES_MAX = 60
-AWAY_SECONDS = 60.0  # how long a call may need a store that is away
+AWAY_SECONDS = 60.0  # how long a call may need a store that is away, or space that is not there
+PASSING = (errno.EIO, errno.ENOSPC)
 T = TypeVar("T")
 
 
@@ -39,13 +42,13 @@ class Model:
 
 
 def again(call: Callable[..., T], *arguments: Any) -> T:
-    """The answer, once the store is back."""
+    """The answer, once the store or the space is back."""
     end = time.monotonic() + AWAY_SECONDS
     while True:
         try:
             return call(*arguments)
         except OSError as exc:
-            if exc.errno != errno.EIO or time.monotonic() > end:
+            if exc.errno not in PASSING or time.monotonic() > end:
                 raise
             time.sleep(0.2)
 
@@ -66,6 +69,7 @@ class Writer:
         self.random = random.Random(seed)
         self.model = Model()
         self.count = 0
+        self.refused = 0
         self.operations: list[Callable[[], None]] = [
             *[self.create] * 4,
             *[self.replace] * 3,
@@ -108,25 +112,39 @@ class Writer:
     def put(self, name: str, path: str, flags: int) -> None:
         data = self.bytes()
         fd = again(os.open, path, os.O_WRONLY | flags, 0o644)
+        with self.written(name):
+            try:
+                os.write(fd, data[: len(data) // 2])
+                os.write(fd, data[len(data) // 2 :])
+                if self.random.random() < 0.1:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            self.model.files[name] = data
+
+    @contextmanager
+    def written(self, name: str) -> Iterator[None]:
+        """The body writes and closes the file; where there is no space for that, the file goes."""
         try:
-            os.write(fd, data[: len(data) // 2])
-            os.write(fd, data[len(data) // 2 :])
-            if self.random.random() < 0.1:
-                again(os.fsync, fd)
-        finally:
-            os.close(fd)
-        self.model.files[name] = data
+            yield
+        except OSError as exc:
+            if exc.errno != errno.ENOSPC:
+                raise
+            self.refused += 1
+            again(os.unlink, self.path(name))
+            self.model.files.pop(name, None)
 
     def replace(self) -> None:
         """As editors and notebooks save."""
         if (name := self.any_file()) is None:
             return
         data = self.bytes()
-        beside = self.path(f".beside-{self.count}")
-        with again(open, beside, "wb") as file:
-            file.write(data)
-        again(os.rename, beside, self.path(name))
-        self.model.files[name] = data
+        beside = f".beside-{self.count}"
+        with self.written(beside):
+            with again(open, self.path(beside), "wb") as file:
+                file.write(data)
+            again(os.rename, self.path(beside), self.path(name))
+            self.model.files[name] = data
 
     def overwrite(self) -> None:
         if (name := self.any_file()) is None or not self.model.files[name]:
@@ -135,21 +153,23 @@ class Writer:
         offset = self.random.randrange(len(old))
         data = self.bytes(20_000)
         fd = again(os.open, self.path(name), os.O_RDWR)
-        try:
-            assert again(os.pread, fd, len(old) + 1, 0) == old, f"{name}: read before writing"
-            os.pwrite(fd, data, offset)
-        finally:
-            os.close(fd)
-        self.model.files[name] = old[:offset] + data + old[offset + len(data) :]
+        with self.written(name):
+            try:
+                assert again(os.pread, fd, len(old) + 1, 0) == old, f"{name}: read before writing"
+                os.pwrite(fd, data, offset)
+            finally:
+                os.close(fd)
+            self.model.files[name] = old[:offset] + data + old[offset + len(data) :]
 
     def append(self) -> None:
         if (name := self.any_file()) is None:
             return
         data = self.bytes(5_000)
         again(get, self.path(name))  # an append needs the last page: that write may not be made again
-        with again(open, self.path(name), "ab") as file:
-            file.write(data)
-        self.model.files[name] += data
+        with self.written(name):
+            with again(open, self.path(name), "ab") as file:
+                file.write(data)
+            self.model.files[name] += data
 
     def truncate(self) -> None:
         if (name := self.any_file()) is None:
@@ -230,7 +250,11 @@ def main() -> None:
     writer = Writer(root, int(seed))
     count = writer.run(stop)
     files = {name: digest(data) for name, data in writer.model.files.items()}
-    json.dump({"operations": count, "files": files, "folders": sorted(writer.model.folders - {""})}, sys.stdout)
+    folders = sorted(writer.model.folders - {""})
+    json.dump(
+        {"operations": count, "refused": writer.refused, "files": files, "folders": folders},
+        sys.stdout,
+    )
 
 
 if __name__ == "__main__":

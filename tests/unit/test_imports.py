@@ -20,7 +20,15 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 ORDER = """
 __main__
 cli
-bench demo settle
+bench.command
+bench.run bench.plot bench.report
+bench.workloads
+bench.trial
+bench.processes bench.actor bench.relay
+bench.systems bench.figures bench.usage bench.store bench.sizes
+bench.loads
+bench
+demo settle
 display
 client prepare
 spawner
@@ -28,37 +36,46 @@ keeper
 fusemount
 drain
 mount
-control
+control quotakeeper
 ops session
+events
 vfs
-dirstream
+fileattrs names
+openfiles dirstream
 namespace
 writeback
+conflicts deletes claims
+sources markers settling
 upload changes
-uploadqueue
+uploadqueue quota
 recovery resume
 kernelstate
-inodes
+inodes trust
 blocks staging
+adoption
 version
+fills
+blockfile
+cachedisk
 journal readahead cachedir
 cachefile
-tasks gone
+gone
 store
 store.crt
 store.s3
-store.calls store.crt_http
+store.calls store.crt_http store.events
 store.session store.transfer store.conditions
-store.listing store.retry
+store.listing store.retry tasks
 store.headers store.answers
 store.base
 attrs dirty
 extents keys
 messages
+expiry
 settings
 options
 values
-registry mountpoint localstate holding
+registry mountpoint localstate holding reserve statfsino
 dirs logs
 metrics
 config
@@ -68,22 +85,25 @@ types
 RANK = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}
 
 # What the commands may see of a mount: its config and its control socket, never its insides.
-FRONT = {"__main__", "cli", "bench", "demo", "display", "settle", "client", "prepare", "keeper", "fusemount"}
+BENCH = {name for name in RANK if name.partition(".")[0] == "bench"}
+FRONT = BENCH | {"__main__", "cli", "demo", "display", "settle", "client", "prepare", "keeper", "fusemount"}
 FRONT_SEES = FRONT | {
-    "messages", "settings", "options", "holding", "localstate", "values", "registry", "mountpoint", "dirs", "logs",
+    "messages", "expiry", "settings", "options", "holding", "localstate", "values", "registry", "mountpoint",
+    "dirs", "logs",
     "config", "errors", "types",
 }  # fmt: skip
 
 USERS = {
     "awscrt": "store",
-    "boto3": "store demo",
-    "botocore": "store",
-    "moto": "demo",
+    "boto3": "store demo bench",
+    "botocore": "store bench",
+    "matplotlib": "bench",
+    "moto": "demo bench",
     "pyfuse3": "ops session mount",
     "rich": "display cli bench",
     "typer": "cli",
 }
-PURE = ("dirty", "extents", "keys", "attrs", "config", "errors", "types")
+PURE = ("dirty", "quota", "extents", "keys", "attrs", "config", "errors", "types")
 FORBIDDEN = {"phfs_csi", "tests"}
 
 

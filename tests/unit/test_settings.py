@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from phfs_fuse.config import MountConfig, OnConflict, PosixAttrs
+from phfs_fuse.config import MountConfig, OnConflict, PosixAttrs, QuotaConfig
 from phfs_fuse.errors import UsageError
 from phfs_fuse.options import COUNT, SETTINGS, SIZE, TIME, Setting
 from phfs_fuse.settings import (
@@ -35,7 +35,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 def resolved(
     source: str | None = "s3://bucket/prefix",
     *,
-    flags: Mapping[str, Raw | None] | None = None,
+    flags: Mapping[str, Raw | Sequence[Raw] | None] | None = None,
     options: str = "",
     environ: Mapping[str, str] | None = None,
 ) -> Resolved:
@@ -268,7 +268,7 @@ def test_a_wrong_group(name: str) -> None:
     ("text", "message"),
     [
         ("[cash]\nsize = 1", r"no table \[cash\], did you mean 'cache'\?"),
-        ("[q]\nsize = 1", r"no table \[q\], the tables are cache, kernel, log, store, tree, writeback"),
+        ("[q]\nsize = 1", r"no table \[q\], the tables are cache, kernel, log, quota, store, tree, writeback"),
         ("size = 1", r"no table \[size\]"),
         ("cache = 1", r"no table \[cache\]"),
         ("[cache]\nsizes = 1", r"\[cache\] sizes: no such key, did you mean 'size'\?"),
@@ -360,6 +360,48 @@ def test_a_credentials_file_must_not_be_open_to_all(tmp_path: Path, mode: int, a
 def test_a_credentials_file_that_is_not_there() -> None:
     with pytest.raises(UsageError, match="-o credentials-file: /no/file: No such file"):
         resolved(options="credentials-file=/no/file")
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "limits"),
+    [
+        (["10G"], "", {"": 10 * GIB}),
+        (["10G", "groups/a=5G", "/groups//b/ = 1024"], "", {"": 10 * GIB, "groups/a": 5 * GIB, "groups/b": 1024}),
+        (["a=b=1K"], "", {"a=b": 1024}),
+        (["a=1K", "a=2K"], "", {"a": 2048}),
+        (["1K"], "quota=9G", {"": 1024}),
+        ([], "ro,quota=1K,quota=a=2K", {"": 1024, "a": 2048}),
+        ([], "", {}),
+    ],
+)
+def test_quotas_may_be_given_several_times(flags: list[str], options: str, limits: Mapping[str, int]) -> None:
+    config = config_of(flags={"quota": flags or None}, options=options)
+    assert config.quota.limits == limits
+    assert load_config(dump_config(config)) == config
+
+
+@pytest.mark.parametrize("text", ["'1K; a=2K'", "['1K', 'a=2K']", "[1024, 'a=2K']"])
+def test_quotas_in_the_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "phfs.toml"
+    file.write_text(f"[quota]\nlimit = {text}\nfile = 'more'\nrecount = '1m'\n")
+    config = config_of(flags={"config": str(file)})
+    assert config.quota == QuotaConfig(limits={"": 1024, "a": 2048}, file=Path("more").absolute(), recount_seconds=60)
+    assert load_config(dump_config(config)) == config
+
+
+def test_quotas_in_a_variable() -> None:
+    assert config_of(environ={"PHFS_QUOTA": "1K;a=2K"}).quota.limits == {"": 1024, "a": 2048}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["lots", "a=", "a=0", "0", "-1", "../a=1K", "a/./b=1K", f"{'x' * 256}=1K", "a=2000000T", "1K;b=x", "a=1K=b"],
+)
+def test_one_line_about_a_wrong_quota(raw: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        config_of(flags={"quota": [raw]})
+    assert str(caught.value).startswith(f"--quota: {raw!r} is not valid, expected ")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_config_comes_back_from_json_as_it_was() -> None:

@@ -188,9 +188,10 @@ def test_waits_grow_to_a_limit() -> None:
         assert max(waits) <= min(BACKOFF_SECONDS_MAX, 0.2 * 2 ** min(attempt_no, 20))
 
 
-KEPT = Conditions(absent=True, match=True, match_absent=True, copy_source=True)
+KEPT = Conditions(absent=True, match=True, match_absent=True, copy_source=True, delete=True, delete_many=True)
 NO_MATCH = Conditions(absent=True, match=False, match_absent=False, copy_source=False)
 FORGETS = Conditions(absent=True, match=True, match_absent=False, copy_source=True)
+SINGLE = Conditions(absent=True, match=True, match_absent=True, copy_source=True, delete=True)
 ABSENT, VERSION = Expect(None), Expect(ETag("e"))
 
 
@@ -237,7 +238,21 @@ class ProbedStore:
             raise VersionChanged("copy", "probe")
         return None
 
+    async def delete(self, etag: ETag) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.keeps.delete and self.is_there:
+            raise VersionChanged("delete", "probe")
+        self.is_there = False
 
-@pytest.mark.parametrize("keeps", [KEPT, NO_MATCH, FORGETS])
+    async def delete_many(self, etag: ETag) -> None:
+        await trio.lowlevel.checkpoint()
+        if not self.is_there:
+            raise AssertionError("nothing to be refused")
+        if self.keeps.delete_many:
+            raise VersionChanged("delete", "probe")
+        self.is_there = False
+
+
+@pytest.mark.parametrize("keeps", [KEPT, NO_MATCH, FORGETS, SINGLE])
 async def test_what_a_store_keeps_is_found_out(keeps: Conditions) -> None:
     assert await probe_conditions(ProbedStore(keeps)) == keeps

@@ -1,0 +1,181 @@
+"""What becomes of changes whose base or whose name in the store somebody else has changed. Owns their count.
+
+Nothing is overwritten: whose upload loses is kept beside the winner, or saved outside of the mount.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from contextlib import suppress
+
+import trio
+
+from phfs_fuse.changes import Changes
+from phfs_fuse.config import OnConflict
+from phfs_fuse.dirty import DirtyFile
+from phfs_fuse.errors import NameTooLong, NotFound, PhfsError, StaleVersion
+from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.journal import Journal
+from phfs_fuse.sources import Sources
+from phfs_fuse.staging import StagingArea
+from phfs_fuse.store.base import ObjectInfo, ObjectStore
+from phfs_fuse.types import KEY_BYTES_MAX, NAME_BYTES_MAX, ObjectKey
+from phfs_fuse.upload import Snapshot
+from phfs_fuse.uploadqueue import UploadQueue
+
+log = logging.getLogger(__name__)
+
+
+def local_error(key: str, exc: OSError) -> PhfsError:
+    """An error of the local disk, as one of the upload."""
+    return PhfsError("upload", key, f"staging file: {exc.strerror or exc}")
+
+
+class Conflicts:
+    def __init__(
+        self,
+        *,
+        store: ObjectStore,
+        inodes: Inodes,
+        journal: Journal,
+        area: StagingArea,
+        changes: Changes,
+        queue: UploadQueue,
+        sources: Sources,
+        on_conflict: OnConflict,
+    ) -> None:
+        self._store = store
+        self._inodes = inodes
+        self._journal = journal
+        self._area = area
+        self._changes = changes
+        self._queue = queue
+        self._sources = sources
+        self._on_conflict = on_conflict
+        self.count = 0
+
+    async def lost_race(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, exc: PhfsError) -> None:
+        """The store moved on under our bytes (or our own earlier try did reach it). Nothing is overwritten."""
+        try:
+            if not await self._has_base(node, dirty, snap):
+                return
+            found: ObjectInfo | None = await self._store.head(key)
+        except NotFound:
+            found = None
+        except PhfsError as other:
+            self._retry(node, dirty, other)
+            return
+        if node.detached or node.dirty is not dirty or self._inodes.key(node) != key:
+            return
+        if found is None:
+            log.warning("key=%s was deleted by somebody else while changes waited; storing it again", key)
+            dirty.over = None
+        elif self._changes.is_ours(found):
+            dirty.over = found.etag  # an upload whose answer was lost: once more, over it
+        elif found.etag == dirty.over:
+            self._retry(node, dirty, exc)  # not our name has changed, but the base that we started from
+            return
+        elif self._on_conflict is OnConflict.FAIL:
+            self._retry(node, dirty, exc)
+            return
+        else:
+            self._keep_both(node, dirty, key, found.size)
+        self._changes.save(node)
+        self._queue.hurry(node)
+
+    async def _has_base(self, node: Node, dirty: DirtyFile, snap: Snapshot) -> bool:
+        """Whether what `node` takes from the stored version can be had. If not, its changes end here: they are
+        dropped (attributes of a version that is no more) or saved aside. Raises: PhfsError."""
+        base = snap.base
+        if base is None or (snap.layer is not None and not snap.layer.gaps()):
+            return True
+        with suppress(NotFound):
+            if (await self._store.head(base.key)).etag == base.etag:
+                return True
+        if node.detached or node.dirty is not dirty:
+            return False
+        if snap.layer is None and self._inodes.key(node) == base.key:
+            log.warning("attributes of key=%s are dropped: somebody else has stored a new version", base.key)
+            self._forget_changes(node)
+            return False
+        try:
+            await self._sources.copy_base(node)  # the block cache may have all of it
+            return True
+        except StaleVersion as exc:
+            if node.opens and not self._queue.draining:
+                self._retry(node, dirty, exc)
+            else:
+                self._save_aside(node, exc)
+        except OSError as exc:
+            self._retry(node, dirty, local_error(base.key, exc))
+        return False
+
+    def _forget_changes(self, node: Node) -> None:
+        """Show what the store has instead of `node`."""
+        key = self._inodes.key(node)
+        if node.parent is not None:
+            self._inodes.incomplete(node.parent)
+        self._inodes.detach(node)
+        self._changes.displaced(node, key, None)
+        self._changes.abandon(node)
+
+    def _save_aside(self, node: Node, exc: PhfsError) -> None:
+        path = self._inodes.path(node)
+        layers = node.staged.layers if node.staged else []
+        saved = [target for layer in layers if (target := self._area.save_aside(layer.path)) is not None]
+        self.count += 1
+        for kept_as in [os.fsencode(target) for target in saved] or [b""]:
+            self._journal.put_conflict(self._inodes.raw_path(node), kept_as, outside=True)
+        log.error(
+            "%s cannot be stored: somebody else has replaced the version it was made from (%s); changes are in %s",
+            path,
+            exc,
+            ", ".join(map(str, saved)) or "no file, there were none to its bytes",
+        )
+        self._forget_changes(node)
+
+    def _retry(self, node: Node, dirty: DirtyFile, exc: PhfsError) -> None:
+        dirty.error = exc
+        log.error("upload of key=%s waits: %s", self._inodes.key(node), exc)
+        self._queue.enqueue(node, dirty, trio.current_time() + self._queue.backoff(dirty.attempts + 3))
+        self._changes.announce(node)
+
+    def _keep_both(self, node: Node, dirty: DirtyFile, key: ObjectKey, winner_size: int) -> None:
+        """Our version goes on under another name beside the winner's."""
+        parent = node.parent
+        assert parent is not None
+        if (name := self._conflict_name(parent, node.name)) is None:
+            self._save_aside(node, NameTooLong("rename", key, "there is no room for a second name"))
+            return
+        path = self._inodes.raw_path(node)
+        self._inodes.move(node, parent, name)
+        self._changes.displaced(node, key, winner_size)
+        self._changes.answered(key)
+        self._inodes.incomplete(parent)
+        self.count += 1
+        dirty.over = None
+        self._changes.track(node)
+        with self._journal.batch():
+            self._journal.put_conflict(path, self._inodes.raw_path(node), outside=False)
+            self._changes.save(node)
+        log.warning(
+            "conflict: %s was changed by somebody else, ours is kept as %s",
+            path.decode(errors="replace"),
+            name.decode(errors="replace"),
+        )
+
+    def _conflict_name(self, parent: Node, name: bytes) -> bytes | None:
+        """A free name `NAME.conflict-HOST-TIME`, with NAME cut off where it would be too long; None if all are."""
+        assert parent.kids is not None
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        suffix = f".conflict-{socket.gethostname()}-{stamp}".encode()
+        room = min(NAME_BYTES_MAX, KEY_BYTES_MAX - len(self._inodes.key(parent).encode()))
+        for extra in (b"", *(b"-%d" % number for number in range(1, 1000))):
+            stem = name[: max(0, room - len(suffix) - len(extra))].decode(errors="ignore").encode()
+            found = stem + suffix + extra
+            if len(found) <= room and found not in parent.kids:
+                return found
+        return None

@@ -1,0 +1,138 @@
+"""Deletes in the store what was removed here: many keys with one request. Owns their failures.
+
+A deletion is for the version that was seen; what somebody else has stored under the key meanwhile stays.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+
+import trio
+
+from phfs_fuse.changes import Changes
+from phfs_fuse.config import OnConflict, WritebackConfig
+from phfs_fuse.errors import NotFound, PhfsError, VersionChanged
+from phfs_fuse.gone import Gone
+from phfs_fuse.sources import Sources
+from phfs_fuse.store.base import Expect, ObjectStore
+from phfs_fuse.tasks import gather
+from phfs_fuse.types import ETag, ObjectKey
+from phfs_fuse.uploadqueue import UploadQueue
+
+log = logging.getLogger(__name__)
+
+BATCH_MAX = 1000  # keys; Source: S3 API reference, DeleteObjects
+
+
+class Deletes:
+    def __init__(
+        self,
+        *,
+        store: ObjectStore,
+        changes: Changes,
+        queue: UploadQueue,
+        sources: Sources,
+        config: WritebackConfig,
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._changes = changes
+        self._queue = queue
+        self._sources = sources
+        self.failures = 0
+        self.spared = 0  # objects that were removed here and stay, since somebody else stored them anew
+
+    def is_ready(self, gone: Gone) -> bool:
+        if self._changes.gone.get(gone.key) is not gone or self._sources.blocked(gone.key, gone):
+            return False
+        if gone.key.endswith("/") and self._changes.gone.waits_below(gone.key):
+            self._queue.push(gone, trio.current_time() + max(self._queue.delay, 0.05))
+            return False
+        if not gone.request:
+            self._changes.deleted([gone])
+            return False
+        return True
+
+    async def send(self, batch: list[Gone]) -> None:
+        failed: Mapping[ObjectKey, PhfsError | None] = {gone.key: None for gone in batch}  # None: was cancelled
+        try:
+            looks = await gather([partial(self._version, gone) for gone in batch])
+            found = {gone.key: look for gone, look in zip(batch, looks, strict=True)}
+            versions = {key: look for key, look in found.items() if not isinstance(look, PhfsError)}
+            done = await self._delete(versions)
+            failed = {key: look for key, look in found.items() if isinstance(look, PhfsError)} | dict(done)
+        except PhfsError as exc:
+            failed = {gone.key: exc for gone in batch}
+        finally:
+            again = self._deleted(batch, failed)
+        await gather([partial(self._spare, gone) for gone in again])
+
+    async def _version(self, gone: Gone) -> ETag | PhfsError | None:
+        """The only version that the deletion is meant for; None: any (a marker has nothing to lose). Where it is not
+        known, since an upload of ours had no answer, the store is asked. VersionChanged: it has another."""
+        if gone.etag is not None or gone.key.endswith("/") or self._config.on_conflict is OnConflict.OVERWRITE:
+            return None if self._config.on_conflict is OnConflict.OVERWRITE else gone.etag
+        try:
+            found = await self._store.head(gone.key)
+        except NotFound:
+            return None
+        except PhfsError as exc:
+            return exc
+        return found.etag if self._changes.is_ours(found) else VersionChanged("delete", gone.key, "is not ours")
+
+    async def _delete(self, versions: dict[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
+        if len(versions) != 1:
+            return await self._store.delete_many(versions) if versions else {}
+        ((key, etag),) = versions.items()
+        try:
+            await self._store.delete(key, expect=None if etag is None else Expect(etag))
+        except VersionChanged as exc:
+            return {key: exc}
+        return {}
+
+    def _deleted(self, batch: list[Gone], failed: Mapping[ObjectKey, PhfsError | None]) -> list[Gone]:
+        """Returns those of which the store has another version: their keys stay busy."""
+        others: list[Gone] = []
+        for gone in batch:
+            is_current = self._changes.gone.get(gone.key) is gone
+            if gone.key not in failed:
+                if not is_current:
+                    self._changes.landed(gone.key, None)  # the name is in use again: nothing is there to replace
+            elif isinstance(exc := failed[gone.key], VersionChanged):
+                if is_current:
+                    others.append(gone)
+            else:
+                self._again(gone, exc)
+        self._changes.deleted([gone for gone in batch if gone.key not in failed])
+        for gone in batch:
+            if gone not in others:
+                self._queue.free(gone.key)
+        return others
+
+    def _again(self, gone: Gone, exc: PhfsError | None) -> None:
+        self.failures += 1
+        log.warning("delete of key=%s failed, will be tried again: %s", gone.key, exc or "was cancelled")
+        if self._changes.gone.get(gone.key) is gone:
+            self._queue.push(gone, trio.current_time() + self._queue.backoff(3))
+
+    async def _spare(self, gone: Gone) -> None:
+        """The store has another version than the one that was removed here: ours, by an upload without an answer,
+        or somebody else's, which stays."""
+        try:
+            found = await self._store.head(gone.key)
+        except NotFound:
+            self._changes.deleted([gone])
+        except PhfsError as exc:
+            self._again(gone, exc)
+        else:
+            if self._changes.is_ours(found):
+                gone.etag = found.etag
+                self._queue.push(gone, 0.0)
+            elif self._changes.gone.get(gone.key) is gone:
+                self.spared += 1
+                log.warning("key=%s was stored anew by somebody else, its removal here leaves it there", gone.key)
+                self._changes.spared(gone, found.size)
+        finally:
+            self._queue.free(gone.key)

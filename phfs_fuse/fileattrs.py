@@ -1,0 +1,108 @@
+"""Attributes of files and directories: setattr and extended attributes. Owns no state."""
+
+from __future__ import annotations
+
+import stat
+import time
+from dataclasses import dataclass
+
+from phfs_fuse.changes import Changes
+from phfs_fuse.config import PosixAttrs, TreeConfig
+from phfs_fuse.errors import NoAttribute, NoSpace, NotSupported
+from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.namespace import Namespace
+from phfs_fuse.openfiles import OpenFiles
+
+XATTR_BYTES_MAX = 2048  # Source: S3 user guide, user metadata is limited to 2 KB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What setattr shall set; None: leave as it is. Times in nanoseconds."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    ctime_ns: int | None = None
+
+
+class FileAttrs:
+    def __init__(
+        self, *, inodes: Inodes, namespace: Namespace, changes: Changes, files: OpenFiles, config: TreeConfig
+    ) -> None:
+        self._inodes = inodes
+        self._namespace = namespace
+        self._changes = changes
+        self._files = files
+        self._config = config
+
+    async def setattr(self, ino: int, change: Change) -> Node:
+        """Raises: ReadOnly, TooLarge, NoSpace, OSError."""
+        self._namespace.require_writable()
+        node = self._inodes.get(ino)
+        if change.size is not None and change.size != node.size:
+            if change.size > node.size:
+                self._namespace.require_room()
+            self._files.truncate(node, change.size)
+        changed = self._set_owner(node, change)
+        if change.mtime_ns is not None and change.mtime_ns != node.mtime_ns:
+            node.mtime_ns = change.mtime_ns
+            changed = True
+            if node.is_dir:
+                node.own_attrs = True
+        if change.atime_ns is not None:
+            node.atime_ns = change.atime_ns
+        node.ctime_ns = change.ctime_ns if change.ctime_ns is not None else time.time_ns()
+        if changed:
+            if node.is_dir and not node.own_attrs:
+                node.own_attrs = self._namespace.differs(node.attrs)
+            self._changes.attrs_changed(node)
+        return node
+
+    def _set_owner(self, node: Node, change: Change) -> bool:
+        if self._config.posix_attrs is PosixAttrs.IGNORE:
+            return False
+        before = node.mode, node.uid, node.gid
+        if change.mode is not None:
+            node.mode = stat.S_IFMT(node.mode) | stat.S_IMODE(change.mode)
+        node.uid = node.uid if change.uid is None else change.uid
+        node.gid = node.gid if change.gid is None else change.gid
+        return before != (node.mode, node.uid, node.gid)
+
+    # ---- extended attributes (only with --xattrs) ----
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        node = self._inodes.get(ino)
+        try:
+            return (node.xattrs or {})[name]
+        except KeyError:
+            raise NoAttribute("getxattr", name.decode(errors="replace")) from None
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        return list(self._inodes.get(ino).xattrs or {})
+
+    def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+        self._namespace.require_writable()
+        node = self._inodes.get(ino)
+        if not name.startswith(b"user."):
+            raise NotSupported("setxattr", name.decode(errors="replace"), "only user.* is kept")
+        found = {**(node.xattrs or {}), name: value}
+        if sum(2 * len(k) + 2 * len(v) for k, v in found.items()) > XATTR_BYTES_MAX:
+            raise NoSpace("setxattr", name.decode(errors="replace"), "object metadata holds at most 2 KB")
+        self._set_xattrs(node, found)
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        self._namespace.require_writable()
+        node = self._inodes.get(ino)
+        self.getxattr(ino, name)
+        self._set_xattrs(node, {k: v for k, v in (node.xattrs or {}).items() if k != name})
+
+    def _set_xattrs(self, node: Node, found: dict[bytes, bytes]) -> None:
+        node.xattrs = found or None
+        node.ctime_ns = time.time_ns()
+        if node.is_dir:
+            node.own_attrs = True
+        self._changes.attrs_changed(node)

@@ -1,0 +1,68 @@
+"""Directory markers: whether the store shall have one, and the request for that. Owns no state.
+
+A marker is there while the directory is empty or has attributes of its own.
+"""
+
+from __future__ import annotations
+
+from phfs_fuse.attrs import to_metadata
+from phfs_fuse.changes import Changes
+from phfs_fuse.dirty import DirtyFile, Event, State
+from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.types import ETag, ObjectKey
+from phfs_fuse.uploadqueue import UploadQueue
+
+
+class Markers:
+    def __init__(self, *, store: ObjectStore, inodes: Inodes, changes: Changes, queue: UploadQueue) -> None:
+        self._store = store
+        self._inodes = inodes
+        self._changes = changes
+        self._queue = queue
+
+    async def bring(self, node: Node, key: ObjectKey) -> ETag | None:
+        """Have the store keep the marker, or not, as the directory is now. Returns its version.
+        Raises: PhfsError, OSError of the journal."""
+        if not node.own_attrs and not node.kids:
+            node.unseen = await self._has_more(key)
+        if node.own_attrs or not (node.kids or node.unseen):
+            self._changes.attempt(key, 0, {})
+            return (await self._store.put(key, b"", to_metadata(node.attrs), expect=None)).etag
+        if node.marker is not None:
+            await self._store.delete(key)
+        return None
+
+    def stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, marker: ETag | None) -> None:
+        dirty.target = None
+        dirty.on(Event.STORED)
+        self._changes.touch(node)
+        self._changes.answered(key)
+        if node.detached or self._inodes.key(node) != key:
+            self._changes.landed(key, marker)
+            if node.detached:
+                self._changes.abandon(node)
+                return
+        else:
+            node.marker = marker
+        if dirty.state is State.CLEAN:
+            self._changes.clean(node)
+            self._changes.review_marker(node)  # a child may have come or gone meanwhile
+        else:
+            self._queue.schedule(node)
+        self._changes.announce(node)
+
+    async def _has_more(self, key: ObjectKey) -> bool:
+        """Whether the store has more below the directory than what is removed here, or was while it was asked."""
+        seq, token = self._changes.seq, None
+        while True:
+            page = await self._store.list(key, delimiter=False, token=token)
+            for found in page.objects:
+                if (
+                    found.key != key
+                    and not self._queue.is_busy(found.key)
+                    and not self._changes.gone.hides(found.key, seq)
+                ):
+                    return True
+            if (token := page.next_token) is None:
+                return False

@@ -1,0 +1,217 @@
+"""Open files and their bytes: layers that exist only here over clean blocks. Owns the count of open files.
+
+A file handle is the inode number, whether it may write, and whether past the kernel's cache (`DIRECT`), so it means
+the same after a restart. With its write-back cache the kernel answers write(2) itself and asks us later, when the
+program cannot be told any more but by close and fsync. So near a quota files are opened for writing past it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from phfs_fuse.blocks import BlockCache, Version
+from phfs_fuse.changes import Changes
+from phfs_fuse.errors import IsADirectory, NoSpace, QuotaExceeded, StaleVersion, TooLarge
+from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.kernelstate import KernelState
+from phfs_fuse.namespace import Namespace
+from phfs_fuse.quota import Quotas
+from phfs_fuse.settling import Settling
+from phfs_fuse.types import S3_OBJECT_BYTES_MAX, Fh
+
+DIRECT = 1 << 62  # in a handle
+
+
+class OpenFiles:
+    def __init__(
+        self,
+        *,
+        inodes: Inodes,
+        namespace: Namespace,
+        blocks: BlockCache,
+        changes: Changes,
+        settling: Settling,
+        kernel: KernelState,
+        quotas: Quotas,
+        write_through: bool,
+    ) -> None:
+        self._inodes = inodes
+        self._namespace = namespace
+        self._blocks = blocks
+        self._changes = changes
+        self._settling = settling
+        self._kernel = kernel
+        self._quotas = quotas
+        self._write_through = write_through
+        self.count = 0
+        self.writers = 0
+
+    def resume(self) -> None:
+        """The nodes that a process before had open are in the tree, with the references that it had noted."""
+        for node in self._inodes.all():
+            if not node.is_dir:
+                self.count += node.opens
+                self.writers += node.writers
+
+    def open(self, ino: int, flags: int) -> Fh:
+        """The times that O_TRUNC moves are the kernel's, as with `write`.
+        Raises: ReadOnly, IsADirectory, StaleVersion, OSError (O_TRUNC needs the local disk)."""
+        node = self._inodes.get(ino)
+        if node.is_dir:
+            raise IsADirectory("open", self._inodes.path(node))
+        if node.detached and not node.opens:  # the kernel looks the name up again
+            raise StaleVersion("open", self._inodes.path(node))
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if writable or flags & os.O_TRUNC:
+            self._namespace.require_writable()
+        if flags & os.O_TRUNC and node.size:
+            self._changes.stage(node).truncate(0)
+            self._changes.written(node, 0)
+        direct = self._is_direct(node, flags)
+        node.opens += 1
+        self.count += 1
+        if writable:
+            node.writers += 1
+            self.writers += 1
+            node.direct_writers += direct
+        self._kernel.referred(node)
+        return Fh(node.ino << 1 | writable | DIRECT * direct)
+
+    def _is_direct(self, node: Node, flags: int) -> bool:
+        """Near a quota a file that can only be written (and so not be mapped) goes past the kernel's cache; while it
+        does, whoever else opens it goes there too: older kernels would show them pages of before."""
+        if node.direct_writers or not self._quotas:
+            return bool(node.direct_writers)
+        alone = not node.opens and flags & os.O_ACCMODE == os.O_WRONLY
+        return alone and self._quotas.is_tight(self._inodes.key(node))
+
+    async def read(self, fh: int, offset: int, length: int) -> bytes | bytearray:
+        node = self._inodes.get((fh & ~DIRECT) >> 1)
+        return await self.read_node(node, offset, offset + length)
+
+    async def read_node(self, node: Node, start: int, end: int) -> bytes | bytearray:
+        end = min(end, node.size)
+        if start >= end:
+            return b""
+        if node.staged is not None:
+            return await self._read_staged(node, start, end)
+        version = node.version or self._open_version(node)
+        data = version.read_now(start, end)
+        return data if data is not None else await version.read(start, end)
+
+    def _open_version(self, node: Node) -> Version:
+        base = node.base
+        assert base is not None
+        node.version = self._blocks.open(base.key, base.etag, base.size)
+        return node.version
+
+    async def _read_staged(self, node: Node, start: int, end: int) -> bytes | bytearray:
+        """Layers first, in one go: after an await they may be gone, uploaded; the base's version stays open."""
+        staged = node.staged
+        assert staged is not None
+        pieces = staged.pieces(start, end)
+        if len(pieces) == 1 and (only := pieces[0]).layer is not None:
+            return os.pread(only.layer.fd, end - start, start)
+        out = bytearray(end - start)
+        missing = []
+        for piece in pieces:
+            if piece.layer is not None:
+                data = os.pread(piece.layer.fd, piece.end - piece.start, piece.start)
+                out[piece.start - start : piece.start - start + len(data)] = data
+            elif not piece.zero:
+                missing.append(piece)
+        if missing and node.base is not None:
+            version = self._blocks.open(node.base.key, node.base.etag, node.base.size)
+            try:
+                for piece in missing:
+                    out[piece.start - start : piece.end - start] = await version.read(piece.start, piece.end)
+            finally:
+                version.close()
+        return out
+
+    async def write(self, fh: int, offset: int, data: bytes) -> int:
+        """Returns len(data); what was answered is found again after a crash of this process. Times do not move:
+        with its writeback cache the kernel keeps them, and sends them by setattr at the latest when it closes. What
+        goes past its cache does not move the kernel's times: they are ours, and it has to ask for them.
+        Raises: QuotaExceeded, NoSpace (dirty limit, or the quota where the kernel would make EIO of EDQUOT when it
+        tells the program later), OSError (ENOSPC, EDQUOT of the local disk)."""
+        node = self._inodes.get((fh & ~DIRECT) >> 1)
+        self._changes.require_space(len(data))
+        if not self._settling.has_room(len(data)):
+            await self._settling.room(len(data))
+        if offset + len(data) > node.size:
+            try:
+                self._may_grow(node, offset + len(data))
+            except QuotaExceeded as exc:
+                if fh & DIRECT:
+                    raise
+                node.misjudged = True
+                raise NoSpace("write", self._inodes.path(node), str(exc)) from exc
+        self.put(node, offset, data)
+        if fh & DIRECT:
+            node.mtime_ns = node.ctime_ns = time.time_ns()
+            node.misjudged = True
+        return len(data)
+
+    def _may_grow(self, node: Node, size: int) -> None:
+        """Raises: TooLarge, QuotaExceeded. A file without a name is in no folder."""
+        if size > S3_OBJECT_BYTES_MAX:
+            raise TooLarge("write", self._inodes.path(node), "an object holds at most 5 TiB")
+        if self._quotas and not node.detached:
+            self._quotas.require(self._inodes.key(node), size - node.size)
+
+    def put(self, node: Node, offset: int, data: bytes) -> None:
+        layer = self._changes.stage(node)
+        layer.write(offset, data)
+        self._changes.written(node, layer.size)
+
+    def truncate(self, node: Node, size: int) -> None:
+        if node.is_dir:
+            raise IsADirectory("truncate", self._inodes.path(node))
+        if size > node.size:
+            self._may_grow(node, size)
+        self._changes.stage(node).truncate(size)
+        node.mtime_ns = time.time_ns()
+        self._changes.written(node, size)
+        if not node.writers:
+            self._changes.closed(node)
+
+    async def flush(self, fh: int) -> Node | None:
+        """At each close(2); returns the file as `release` does. Raises: the failure of an upload that was not told
+        yet."""
+        node = self._inodes.get((fh & ~DIRECT) >> 1)
+        if (error := self._settling.take_error(node)) is not None:
+            raise error
+        if self._write_through and fh & 1:
+            await self._settling.settle(node)
+        return node if fh & DIRECT and node.misjudged and not node.detached else None
+
+    async def fsync(self, fh: int) -> None:
+        """Return when the store has the bytes. Raises: PhfsError, StoreTimeout (ETIMEDOUT)."""
+        await self._settling.settle(self._inodes.get((fh & ~DIRECT) >> 1))
+
+    def release(self, fh: int) -> Node | None:
+        """Returns the file if the kernel has to look it up again: it believes in bytes that were refused, or in times
+        that are no more."""
+        node = self._inodes.get((fh & ~DIRECT) >> 1)
+        node.opens -= 1
+        self.count -= 1
+        if fh & 1:
+            node.writers -= 1
+            self.writers -= 1
+            if fh & DIRECT and node.direct_writers:  # not known any more after a restart
+                node.direct_writers -= 1
+            if not node.writers:
+                self._changes.closed(node)
+        self._kernel.referred(node)
+        if not node.opens:
+            if node.version is not None:
+                node.version.close()
+                node.version = None
+            self._changes.released(node)
+            self._inodes.drop_unused(node)
+            if node.misjudged and not node.detached:
+                node.misjudged = False
+                return node
+        return None

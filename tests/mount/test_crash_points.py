@@ -1,0 +1,163 @@
+"""The worker dies at each step of the journal and of the store, one after the other (P1, P3, P4, P6).
+
+A program changes files; the worker is killed at the n-th step that this takes, until all is stored; then n + 1, until
+a run has no n-th step. After each death no call has failed, and mount and store have just what the program made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import pytest
+
+from phfs_fuse.types import MIB
+from tests.mount.place import MountPlace, a_mount, script
+
+pytestmark = [pytest.mark.fuse, pytest.mark.minio, pytest.mark.slow]
+
+SYNC_SECONDS = 90.0
+DEATHS_MAX = 3  # of workers of one keeper: the fourth would wait 3 s to be replaced
+BIG = random.Random(1).randbytes(17 * MIB)
+TREE = """
+import hashlib, json, os, sys
+os.chdir(sys.argv[1])
+paths = [os.path.normpath(os.path.join(at, name)) for at, _, names in os.walk(".") for name in names]
+print(json.dumps({path: hashlib.sha256(open(path, "rb").read()).hexdigest() for path in paths}))
+"""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    before: Mapping[str, bytes]  # objects that are there
+    code: str  # what a program does in the folder
+    after: Mapping[str, bytes]
+    steps: frozenset[str]  # some that it has to take
+
+
+SCENARIOS = {
+    "write": Scenario(
+        {"old": b"old"},
+        """if True:
+            open("new", "x").write("new")
+            open("old", "r+").write("O")
+            open("twice", "x").write("one")
+            open("twice", "w").write("two")
+        """,
+        {"new": b"new", "old": b"Old", "twice": b"two"},
+        frozenset({"commit", "put"}),
+    ),
+    "rename a file": Scenario(
+        {"a": b"aaa", "b": b"bbb", "c": b"ccc"},
+        """if True:
+            os.rename("a", "moved")
+            os.rename("b", "c")
+        """,
+        {"moved": b"aaa", "c": b"bbb"},
+        frozenset({"commit", "copy", "delete"}),
+    ),
+    "rename a directory": Scenario(
+        {"d/1": b"one", "d/2": b"two", "d/sub/3": b"three"},
+        'os.rename("d", "e")',
+        {"e/1": b"one", "e/2": b"two", "e/sub/3": b"three"},
+        frozenset({"commit", "copy", "delete_many"}),
+    ),
+    "delete": Scenario(
+        {"a": b"aaa", "b": b"bbb", "kept": b"kept", "d/1": b"one"},
+        """if True:
+            os.unlink("a")
+            os.unlink("b")
+            os.unlink("d/1")
+            os.rmdir("d")
+        """,
+        {"kept": b"kept"},
+        frozenset({"commit", "delete_many"}),
+    ),
+    "change a part": Scenario(
+        {"big": BIG},
+        """if True:
+            with open("big", "r+b") as file:
+                file.write(b"changed")
+        """,
+        {"big": b"changed" + BIG[7:]},
+        frozenset({"commit", "create_multipart", "upload_part", "upload_part_copy", "complete_multipart"}),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[MountPlace]:
+    with a_mount("-o", "write-back-delay=100ms,retry-max=1s", module="tests.support.crashing") as found:
+        yield found
+
+
+class Points:
+    def __init__(self, place: MountPlace) -> None:
+        self.mount = place.mount
+        (self.state,) = (path.parent for path in self.mount.state.glob("*/journal.db"))
+        self.mount.expected.append("the worker ended with SIGKILL")
+        self.deaths = 0
+
+    def run(self, folder: str, scenario: Scenario, number: int) -> list[str]:
+        """The steps up to the death; as many as `number`, or less: then none died."""
+        for name, data in scenario.before.items():
+            self.mount.s3.put_object(Bucket=self.mount.bucket, Key=f"{self.mount.prefix}{folder}/{name}", Body=data)
+        script(TREE, self.mount.path / folder)  # known, and in the cache
+        (self.state / "steps").write_text("")
+        (self.state / "crash-at").write_text(str(number))
+        script(f"import os, sys\nos.chdir(sys.argv[1])\n{scenario.code}", self.mount.path / folder)
+        self._sync()
+        (self.state / "crash-at").unlink(missing_ok=True)
+        return (self.state / "steps").read_text().splitlines()
+
+    def _sync(self) -> None:
+        """The worker may die under this command too."""
+        deadline = time.monotonic() + SYNC_SECONDS
+        while (done := self.mount.phfs("sync", self.mount.path)).returncode:
+            assert time.monotonic() < deadline, done.stderr + self.mount.log()
+
+    def died(self) -> None:
+        self.deaths += 1
+        if self.deaths % DEATHS_MAX == 0:
+            self.mount.remount()
+
+    def check(self, folder: str, scenario: Scenario) -> None:
+        wanted = {name: hashlib.sha256(data).hexdigest() for name, data in scenario.after.items()}
+        assert json.loads(script(TREE, self.mount.path / folder)) == wanted
+        assert self._objects(folder) == dict(scenario.after)
+
+    def _objects(self, folder: str) -> dict[str, bytes]:
+        at = f"{self.mount.prefix}{folder}/"
+        listed = self.mount.s3.list_objects_v2(Bucket=self.mount.bucket, Prefix=at).get("Contents", ())
+        found = {row["Key"]: self.mount.s3.get_object(Bucket=self.mount.bucket, Key=row["Key"]) for row in listed}
+        return {key.removeprefix(at): answer["Body"].read() for key, answer in found.items()}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_death_at_each_step(place: MountPlace, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    points, scenario = Points(place), SCENARIOS[name]
+    hit: list[str] = []
+    while True:
+        folder = f"{name.replace(' ', '-')}-{len(hit) + 1}"
+        steps = points.run(folder, scenario, len(hit) + 1)
+        points.check(folder, scenario)
+        if len(steps) <= len(hit):
+            break
+        hit.append(steps[-1])
+        points.died()
+    with capsys.disabled():
+        print(f"\n{name}: killed at {len(hit)} steps, {sorted(set(hit))}")
+    assert {f"{when} {step}" for step in scenario.steps for when in ("before", "after")} <= set(hit)
+    until_none(lambda: place.mount.s3.list_multipart_uploads(Bucket=place.mount.bucket).get("Uploads"))
+
+
+def until_none(found: Callable[[], object]) -> None:
+    """A worker that resumed aborts what the one before began, some seconds later."""
+    deadline = time.monotonic() + SYNC_SECONDS
+    while left := found():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)

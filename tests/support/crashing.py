@@ -1,0 +1,105 @@
+"""`phfs` with workers that can be killed at one step: each commit of the journal and each change of the store is two
+steps, before and after.
+
+    python -m tests.support.crashing COMMAND...     as `phfs COMMAND...`
+    python -m tests.support.crashing --config FILE --fd N...     a worker, as the keeper starts it
+
+The file `crash-at` in the state directory arms it with a number; the steps from then on are appended to `steps`, and
+the worker dies (SIGKILL) at the one of that number, which disarms it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from phfs_fuse import cli, keeper, mount
+from phfs_fuse.config import StoreConfig
+from phfs_fuse.journal import Journal
+from phfs_fuse.settings import load_config
+from phfs_fuse.store import open_store
+
+CHANGES = {
+    "put", "copy", "delete", "delete_many", "create_multipart", "upload_part", "upload_part_copy",
+    "complete_multipart", "abort_multipart",
+}  # fmt: skip
+WRITES = ("INSERT", "UPDATE", "DELETE")
+
+
+class Steps:
+    def __init__(self, directory: Path) -> None:
+        self._armed, self._log = directory / "crash-at", directory / "steps"
+        self._count = 0
+
+    def __call__(self, name: str) -> None:
+        try:
+            target = int(self._armed.read_text())
+        except FileNotFoundError:
+            self._count = 0
+            return
+        self._count += 1
+        with self._log.open("a") as log:
+            print(name, file=log)
+        if self._count == target:
+            self._armed.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class CrashingStore:
+    def __init__(self, config: StoreConfig, step: Steps) -> None:
+        self._inner, self._step = open_store(config), step
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        return partial(self._change, name, found) if name in CHANGES else found
+
+    async def _change(
+        self, name: str, call: Callable[..., Awaitable[object]], *args: object, **more: object
+    ) -> object:
+        self._step(f"before {name}")
+        found = await call(*args, **more)
+        self._step(f"after {name}")
+        return found
+
+
+def crash_at_commits(step: Steps) -> None:
+    inner = Journal._execute
+
+    def execute(self: Journal, sql: str, values: Sequence[object]) -> sqlite3.Cursor:
+        if not (sql == "COMMIT" or (sql.startswith(WRITES) and not self._db.in_transaction)):
+            return inner(self, sql, values)
+        step("before commit")
+        found = inner(self, sql, values)
+        step("after commit")
+        return found
+
+    Journal._execute = execute  # type: ignore[method-assign]
+
+
+def worker() -> int:
+    config = load_config(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
+    step = Steps(config.writeback.directory)
+    crash_at_commits(step)
+    mount.open_store = lambda config: CrashingStore(config, step)  # type: ignore[assignment, return-value]
+    return mount.main()
+
+
+def command() -> None:
+    start = keeper.start
+
+    def started(config: Any, path: Path, *, foreground: bool) -> int:
+        workers = [sys.executable, "-m", "tests.support.crashing", "--config", str(path.absolute())]
+        return start(config, path, foreground=foreground, worker=workers)
+
+    keeper.start = started  # type: ignore[assignment]
+    cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(worker() if "--fd" in sys.argv else command())
