@@ -357,7 +357,8 @@ class Keeper:
 
     def _start_worker(self) -> None:
         try:
-            self._worker = self._spawn(["--resume"] if self._was_ready else [], self._launch)
+            launch = self._launch if self._expiry is None else self._execute  # no fork beside another thread
+            self._worker = self._spawn(["--resume"] if self._was_ready else [], launch)
         except OSError as exc:  # no memory, or the program is being replaced
             self._failure = Message(kind=Kind.FAILED, reason=f"no worker: {exc}", exit_code=1)
             self._without_worker(1)

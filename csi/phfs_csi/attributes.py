@@ -170,17 +170,17 @@ def checked_prefix(bucket: str, prefix: str) -> str:
 
 
 def _settings(attributes: Mapping[str, str]) -> dict[str, str]:
-    """Of `phfs mount`, by name. One that this version does not have yet is left out."""
+    """Of `phfs mount`, by name."""
     named = {name: attributes[name] for name in SETTINGS if attributes.get(name)}
     for name, text in named.items():
         check_setting(f"volume attribute {name!r}", SETTINGS[name], text)
-    return {SETTINGS[name]: text for name, text in named.items() if SETTINGS[name] in BY_NAME}
+    return {SETTINGS[name]: text for name, text in named.items()}
 
 
 def check_setting(where: str, setting: str, text: str) -> None:
     """Raises: InvalidArgument; the value is repeated only where it cannot hold a secret."""
-    kind = BY_NAME[setting].kind if setting in BY_NAME else None
-    parse = values.count if kind in (USER, GROUP_ID) else kind.parse if kind else values.text
+    kind = BY_NAME[setting].kind
+    parse = values.count if kind in (USER, GROUP_ID) else kind.parse
     if "," in text or has_controls(text):
         raise InvalidArgument(f"{where}: a comma, or a control character")
     _valid(where, parse, text, shown=setting != "endpoint-url")

@@ -31,7 +31,6 @@ from phfs_fuse.holding import HolderLink
 from phfs_fuse.journal import Journal
 from phfs_fuse.localstate import keeper_of
 from phfs_fuse.mountpoint import MountEntry, mount_table
-from phfs_fuse.options import BY_NAME
 from phfs_fuse.registry import MountRecord
 from phfs_fuse.settings import Given
 
@@ -110,8 +109,8 @@ class Mounter(Protocol):
     def tidy_up(self) -> None:
         """Keep what volumes have left in the cache within its limit."""
 
-    def apply(self, record: VolumeRecord) -> None:
-        """Have another worker go on with the settings of the record; open files go on."""
+    def set_quota(self, record: VolumeRecord) -> None:
+        """Tell the mount the quota of the record, also for a restart of the worker."""
 
 
 class PhfsMounter:
@@ -191,7 +190,7 @@ class PhfsMounter:
     def _resolve(self, record: VolumeRecord) -> settings.Resolved:
         """Raises: FailedPrecondition, the recorded settings are not valid."""
         share = self._shares.of(record)
-        given = {name: Given(raw, name) for name, raw in record.settings.items() if name in BY_NAME}
+        given = {name: Given(raw, name) for name, raw in record.settings.items()}
         given |= _ownership(record.mount_group, given)
         ours: dict[str, str | bool] = {
             "state-dir": str(self._records.directory(record)),
@@ -341,12 +340,12 @@ class PhfsMounter:
     def tidy_up(self) -> None:
         self._shares.tidy_up()
 
-    def apply(self, record: VolumeRecord) -> None:
+    def set_quota(self, record: VolumeRecord) -> None:
         config, _variables = prepare.with_credentials(self._resolve(record))
         prepare.write_config(config)
         try:
-            client.upgrade(self._link(record, config))
-        except StartupError as exc:
+            client.set_quota(self._link(record, config), "", config.quota.limits.get(""))
+        except (StartupError, TimeoutError) as exc:
             raise Unavailable(f"{record.volume_id}: {exc}") from exc
 
     def _link(self, record: VolumeRecord, config: MountConfig) -> MountRecord:

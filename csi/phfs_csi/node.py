@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any, Final
 
 import grpc
 
-from phfs_csi.catalog import quota_now
 from phfs_csi.config import NodeConfig
 from phfs_csi.drains import Drains
 from phfs_csi.errors import NotFound
 from phfs_csi.life import Life
 from phfs_csi.metrics import VolumeState, VolumeStatus
 from phfs_csi.mounter import Mounter, PhfsMounter, State
-from phfs_csi.params import StageParams
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc
 from phfs_csi.records import Records, VolumeRecord
 from phfs_csi.requests import Requests
@@ -89,7 +86,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     def NodeStageVolume(
         self, request: csi_pb2.NodeStageVolumeRequest, context: grpc.ServicerContext
     ) -> csi_pb2.NodeStageVolumeResponse:
-        self._volumes.stage(_with_quota(self._requests.stage(request)), _seconds(context))
+        self._volumes.stage(self._requests.stage(request), _seconds(context))
         return csi_pb2.NodeStageVolumeResponse()
 
     def NodeUnstageVolume(
@@ -167,15 +164,6 @@ def open_node(config: NodeConfig, requests: Requests) -> NodeService:
     mounter = PhfsMounter(config, records, Shares(config, records), spawner)
     volumes = Volumes(records, mounter, Drains(records, mounter))
     return NodeService(config, requests, records, mounter, volumes, Life(config, volumes, spawner))
-
-
-def _with_quota(want: StageParams) -> StageParams:
-    """The size of a provisioned volume may have changed since its PersistentVolume was made."""
-    if (quota := quota_now(want.volume)) is None:
-        return want
-    settings = {name: value for name, value in want.volume.settings.items() if name != "quota"}
-    settings |= {"quota": str(quota)} if quota else {}  # 0: none
-    return replace(want, volume=replace(want.volume, settings=settings))
 
 
 def _seconds(context: grpc.ServicerContext) -> float:

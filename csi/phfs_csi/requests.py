@@ -16,7 +16,6 @@ from phfs_csi.errors import FailedPrecondition, InvalidArgument, OutOfRange
 from phfs_csi.params import DRAIN_SECONDS, AccessMode, PublishParams, StageParams, VolumeParams
 from phfs_csi.proto import csi_pb2
 from phfs_fuse import values
-from phfs_fuse.options import BY_NAME
 
 EPHEMERAL: Final = "csi.storage.k8s.io/ephemeral"
 ID_CHARS_MAX: Final = 1024
@@ -109,7 +108,7 @@ class Requests:
     def _with_quota(self, volume: VolumeParams) -> VolumeParams:
         """The context of a volume has the size that it was made with."""
         quota_bytes = self.quota_now(volume)
-        if quota_bytes is None or "quota" not in BY_NAME:
+        if quota_bytes is None:
             return volume
         others = {name: text for name, text in volume.settings.items() if name != "quota"}
         return replace(volume, settings={**others, "quota": str(quota_bytes)} if quota_bytes else others)

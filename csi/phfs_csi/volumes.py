@@ -96,7 +96,7 @@ class Volumes:
             if (record := self._records.mounted(volume_id)) is not None:
                 record = replace(record, settings={**record.settings, "quota": str(quota_bytes)})
                 self._records.save(record)
-                self._mounter.apply(record)
+                self._mounter.set_quota(record)
 
     # --- how
 
@@ -110,6 +110,8 @@ class Volumes:
         self._records.save(record)
         self._records.save_credentials(record, volume.credentials)
         if before is not None and self._mounter.state(before) is State.SERVED:
+            if before.settings != record.settings:
+                self._mounter.set_quota(record)
             return
         try:
             self._revive(record, deadline - time.monotonic())

@@ -68,5 +68,5 @@ class FakeMounter:
     def limit(self, record: VolumeRecord) -> None:
         pass
 
-    def apply(self, record: VolumeRecord) -> None:
+    def set_quota(self, record: VolumeRecord) -> None:
         self.mounted[record.path] = record
