@@ -60,9 +60,9 @@ def mount(
     prepare.check(config)
     if fake:
         return 0
-    from phfs_fuse import keeper
+    from phfs_fuse import starting
 
-    return keeper.start(config, prepare.write_config(config), foreground=foreground)
+    return starting.start(config, prepare.write_config(config), foreground=foreground)
 
 
 def _mount_command(**given: Any) -> int:
@@ -151,7 +151,7 @@ def umount(
     lazy: Annotated[bool, typer.Option("--lazy", help="Detach even while files are in use.")] = False,
 ) -> int:
     """Upload what is pending, then unmount."""
-    from phfs_fuse import display, keeper
+    from phfs_fuse import display, starting
 
     table, seconds = mount_table(), _seconds("--timeout", timeout)
     place, entry = locate(mountpoint, table)
@@ -159,7 +159,7 @@ def umount(
         raise MountpointError(f"{place}: no phfs mount is here")
     record = registry.find(place)
     if record is None or not record.alive:
-        keeper.unmount(Path(place), lazy=True)
+        starting.unmount(Path(place), lazy=True)
         _say(f"{place}: removed a dead mount; what was not uploaded goes up with the next mount of the volume")
         return 0
     display.follow(place, client.umount(record, seconds, lazy=lazy))

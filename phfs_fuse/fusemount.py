@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 FS_TYPE: Final = "phfs"
 READ_BYTES_MAX: Final = 1 * MIB  # of one request; the kernel's limit is 256 pages
 HELPER_SECONDS: Final = 30.0
+UNMOUNT_SECONDS: Final = 60.0  # for the kernel's dirty pages to reach the worker
 
 # Source: mount(2), umount(2)
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8

@@ -23,7 +23,6 @@ import contextlib
 import json
 import logging
 import os
-import select
 import selectors
 import signal
 import socket
@@ -35,201 +34,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import Final, Protocol
 
 from phfs_fuse import fusemount, logs, messages, registry
 from phfs_fuse.config import MountConfig
-from phfs_fuse.errors import LocalStateError, MountpointError, NotDrained, StartupError, startup_error
+from phfs_fuse.errors import LocalStateError, MountpointError, NotDrained
 from phfs_fuse.expiry import Expiry
+from phfs_fuse.fusemount import UNMOUNT_SECONDS
+from phfs_fuse.held import HeldConnection
 from phfs_fuse.holding import HolderLink
 from phfs_fuse.localstate import StateLock, keeper_lock
 from phfs_fuse.messages import Kind, Message
-from phfs_fuse.mountpoint import mount_table, require_free, require_nothing_mounted
+from phfs_fuse.mountpoint import require_nothing_mounted
 from phfs_fuse.registry import MountRecord
-from phfs_fuse.types import MIB
 
 log = logging.getLogger("phfs_fuse.keeper")
 
 RESTART_DELAYS: Final = (0.0, 0.2, 1.0, 3.0, 8.0)  # seconds before the n-th restart within RESTARTS_SECONDS
 RESTARTS_SECONDS: Final = 60.0  # with one more death in this time than there are delays the keeper gives up
-UNMOUNT_SECONDS: Final = 60.0  # for the kernel's dirty pages to reach the worker
 STANDBY_SECONDS: Final = 60.0  # for a worker to load and look at the state, before it may take over
-END_SECONDS: Final = 5.0  # for a child that has nothing left to do
 HOLDER_SECONDS: Final = 1.0  # between two tries to reach the holder
-LOG_BYTES_MAX: Final = 10 * MIB  # a longer one is put aside at the next start
-NO_ALLOW_OTHER: Final = "allow-other is left out: /etc/fuse.conf has no line user_allow_other"
+END_SECONDS: Final = 5.0  # for a child that has nothing left to do
 END_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SIGNALS: Final = (*END_SIGNALS, signal.SIGUSR1)
-
-
-# --- what the commands call
-
-
-def start(config: MountConfig, config_path: Path, *, foreground: bool, worker: Sequence[str] = ()) -> int:
-    """Mount. In the background: returns 0 when the mount is ready. In the foreground: does not return, this
-    process becomes the keeper and ends with its exit code.
-
-    `config_path` holds `config` for the keeper and its workers; it is theirs from now on and removed at the
-    end.
-    `worker` is the command to serve with in place of this package's.
-
-    Raises:
-        StartupError: the class says why not, and there is no mount. In the foreground: what shows at once.
-    """
-    try:
-        require_free(config.kernel.mountpoint, mount_table())
-        if config.kernel.allow_other and not fusemount.allows_other(config):
-            log.warning(NO_ALLOW_OTHER)
-        command = [*fusemount.python(), "phfs_fuse.keeper", f"--config={config_path.absolute()}"]
-        if foreground:
-            _become(command, worker)
-        log_path = config.writeback.directory / "log"
-        with _open_log(log_path) as log_fd:
-            start = partial(_execute_keeper, command, worker, os.environ)
-            _start_in_background(lambda report_fd: start(report_fd, log_fd), str(log_path))
-    except BaseException:
-        config_path.unlink(missing_ok=True)
-        raise
-    return 0
-
-
-class Spawn(Protocol):
-    """Starts a keeper in a process group of its own, which is returned."""
-
-    def __call__(
-        self, config_path: Path, holder: Path | None, environ: Mapping[str, str], report_fd: int, log_fd: int
-    ) -> int: ...
-
-
-def start_held(
-    config: MountConfig,
-    config_path: Path,
-    *,
-    holder: Path | None,
-    environ: Mapping[str, str],
-    seconds: float,
-    spawn: Spawn,
-    log_fd: int,
-) -> None:
-    """Mount in the background, or go on with the connection that `holder` has of this mount point; return when it is
-    served. Nothing here looks at the mount point. `environ` is that of keeper and workers, `log_fd` their log.
-
-    Raises:
-        StartupError: the class says why not; there is no mount, or the holder still has it.
-        TimeoutError: the same, not ready within `seconds`.
-    """
-    start = partial(spawn, config_path.absolute(), holder, environ)
-    try:
-        _start_in_background(lambda report_fd: start(report_fd, log_fd), "the log", time.monotonic() + seconds)
-    except BaseException:
-        config_path.unlink(missing_ok=True)
-        raise
-
-
-def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
-    """Unmount without asking for uploads first (they go on after the unmount). Removes dead mounts too.
-
-    Raises:
-        MountpointError: in use, not ours, or not there.
-    """
-    fusemount.unmount(mountpoint, lazy=lazy, timeout_seconds=UNMOUNT_SECONDS)
-    if (record := registry.find(str(mountpoint))) is not None and not record.alive:
-        registry.remove(record.mountpoint, record.keeper_pid)
-
-
-def _become(command: Sequence[str], worker: Sequence[str]) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(sys.executable, [*command, "--", *worker], fusemount.environment())
-
-
-def _start_in_background(start: Callable[[int], int], log_place: str, deadline: float | None = None) -> None:
-    """`start` is given the descriptor to report to, and returns the process group."""
-    ours, theirs = os.pipe()
-    with open(ours, "rb", buffering=0) as answers:
-        try:
-            group = start(theirs)
-        finally:
-            os.close(theirs)
-        answer = _read_until(answers, deadline)
-        if answer is None:
-            _end_group(group, answers)
-            raise TimeoutError("the mount was not ready in time")
-    if not answer:
-        raise StartupError(f"the mount ended before it was ready; the reason is in {log_place}")
-    report = json.loads(answer)
-    if report["exit_code"]:
-        raise startup_error(report["exit_code"], report["reason"])
-
-
-def wait_readable(fd: int, timeout: float | None) -> bool:
-    """poll(2) in place of select(2): a plugin may have many descriptors."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(None if timeout is None else timeout * 1000))
-
-
-def _read_until(pipe: BinaryIO, deadline: float | None) -> bytes | None:
-    """All that is written until the pipe's other end is closed; None: that takes too long."""
-    found = b""
-    while True:
-        wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not wait_readable(pipe.fileno(), wait):
-            return None
-        if not (chunk := pipe.read(messages.PACKET_BYTES_MAX)):
-            return found
-        found += chunk
-
-
-def _end_group(group: int, answers: BinaryIO) -> None:
-    """End a keeper that is not ready: it takes back what it has done. Its descriptor of the pipe tells when."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGTERM)
-        if _read_until(answers, time.monotonic() + 2 * END_SECONDS) is None:
-            os.killpg(group, signal.SIGKILL)
-
-
-def execute(config_path: Path, holder: Path | None, environ: Mapping[str, str], report_fd: int, log_fd: int) -> int:
-    """The `Spawn` that starts an interpreter."""
-    command = [*fusemount.python(), "phfs_fuse.keeper", f"--config={config_path}"]
-    return _execute_keeper([*command, *([f"--holder={holder}"] if holder else [])], (), environ, report_fd, log_fd)
-
-
-def _execute_keeper(
-    command: Sequence[str], worker: Sequence[str], environ: Mapping[str, str], report_fd: int, log_fd: int
-) -> int:
-    """Returns when the process has forked itself into the background (`main`) and is no child of ours: the id of
-    its process group."""
-    process = subprocess.Popen(
-        [*command, f"--report-fd={report_fd}", "--", *worker],
-        env=fusemount.environment(environ),
-        stdin=subprocess.DEVNULL,
-        stdout=log_fd,
-        stderr=log_fd,
-        pass_fds=[report_fd],
-        start_new_session=True,
-        cwd="/",
-    )
-    process.wait()
-    return process.pid
-
-
-@contextlib.contextmanager
-def _open_log(path: Path) -> Iterator[int]:
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size > LOG_BYTES_MAX:
-            path.replace(path.with_suffix(".1"))
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise LocalStateError(f"{path}: {exc.strerror}: choose a writable --state-dir") from exc
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-# --- the keeper itself
 
 
 class Process(Protocol):
@@ -271,9 +98,8 @@ class Keeper:
         self._launch = launch or self._execute
         self._report = report
         self._selector = selectors.DefaultSelector()
-        self._holder_path = holder
-        self._holder: HolderLink | None = None
-        self._is_held: bool | None = None  # None: not tried yet
+        self._holder: HolderLink | None = None  # that is watched
+        self._held = None if holder is None else HeldConnection(holder, config.kernel.mountpoint)
         self._device: int | None = None
         self._expiry: Expiry | None = None
         self._worker: Worker | None = None
@@ -294,7 +120,8 @@ class Keeper:
     def run(self) -> int:
         """Keep the mount until its end; returns the exit code."""
         with self._hearing_signals():
-            self._adopt()
+            if self._held is not None and (device := self._held.adopt()) is not None:
+                self._device, self._was_ready = device, True
             self._start_worker()
             while self._exit_code is None:
                 self._step()
@@ -427,7 +254,7 @@ class Keeper:
     def _on_checked(self, _message: Message) -> None:
         if self._device is None:
             try:
-                if self._holder_path is not None:  # nobody has looked at the mount point
+                if self._held is not None:  # nobody has looked at the mount point
                     require_nothing_mounted(self._config.kernel.mountpoint)
                 self._device = fusemount.mount(self._config)
             except MountpointError as exc:
@@ -451,7 +278,7 @@ class Keeper:
         if self._was_ready:
             log.info("resumed mountpoint=%s", self._config.kernel.mountpoint)
         self._was_ready = True
-        self._hand_to_holder()
+        self._have_held()
         if not self._announced:
             self._announced = True
             self._announce()
@@ -484,7 +311,7 @@ class Keeper:
         elif self._has_ended(code):
             self._end_cleanly(code)
         elif self._releasing:
-            self._leave_to_holder()
+            self._leave()
         elif self._standby is not None:
             self._promote()
         else:
@@ -523,13 +350,13 @@ class Keeper:
     def _give_up(self, reason: str) -> None:
         if self._announced:
             log.error("gave up, the mount is broken: the worker ended with %s", reason)
-            self._drop_from_holder()
+            self._drop_held()
             self._exit_code = 1
         else:  # adopted: perhaps another version can serve it
             self._finish(self._failure.exit_code or 1, f"the mount could not be taken up again: {reason}")
 
     def _end_cleanly(self, code: int) -> None:
-        self._drop_from_holder()
+        self._drop_held()
         if self._unmounting is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._unmounting.wait(END_SECONDS)
@@ -541,81 +368,50 @@ class Keeper:
         self._exit_code = exit_code
         self._report(exit_code, reason)
 
-    # --- its connection in the holder
+    # --- the next keeper
 
-    @property
-    def _name(self) -> str:
-        return str(self._config.kernel.mountpoint)
-
-    def _adopt(self) -> None:
-        """Take up the connection of a keeper that has ended, where it lives and is still mounted here."""
-        try:
-            if self._holder_path is None or (link := self._connect()) is None:
-                return
-            held = link.take(self._name)
-        except LocalStateError as exc:
-            log.warning("%s", exc)
+    def _have_held(self) -> None:
+        """Now, and each time that the holder is a new one."""
+        if self._held is None or self._device is None or self._exit_code is not None:
             return
-        if held is None:
-            return
-        if held.device == fusemount.device_of(self._config.kernel.mountpoint) and fusemount.is_connected(held.fd):
-            self._device, self._was_ready = held.fd, True
-            log.info("adopted mountpoint=%s device=%s", self._name, held.device)
-        else:
-            os.close(held.fd)
-
-    def _hand_to_holder(self) -> None:
-        """Have the connection held, now and each time that the holder is a new one."""
-        if self._holder_path is None or self._device is None or self._exit_code is not None:
-            return
-        try:
-            link = self._connect()
-            device = fusemount.device_of(self._config.kernel.mountpoint)
-            if link is not None and device is not None:  # None: on its way out
-                link.keep(self._name, device, self._device)
-            self._is_held = True
-        except LocalStateError as exc:
-            if self._is_held is not False:
-                log.warning("not held, the mount would end with this process: %s", exc)
-            self._is_held = False
-            self._lose_holder()
-
-    def _connect(self) -> HolderLink | None:
-        if self._holder is None and self._holder_path is not None:
-            self._holder = HolderLink(self._holder_path)
-            self._selector.register(self._holder, selectors.EVENT_READ, self._lose_holder)
-        return self._holder
-
-    def _lose_holder(self) -> None:
         if self._holder is not None:
             self._selector.unregister(self._holder)
-            self._holder.close()
-            self._holder, self._is_held = None, self._is_held and None
-        self._due[self._hand_to_holder] = time.monotonic() + HOLDER_SECONDS
-
-    def _drop_from_holder(self) -> None:
+        self._holder = self._held.keep(self._device)
         if self._holder is not None:
-            with contextlib.suppress(LocalStateError):
-                self._holder.drop(self._name)
+            self._selector.register(self._holder, selectors.EVENT_READ, self._on_holder_gone)
+        else:
+            self._due[self._have_held] = time.monotonic() + HOLDER_SECONDS
+
+    def _on_holder_gone(self) -> None:
+        assert self._held is not None
+        assert self._holder is not None
+        self._selector.unregister(self._holder)
+        self._holder = None
+        self._held.close()
+        self._due[self._have_held] = time.monotonic() + HOLDER_SECONDS
+
+    def _drop_held(self) -> None:
+        if self._held is not None:
+            self._held.drop()
 
     def _release(self) -> None:
         """Leave the mount to the next keeper: what is in work is answered, the rest waits."""
-        if not self._is_held or self._drain or self._unmounting or self._standby:
+        if self._held is None or not self._held.is_held or self._drain or self._unmounting or self._standby:
             log.error("not released: no holder has the mount, or it is being replaced or ended")
             return
-        log.info("releasing mountpoint=%s", self._name)
+        log.info("releasing mountpoint=%s", self._config.kernel.mountpoint)
         self._releasing = True
         if self._worker is None:
-            self._leave_to_holder()
+            self._leave()
         elif self._serving:
             self._send(Message(kind=Kind.HANDOVER))
         else:
             self._worker.process.kill()  # what it was asked is asked of the next one
 
-    def _leave_to_holder(self) -> None:
-        registry.remove(self._name, os.getpid())
+    def _leave(self) -> None:
+        registry.remove(str(self._config.kernel.mountpoint), os.getpid())
         self._exit_code = 0
-        log.info("released mountpoint=%s", self._name)
+        log.info("released mountpoint=%s", self._config.kernel.mountpoint)
 
     # --- its replacement
 
@@ -702,7 +498,7 @@ class Keeper:
         try:
             self._report(0, "")
         except BrokenPipeError:
-            if self._holder_path is not None:
+            if self._held is not None:
                 return  # whoever asked has a record of the mount, and finds it
             log.warning("unmounting: the command that asked for the mount was interrupted")
             self._ask_for_drain()
@@ -771,16 +567,17 @@ def main(arguments: Sequence[str], *, launch: Launch | None = None) -> int:
     config = load_config(options.config.read_text(encoding="utf-8"))
     logs.setup(config.log_level, config.log_format, name=config.log_name)
     command = options.worker or [*fusemount.python(), "phfs_fuse.mount"]
-    lock = keeper_lock(options.config)
+    report, lock = _reporter(options.report_fd), keeper_lock(options.config)
     try:
-        StateLock(lock.parent, str(os.getpid()), lock.name)  # until this process ends
-        report = _reporter(options.report_fd)
-        return Keeper(config, options.config, command, report, options.holder, launch).run()
+        alone = StateLock(lock.parent, str(os.getpid()), lock.name)
     except LocalStateError as exc:
-        _reporter(options.report_fd)(exc.exit_code, str(exc))
+        report(exc.exit_code, str(exc))
         return exc.exit_code
+    try:
+        return Keeper(config, options.config, command, report, options.holder, launch).run()
     finally:
         options.config.unlink(missing_ok=True)
+        alone.close()
 
 
 def _reporter(fd: int | None) -> Callable[[int, str], None]:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
 from phfs_fuse import keeper, mount
+from phfs_fuse.starting import wait_readable
 from phfs_fuse.store import warm
 
 PACKET_BYTES_MAX: Final = 1 << 20  # an environment has at most some 100 KiB
@@ -46,7 +47,7 @@ class Fork:
     def wait(self, timeout: float | None = None) -> int:
         """Raises: TimeoutError."""
         if self.returncode is None:
-            if not keeper.wait_readable(pidfd := os.pidfd_open(self.pid), timeout):
+            if not wait_readable(pidfd := os.pidfd_open(self.pid), timeout):
                 os.close(pidfd)
                 raise TimeoutError
             os.close(pidfd)

@@ -24,7 +24,7 @@ from phfs_csi.config import NodeConfig
 from phfs_csi.errors import CsiError, DeadlineExceeded, FailedPrecondition, Internal, Unavailable
 from phfs_csi.records import Records, VolumeRecord
 from phfs_csi.shares import Shares
-from phfs_fuse import client, fusemount, keeper, prepare, settings, values
+from phfs_fuse import client, fusemount, prepare, settings, starting, values
 from phfs_fuse.config import MountConfig
 from phfs_fuse.errors import LocalStateError, StartupError, StoreStartupError
 from phfs_fuse.holding import HolderLink
@@ -116,7 +116,7 @@ class Mounter(Protocol):
 class PhfsMounter:
     """The one that mounts."""
 
-    def __init__(self, config: NodeConfig, records: Records, shares: Shares, spawn: keeper.Spawn) -> None:
+    def __init__(self, config: NodeConfig, records: Records, shares: Shares, spawn: starting.Spawn) -> None:
         self._spawn = spawn
         self._config_paths: dict[tuple[str, Path], Path] = {}
         self._config = config
@@ -144,6 +144,8 @@ class PhfsMounter:
     # --- the mount
 
     def mount(self, record: VolumeRecord, seconds: float) -> None:
+        if self._keeper(record) is not None:
+            raise Unavailable(f"{record.volume_id}: the process of its mount is ending; try again")
         deadline = time.monotonic() + seconds
         entry = mount_table().get(str(record.path))
         if entry is not None and not self._is_held(record, entry):
@@ -154,7 +156,7 @@ class PhfsMounter:
         try:
             for directory in (config.writeback.directory, config.cache.directory):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            keeper.start_held(
+            starting.start_held(
                 config,
                 prepare.write_config(config),
                 holder=self._config.holder_socket,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from phfs_fuse import fusemount, keeper
+from phfs_fuse import fusemount, starting
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Spawner:
     def __call__(
         self, config_path: Path, holder: Path | None, environ: Mapping[str, str], report_fd: int, log_fd: int
     ) -> int:
-        """See `keeper.Spawn`."""
+        """See `starting.Spawn`."""
         request = {"config": str(config_path), "holder": str(holder or ""), "environ": fusemount.environment(environ)}
         with self._lock:
             try:
@@ -65,7 +65,7 @@ class Spawner:
             except (OSError, ValueError, KeyError) as exc:
                 log.warning("the spawner does not answer, starting an interpreter of its own: %s", exc)
                 self._end()
-        return keeper.execute(config_path, holder, environ, report_fd, log_fd)
+        return starting.execute(config_path, holder, environ, report_fd, log_fd)
 
     def _ask(self, request: Mapping[str, object], fds: Sequence[int]) -> int:
         channel = self._ready().channel

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phfs_fuse import cli, keeper, mount
+from phfs_fuse import cli, mount, starting
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.journal import Journal
 from phfs_fuse.settings import load_config
@@ -91,13 +91,13 @@ def worker() -> int:
 
 
 def command() -> None:
-    start = keeper.start
+    start = starting.start
 
     def started(config: Any, path: Path, *, foreground: bool) -> int:
         workers = [sys.executable, "-m", "tests.support.crashing", "--config", str(path.absolute())]
         return start(config, path, foreground=foreground, worker=workers)
 
-    keeper.start = started  # type: ignore[assignment]
+    starting.start = started  # type: ignore[assignment]
     cli.main()
 
 
