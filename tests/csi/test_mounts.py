@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -14,7 +15,11 @@ from pathlib import Path
 import pytest
 
 from phfs_csi.proto import csi_pb2
+from phfs_fuse import client
+from phfs_fuse.errors import MountpointError
 from phfs_fuse.mountpoint import mount_table
+from phfs_fuse.registry import MountRecord
+from phfs_fuse.types import MIB
 from tests.csi.plugin import Plugin, Volume, a_plugin, capability, mounts_below, sh
 from tests.support.mounts import s3_client, shared_server
 from tests.support.proxy import Answer, Proxy, forward_all, proxy
@@ -389,3 +394,34 @@ def test_no_descriptor_is_left(plugin: Plugin, volume: Volume) -> None:
     once()
     before = once()
     assert [once() for _ in range(3)][-1] <= before + 1
+
+
+def test_limits_follow_the_number_of_volumes(plugin: Plugin, bucket: str) -> None:
+    """The node has 1 GiB for the cache and as much for unsaved bytes (see `Plugin.start`)."""
+    first, second = Volume(plugin, bucket, "a"), Volume(plugin, bucket, "b", cacheSize="100Mi")
+
+    def limits(volume: Volume) -> tuple[int, int]:
+        (path,) = [path for path in plugin.state.glob("volumes/*/volume.json") if volume.prefix in path.read_text()]
+        (socket,) = path.parent.glob("*/control.sock")
+        record = MountRecord(mountpoint="", control_socket=str(socket), keeper_pid=0, url="")
+        status = client.status(record)
+        return status["cache"]["limit"] // MIB, status["dirty"]["limit"] // MIB
+
+    first.stage()
+    assert limits(first) == (1024, 1024)
+    second.stage()
+    assert limits(second) == (100, 512)
+    eventually(lambda: limits(first) == (512, 512), plugin.log)
+    for keeper in plugin.keepers():
+        for pid in Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+    eventually(lambda: _is_served(lambda: limits(first)))
+    assert limits(first) == (512, 512)
+
+
+def _is_served(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except (MountpointError, ValueError):
+        return False
+    return True
