@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -176,6 +176,11 @@ class BlockCache:
             version.is_forgotten = True
         elif name in self._disk.directory.entries:
             self._disk.discard(name)
+
+    def limit(self, size_max: int) -> None:
+        """Keep to another limit from now on; what is too much goes at once."""
+        self._disk.config = replace(self._disk.config, size_max=size_max)
+        self._disk.work.set()
 
     def usage(self) -> CacheUsage:
         disk, counts = self._disk, self._disk.counts

@@ -9,8 +9,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -59,9 +60,9 @@ def mount(
     prepare.check(config)
     if fake:
         return 0
-    from phfs_fuse import keeper
+    from phfs_fuse import starting
 
-    return keeper.start(config, prepare.write_config(config), foreground=foreground)
+    return starting.start(config, prepare.write_config(config), foreground=foreground)
 
 
 def _mount_command(**given: Any) -> int:
@@ -74,17 +75,46 @@ def _mount_command(**given: Any) -> int:
     return mount(arguments, settings.from_options(options or ()), flags, foreground=foreground)
 
 
-def _mount_signature() -> inspect.Signature:
-    """One parameter per setting, from the table: the only list of flags."""
-    parameters: dict[str, Any] = {
-        "arguments": Annotated[list[str], typer.Argument(metavar="[s3://BUCKET[/PREFIX]] MOUNTPOINT")],
-        "options": Annotated[
-            list[str] | None,
-            typer.Option("-o", metavar="OPT[,OPT]", help="Options as in fstab: name or name=value."),
-        ],
-        "foreground": Annotated[bool, typer.Option("--foreground", "-f", help="Stay, and log to standard error.")],
-    }
-    parameters |= {setting.name.replace("-", "_"): _flag(setting) for setting in SETTINGS if setting.flag}
+def drain(source: str | None, options: Layer, flags: Mapping[str, Raw | None]) -> NoReturn:
+    """Become the process that uploads, and end with its exit code."""
+    resolved = settings.resolve(source, Path("/"), settings.gather(settings.from_flags(flags), options))
+    config = prepare.export_credentials(resolved)
+    prepare.check_directories(config)
+    directory = config.writeback.directory  # in place of the mount point: it names the process to others
+    config = replace(config, kernel=replace(config.kernel, mountpoint=directory))
+    from phfs_fuse import fusemount
+
+    command = [*fusemount.python(), "phfs_fuse.drain", f"--config={prepare.write_config(config)}"]
+    os.execve(sys.executable, command, fusemount.environment())
+
+
+def _drain_command(**given: Any) -> NoReturn:
+    """Upload what an ended mount of this volume has left in its state directory, without mounting.
+
+    The settings are those of phfs mount: endpoint and state directory tell which volume it is.
+    """
+    source, options = given.pop("source"), given.pop("options")
+    flags = {name.replace("_", "-"): raw for name, raw in given.items()}
+    drain(source, settings.from_options(options or ()), flags)
+
+
+_OPTIONS = Annotated[
+    list[str] | None, typer.Option("-o", metavar="OPT[,OPT]", help="Options as in fstab: name or name=value.")
+]
+_MOUNT_PARAMETERS: Mapping[str, Any] = {
+    "arguments": Annotated[list[str], typer.Argument(metavar="[s3://BUCKET[/PREFIX]] MOUNTPOINT")],
+    "options": _OPTIONS,
+    "foreground": Annotated[bool, typer.Option("--foreground", "-f", help="Stay, and log to standard error.")],
+}
+_DRAIN_PARAMETERS: Mapping[str, Any] = {
+    "source": Annotated[str | None, typer.Argument(metavar="[s3://BUCKET[/PREFIX]]")],
+    "options": _OPTIONS,
+}
+
+
+def _signature(first: Mapping[str, Any]) -> inspect.Signature:
+    """And one parameter per setting, from the table: the only list of flags."""
+    parameters = {**first, **{setting.name.replace("-", "_"): _flag(setting) for setting in SETTINGS if setting.flag}}
     defaults = {"arguments": inspect.Parameter.empty, "foreground": False}
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(
@@ -103,8 +133,12 @@ def _flag(setting: Setting) -> Any:
     return Annotated[kind, typer.Option(f"--{setting.name}", metavar=setting.kind.metavar, help=text)]
 
 
-vars(_mount_command)["__signature__"] = _mount_signature()
-app.command("mount")(_mount_command)
+for _name, _command, _parameters in (
+    ("mount", _mount_command, _MOUNT_PARAMETERS),
+    ("drain", _drain_command, _DRAIN_PARAMETERS),
+):
+    vars(_command)["__signature__"] = _signature(_parameters)
+    app.command(_name)(_command)
 
 
 # --- running mounts
@@ -117,7 +151,7 @@ def umount(
     lazy: Annotated[bool, typer.Option("--lazy", help="Detach even while files are in use.")] = False,
 ) -> int:
     """Upload what is pending, then unmount."""
-    from phfs_fuse import display, keeper
+    from phfs_fuse import display, starting
 
     table, seconds = mount_table(), _seconds("--timeout", timeout)
     place, entry = locate(mountpoint, table)
@@ -125,7 +159,7 @@ def umount(
         raise MountpointError(f"{place}: no phfs mount is here")
     record = registry.find(place)
     if record is None or not record.alive:
-        keeper.unmount(Path(place), lazy=True)
+        starting.unmount(Path(place), lazy=True)
         _say(f"{place}: removed a dead mount; what was not uploaded goes up with the next mount of the volume")
         return 0
     display.follow(place, client.umount(record, seconds, lazy=lazy))

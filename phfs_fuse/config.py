@@ -190,7 +190,7 @@ class MountConfig:
     quota: QuotaConfig = field(default_factory=QuotaConfig)
     log_level: str = "info"
     log_format: str = "text"  # or "json"
-    extra: dict[str, str] = field(default_factory=dict)
+    log_name: str = ""  # names the mount in a log that several share
 
     @property
     def control_socket(self) -> Path:

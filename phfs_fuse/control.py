@@ -6,6 +6,7 @@
     {"op": "umount", "lazy": false}     the same; uploads everything first
     {"op": "conflicts"}                 {"conflicts": [{"path": ..., "kept_as": ..., "outside": ..., "at": ...}, ...]}
     {"op": "settled", "path": ..., "kept_as": ...}      {"done": {}}; the conflict is not shown any more
+    {"op": "limits", "cache_bytes": 1073741824, "dirty_bytes": 1073741824}      {"done": {}}; either may be left out
     {"op": "quota", "path": "a/b", "size": n}       {"done": {}}; null takes the quota away, "" is the whole mount
     {"op": "upgrade"}                   the end of the connection: another worker takes over
 
@@ -54,6 +55,9 @@ class Controllable(Protocol):
     def conflicts(self) -> Sequence[Fields]: ...
 
     def settled(self, path: str, kept_as: str) -> None: ...
+
+    def limit(self, *, cache_bytes: int | None, dirty_bytes: int | None) -> None:
+        """Keep to other limits from now on. Raises: ConfigError."""
 
     def set_quota(self, path: str, size: int | None) -> None:
         """Raises: LocalStateError, it holds but will not after a restart."""
@@ -139,6 +143,11 @@ class ControlServer:
                     await _send(stream, {"conflicts": self._mount.conflicts()})
                 case "settled":
                     self._mount.settled(_text(request, "path"), _text(request, "kept_as"))
+                    await _send(stream, {"done": {}})
+                case "limits":
+                    self._mount.limit(
+                        cache_bytes=_count(request, "cache_bytes"), dirty_bytes=_count(request, "dirty_bytes")
+                    )
                     await _send(stream, {"done": {}})
                 case "quota":
                     self._mount.set_quota(*_quota(request))
@@ -246,6 +255,13 @@ def _text(request: Fields, name: str) -> str:
     if isinstance(text, str):
         return text
     raise UsageError(f"{name}: not a string")
+
+
+def _count(request: Fields, name: str) -> int | None:
+    count = request.get(name)
+    if count is None or (isinstance(count, int) and not isinstance(count, bool)):
+        return count
+    raise UsageError(f"{name}: not a whole number")
 
 
 def _lazy(request: Fields) -> bool:

@@ -20,7 +20,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 FS_TYPE: Final = "phfs"
 READ_BYTES_MAX: Final = 1 * MIB  # of one request; the kernel's limit is 256 pages
 HELPER_SECONDS: Final = 30.0
+UNMOUNT_SECONDS: Final = 60.0  # for the kernel's dirty pages to reach the worker
 
 # Source: mount(2), umount(2)
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
@@ -206,13 +207,15 @@ def python() -> list[str]:
     return [sys.executable, "-P", "-m"]
 
 
-def environment() -> dict[str, str]:
-    """That of this process, in which `python()` finds this package also where it runs from a checkout."""
+def environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """`environ` (None: that of this process), in which `python()` finds this package also where it runs from a
+    checkout."""
+    found = dict(os.environ if environ is None else environ)
     here = str(Path(__file__).resolve().parent.parent)
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = found.get("PYTHONPATH", "").split(os.pathsep)
     if here in paths or here in (path for path in sys.path if path.endswith(("site-packages", "dist-packages"))):
-        return dict(os.environ)
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [here, *paths]))}
+        return found
+    return found | {"PYTHONPATH": os.pathsep.join(filter(None, [here, *paths]))}
 
 
 def _main(arguments: Sequence[str]) -> int:

@@ -8,6 +8,10 @@ that does not help the keeper gives up and ends; the mount point then stays brok
 SIGTERM and SIGINT upload and unmount, a second one unmounts without waiting for uploads. SIGHUP upgrades: a worker
 of the version that is installed now takes over (at a terminal, whose end it means, it unmounts).
 
+With `--holder` another process holds the connection too (`holding`). Then the mount also outlives its keeper: the
+next one adopts the connection. SIGUSR1 makes room for it: the worker answers what is in work, keeper and worker end,
+the mount stays and its requests wait.
+
 Nothing here touches a file of the mount: the call would wait for a worker that waits for the keeper.
 Standard library only, no event loop, one thread (and that of `expiry`, which may have to wait for the worker).
 """
@@ -28,127 +32,50 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from phfs_fuse import fusemount, logs, messages, registry
 from phfs_fuse.config import MountConfig
-from phfs_fuse.errors import LocalStateError, MountpointError, NotDrained, StartupError, startup_error
+from phfs_fuse.errors import LocalStateError, MountpointError, NotDrained
 from phfs_fuse.expiry import Expiry
+from phfs_fuse.fusemount import UNMOUNT_SECONDS
+from phfs_fuse.held import HeldConnection
+from phfs_fuse.holding import HolderLink
+from phfs_fuse.localstate import StateLock, keeper_lock
 from phfs_fuse.messages import Kind, Message
-from phfs_fuse.mountpoint import mount_table, require_free
+from phfs_fuse.mountpoint import require_nothing_mounted
 from phfs_fuse.registry import MountRecord
-from phfs_fuse.types import MIB
 
 log = logging.getLogger("phfs_fuse.keeper")
 
 RESTART_DELAYS: Final = (0.0, 0.2, 1.0, 3.0, 8.0)  # seconds before the n-th restart within RESTARTS_SECONDS
 RESTARTS_SECONDS: Final = 60.0  # with one more death in this time than there are delays the keeper gives up
-UNMOUNT_SECONDS: Final = 60.0  # for the kernel's dirty pages to reach the worker
 STANDBY_SECONDS: Final = 60.0  # for a worker to load and look at the state, before it may take over
+HOLDER_SECONDS: Final = 1.0  # between two tries to reach the holder
 END_SECONDS: Final = 5.0  # for a child that has nothing left to do
-LOG_BYTES_MAX: Final = 10 * MIB  # a longer one is put aside at the next start
-NO_ALLOW_OTHER: Final = "allow-other is left out: /etc/fuse.conf has no line user_allow_other"
 END_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS: Final = (*END_SIGNALS, signal.SIGUSR1)
 
 
-# --- what the commands call
+class Process(Protocol):
+    """What is used of a child: `subprocess.Popen`, or a fork."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def kill(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
 
 
-def start(config: MountConfig, config_path: Path, *, foreground: bool, worker: Sequence[str] = ()) -> int:
-    """Mount. In the background: returns 0 when the mount is ready. In the foreground: does not return, this
-    process becomes the keeper and ends with its exit code.
-
-    `config_path` holds `config` for the keeper and its workers; it is theirs from now on and removed at the
-    end.
-    `worker` is the command to serve with in place of this package's.
-
-    Raises:
-        StartupError: the class says why not, and there is no mount. In the foreground: what shows at once.
-    """
-    try:
-        require_free(config.kernel.mountpoint, mount_table())
-        if config.kernel.allow_other and not fusemount.allows_other(config):
-            log.warning(NO_ALLOW_OTHER)
-        command = [*fusemount.python(), "phfs_fuse.keeper", f"--config={config_path.absolute()}"]
-        if foreground:
-            _become(command, worker)
-        _start_in_background(config.writeback.directory / "log", command, worker)
-    except BaseException:
-        config_path.unlink(missing_ok=True)
-        raise
-    return 0
-
-
-def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
-    """Unmount without asking for uploads first (they go on after the unmount). Removes dead mounts too.
-
-    Raises:
-        MountpointError: in use, not ours, or not there.
-    """
-    fusemount.unmount(mountpoint, lazy=lazy, timeout_seconds=UNMOUNT_SECONDS)
-    if (record := registry.find(str(mountpoint))) is not None and not record.alive:
-        registry.remove(record.mountpoint, record.keeper_pid)
-
-
-def _become(command: Sequence[str], worker: Sequence[str]) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(sys.executable, [*command, "--", *worker], fusemount.environment())
-
-
-def _start_in_background(log_path: Path, command: Sequence[str], worker: Sequence[str]) -> None:
-    ours, theirs = os.pipe()
-    with open(ours, "rb") as answers:
-        try:
-            _spawn_detached([*command, f"--report-fd={theirs}", "--", *worker], log_path, theirs)
-        finally:
-            os.close(theirs)
-        answer = answers.read()
-    if not answer:
-        raise StartupError(f"the mount ended before it was ready; the reason is in {log_path}")
-    report = json.loads(answer)
-    if report["exit_code"]:
-        raise startup_error(report["exit_code"], report["reason"])
-
-
-def _spawn_detached(command: Sequence[str], log_path: Path, report_fd: int) -> None:
-    """Returns when the process has forked itself into the background (`_main`) and is no child of ours."""
-    with _open_log(log_path) as output:
-        subprocess.run(
-            command,
-            env=fusemount.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=[report_fd],
-            start_new_session=True,
-            cwd="/",
-            check=False,
-        )
-
-
-@contextlib.contextmanager
-def _open_log(path: Path) -> Iterator[int]:
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size > LOG_BYTES_MAX:
-            path.replace(path.with_suffix(".1"))
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise LocalStateError(f"{path}: {exc.strerror}: choose a writable --state-dir") from exc
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-# --- the keeper itself
+Launch = Callable[[Sequence[str], Sequence[int]], Process]  # arguments and descriptors of a worker -> its process
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    process: subprocess.Popen[bytes]
+    process: Process
     link: socket.socket
     pidfd: int
 
@@ -162,11 +89,17 @@ class Keeper:
         config_path: Path,
         command: Sequence[str],
         report: Callable[[int, str], None],
+        holder: Path | None = None,
+        launch: Launch | None = None,
     ) -> None:
         self._config = config
-        self._command = [*command, "--config", str(config_path)]
+        self._arguments = ["--config", str(config_path)]
+        self._execute: Launch = partial(_execute, command)
+        self._launch = launch or self._execute
         self._report = report
         self._selector = selectors.DefaultSelector()
+        self._holder: HolderLink | None = None  # that is watched
+        self._held = None if holder is None else HeldConnection(holder, config.kernel.mountpoint)
         self._device: int | None = None
         self._expiry: Expiry | None = None
         self._worker: Worker | None = None
@@ -175,7 +108,9 @@ class Keeper:
         self._due: dict[Callable[[], None], float] = {}
         self._restarts: deque[float] = deque()
         self._serving = False  # this worker has said READY
-        self._was_ready = False  # one of them has
+        self._was_ready = False  # one of them has, of this keeper or of one before
+        self._announced = False  # the mount is known to others
+        self._releasing = False  # the mount is left to the next keeper
         self._failure = Message(kind=Kind.FAILED)
         self._refusal = Message(kind=Kind.REFUSED)  # what the one on standby says last
         self._drain: Message | None = None  # what was asked, of this worker and of those after it
@@ -185,6 +120,8 @@ class Keeper:
     def run(self) -> int:
         """Keep the mount until its end; returns the exit code."""
         with self._hearing_signals():
+            if self._held is not None and (device := self._held.adopt()) is not None:
+                self._device, self._was_ready = device, True
             self._start_worker()
             while self._exit_code is None:
                 self._step()
@@ -210,7 +147,7 @@ class Keeper:
         with heard, wakeup:
             wakeup.setblocking(False)
             signal.set_wakeup_fd(wakeup.fileno())
-            for number in END_SIGNALS:
+            for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
                     signal.signal(number, lambda _number, _frame: None)
             self._selector.register(heard, selectors.EVENT_READ, lambda: self._on_signal(heard.recv(1)))
@@ -218,14 +155,24 @@ class Keeper:
             signal.set_wakeup_fd(-1)
 
     def _on_signal(self, number: bytes) -> None:
-        if number[0] not in END_SIGNALS:
+        if number[0] == signal.SIGUSR1:
+            self._release()
+        elif number[0] not in END_SIGNALS:
             return
-        if self._was_ready and number[0] == signal.SIGHUP and not os.isatty(sys.stderr.fileno()):
+        elif not self._announced:
+            self._interrupt()
+        elif number[0] == signal.SIGHUP and not os.isatty(sys.stderr.fileno()):
             self._start_upgrade()
-        elif self._was_ready:
+        else:
             self._ask_for_drain()
+
+    def _interrupt(self) -> None:
+        """End before the mount is ready: one that was made goes, one that was adopted stays with the holder."""
+        reason = "interrupted before it was ready"
+        if self._was_ready:
+            self._finish(1, reason)
         elif self._worker is not None:
-            self._failure = Message(kind=Kind.FAILED, reason="interrupted before it was ready", exit_code=1)
+            self._failure = Message(kind=Kind.FAILED, reason=reason, exit_code=1)
             self._worker.process.kill()  # it has served nothing
 
     def _ask_for_drain(self) -> None:
@@ -237,7 +184,8 @@ class Keeper:
 
     def _start_worker(self) -> None:
         try:
-            self._worker = self._spawn(["--resume"] if self._was_ready else [])
+            launch = self._launch if self._expiry is None else self._execute  # no fork beside another thread
+            self._worker = self._spawn(["--resume"] if self._was_ready else [], launch)
         except OSError as exc:  # no memory, or the program is being replaced
             self._failure = Message(kind=Kind.FAILED, reason=f"no worker: {exc}", exit_code=1)
             self._without_worker(1)
@@ -249,19 +197,13 @@ class Keeper:
         self._selector.register(worker.link, selectors.EVENT_READ, self._on_packet)
         self._selector.register(worker.pidfd, selectors.EVENT_READ, self._on_worker_end)
 
-    def _spawn(self, flags: Sequence[str]) -> Worker:
+    def _spawn(self, flags: Sequence[str], launch: Launch) -> Worker:
         """Raises: OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         with theirs:
             try:
-                process = subprocess.Popen(
-                    [*self._command, "--fd", str(theirs.fileno()), *flags],
-                    env=fusemount.environment(),
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,  # Ctrl-C at a terminal is for the keeper alone
-                )
+                process = launch([*self._arguments, "--fd", str(theirs.fileno()), *flags], [theirs.fileno()])
             except OSError:
                 ours.close()
                 raise
@@ -273,7 +215,7 @@ class Keeper:
         self._worker.link.close()
         try:
             self._worker.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, TimeoutError):
             self._worker.process.kill()
 
     def _on_packet(self) -> None:
@@ -312,6 +254,8 @@ class Keeper:
     def _on_checked(self, _message: Message) -> None:
         if self._device is None:
             try:
+                if self._held is not None:  # nobody has looked at the mount point
+                    require_nothing_mounted(self._config.kernel.mountpoint)
                 self._device = fusemount.mount(self._config)
             except MountpointError as exc:
                 self._finish(exc.exit_code, str(exc))
@@ -333,8 +277,10 @@ class Keeper:
         self._serving = True
         if self._was_ready:
             log.info("resumed mountpoint=%s", self._config.kernel.mountpoint)
-        else:
-            self._was_ready = True
+        self._was_ready = True
+        self._have_held()
+        if not self._announced:
+            self._announced = True
             self._announce()
         if self._drain is not None:
             self._send(self._drain)
@@ -364,6 +310,8 @@ class Keeper:
             self._fail_to_start(code)
         elif self._has_ended(code):
             self._end_cleanly(code)
+        elif self._releasing:
+            self._leave()
         elif self._standby is not None:
             self._promote()
         else:
@@ -391,8 +339,7 @@ class Keeper:
             self._restarts.popleft()
         reason = self._failure.reason or _ending(code)
         if len(self._restarts) == len(RESTART_DELAYS):
-            log.error("gave up, the mount is broken: the worker ended with %s", reason)
-            self._exit_code = 1
+            self._give_up(reason)
             return
         delay = RESTART_DELAYS[len(self._restarts)]
         log.error("the worker ended with %s; starting it again in %.1f s", reason, delay)
@@ -400,7 +347,16 @@ class Keeper:
         self._restarts.append(now)
         self._due[self._start_worker] = now + delay
 
+    def _give_up(self, reason: str) -> None:
+        if self._announced:
+            log.error("gave up, the mount is broken: the worker ended with %s", reason)
+            self._drop_held()
+            self._exit_code = 1
+        else:  # adopted: perhaps another version can serve it
+            self._finish(self._failure.exit_code or 1, f"the mount could not be taken up again: {reason}")
+
     def _end_cleanly(self, code: int) -> None:
+        self._drop_held()
         if self._unmounting is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._unmounting.wait(END_SECONDS)
@@ -412,6 +368,51 @@ class Keeper:
         self._exit_code = exit_code
         self._report(exit_code, reason)
 
+    # --- the next keeper
+
+    def _have_held(self) -> None:
+        """Now, and each time that the holder is a new one."""
+        if self._held is None or self._device is None or self._exit_code is not None:
+            return
+        if self._holder is not None:
+            self._selector.unregister(self._holder)
+        self._holder = self._held.keep(self._device)
+        if self._holder is not None:
+            self._selector.register(self._holder, selectors.EVENT_READ, self._on_holder_gone)
+        else:
+            self._due[self._have_held] = time.monotonic() + HOLDER_SECONDS
+
+    def _on_holder_gone(self) -> None:
+        assert self._held is not None
+        assert self._holder is not None
+        self._selector.unregister(self._holder)
+        self._holder = None
+        self._held.close()
+        self._due[self._have_held] = time.monotonic() + HOLDER_SECONDS
+
+    def _drop_held(self) -> None:
+        if self._held is not None:
+            self._held.drop()
+
+    def _release(self) -> None:
+        """Leave the mount to the next keeper: what is in work is answered, the rest waits."""
+        if self._held is None or not self._held.is_held or self._drain or self._unmounting or self._standby:
+            log.error("not released: no holder has the mount, or it is being replaced or ended")
+            return
+        log.info("releasing mountpoint=%s", self._config.kernel.mountpoint)
+        self._releasing = True
+        if self._worker is None:
+            self._leave()
+        elif self._serving:
+            self._send(Message(kind=Kind.HANDOVER))
+        else:
+            self._worker.process.kill()  # what it was asked is asked of the next one
+
+    def _leave(self) -> None:
+        registry.remove(str(self._config.kernel.mountpoint), os.getpid())
+        self._exit_code = 0
+        log.info("released mountpoint=%s", self._config.kernel.mountpoint)
+
     # --- its replacement
 
     def _start_upgrade(self) -> None:
@@ -420,7 +421,7 @@ class Keeper:
             self._refuse(Message(kind=Kind.REFUSED, reason="the mount is being restarted or ended", exit_code=1))
             return
         try:
-            standby = self._standby = self._spawn(["--resume", "--standby"])
+            standby = self._standby = self._spawn(["--resume", "--standby"], self._execute)
         except OSError as exc:
             self._refuse(Message(kind=Kind.REFUSED, reason=f"no worker: {exc}", exit_code=1))
             return
@@ -497,6 +498,8 @@ class Keeper:
         try:
             self._report(0, "")
         except BrokenPipeError:
+            if self._held is not None:
+                return  # whoever asked has a record of the mount, and finds it
             log.warning("unmounting: the command that asked for the mount was interrupted")
             self._ask_for_drain()
 
@@ -527,6 +530,17 @@ class Keeper:
             self._send(Message(kind=Kind.UNMOUNTED))
 
 
+def _execute(command: Sequence[str], arguments: Sequence[str], fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    """A worker of what is installed now. Raises: OSError."""
+    return subprocess.Popen(
+        [*command, *arguments],
+        env=fusemount.environment(),
+        stdin=subprocess.DEVNULL,
+        pass_fds=fds,
+        start_new_session=True,  # Ctrl-C at a terminal is for the keeper alone
+    )
+
+
 def _ending(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"status {code}"
 
@@ -534,26 +548,36 @@ def _ending(code: int) -> str:
 # --- the process
 
 
-def _main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], *, launch: Launch | None = None) -> int:
+    """The process of a keeper, which goes into the background if somebody hears its report. `launch` starts workers
+    in place of an exec."""
     from phfs_fuse.settings import load_config
 
     parser = argparse.ArgumentParser(prog="python -m phfs_fuse.keeper")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--report-fd", type=int)
+    parser.add_argument("--holder", type=Path)
     parser.add_argument("worker", nargs="*")
     options = parser.parse_args(arguments)
     if options.report_fd is not None:
         os.set_inheritable(options.report_fd, False)
-        if os.fork():
+        if launch is None and os.fork():
             os._exit(0)
     os.chdir("/")  # hold no directory that somebody wants to unmount
     config = load_config(options.config.read_text(encoding="utf-8"))
-    logs.setup(config.log_level, config.log_format)
+    logs.setup(config.log_level, config.log_format, name=config.log_name)
     command = options.worker or [*fusemount.python(), "phfs_fuse.mount"]
+    report, lock = _reporter(options.report_fd), keeper_lock(options.config)
     try:
-        return Keeper(config, options.config, command, _reporter(options.report_fd)).run()
+        alone = StateLock(lock.parent, str(os.getpid()), lock.name)
+    except LocalStateError as exc:
+        report(exc.exit_code, str(exc))
+        return exc.exit_code
+    try:
+        return Keeper(config, options.config, command, report, options.holder, launch).run()
     finally:
         options.config.unlink(missing_ok=True)
+        alone.close()
 
 
 def _reporter(fd: int | None) -> Callable[[int, str], None]:
@@ -570,4 +594,4 @@ def _reporter(fd: int | None) -> Callable[[int, str], None]:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,7 @@
-"""The state directory of one volume: one mount at a time may use it. Owns the lock."""
+"""The state directory of one volume: one mount at a time may use it. Owns the locks.
+
+Standard library only: the keeper imports this.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from phfs_fuse.errors import LocalStateError
 class StateLock:
     """Held as long as the object is open; the kernel lets go of it when the process ends, however it ends."""
 
-    def __init__(self, directory: Path, note: str) -> None:
+    def __init__(self, directory: Path, note: str, name: str = "lock") -> None:
         """Makes the directory if need be. Raises: LocalStateError (in use, not writable)."""
-        path = directory / "lock"
+        path = directory / name
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -35,3 +38,23 @@ class StateLock:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def keeper_of(config_path: Path) -> int | None:
+    """The process that keeps the mount of this config, None: nobody does. Process ids of another container are not
+    told from those of this one, but whether there is a keeper is always right."""
+    try:
+        fd = os.open(keeper_lock(config_path), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(os.pread(fd, 20, 0) or b"0")
+    finally:
+        os.close(fd)
+    return None
+
+
+def keeper_lock(config_path: Path) -> Path:
+    return config_path.with_suffix(".lock")

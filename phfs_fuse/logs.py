@@ -22,13 +22,14 @@ _USERINFO: Final = re.compile(r"(\w+://)[^/\s@]+@")
 _NOISY: Final = ("boto3", "botocore", "s3transfer", "urllib3")  # their debug lines hold whole requests
 
 
-def setup(level: str, form: str, stream: TextIO | None = None) -> None:
-    """Send records from `level` (debug, info, warning, error) on to `stream`, as `text` or `json` lines.
+def setup(level: str, form: str, stream: TextIO | None = None, *, name: str = "") -> None:
+    """Send records from `level` (debug, info, warning, error) on to `stream`, as `text` or `json` lines. `name` is
+    that of the mount, where several write to one log.
 
     May be called again: the last call counts.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter(name) if form == "json" else TextFormatter(name))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in _NOISY:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
@@ -42,13 +43,16 @@ def redacted(text: str) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """`2025-01-31T12:00:00.123Z INFO phfs_fuse.writeback: message`, a traceback below."""
+    """`2025-01-31T12:00:00.123Z INFO phfs_fuse.writeback: message`, a traceback below. A name of the mount comes
+    before the message, in brackets."""
 
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    def __init__(self, name: str = "") -> None:
+        self._name = name
+        prefix = f"[{name}] ".replace("%", "%%") if name else ""
+        super().__init__(f"%(asctime)s %(levelname)s %(name)s: {prefix}%(message)s")
         self.converter = time.gmtime
 
     def format(self, record: logging.LogRecord) -> str:
@@ -56,7 +60,8 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(TextFormatter):
-    """One object a line: `time`, `level`, `logger`, `message`, `pid` and, after an exception, `traceback`."""
+    """One object a line: `time`, `level`, `logger`, `message`, `pid`, with a name of the mount `mount`, and after an
+    exception `traceback`."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, object] = {
@@ -66,6 +71,8 @@ class JsonFormatter(TextFormatter):
             "message": redacted(record.getMessage()),
             "pid": record.process,
         }
+        if self._name:
+            fields["mount"] = self._name
         if record.exc_info:
             fields["traceback"] = redacted(self.formatException(record.exc_info))
         return json.dumps(fields, ensure_ascii=False)

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -92,7 +93,8 @@ class Mount:
                 "the journal was damaged; it is kept as %s, what was readable goes on", self.journal.saved_aside
             )
         epoch = self.journal.number("epoch", 0)
-        self.journal.set_number("epoch", epoch + 1)
+        self.starts = epoch + 1  # processes that this local state has had
+        self.journal.set_number("epoch", self.starts)
         files_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // DESCRIPTORS_PART
         self.area = StagingArea(directory / "staging", first_id=1, files_max=min(512, files_max))
         self.blocks = BlockCache(store, config.cache, files_max=files_max)
@@ -226,6 +228,7 @@ class Mount:
             "keeper_pid": os.getppid(),
             "version": phfs_fuse.__version__,
             "uptime_seconds": time.monotonic() - self.started,
+            "starts": self.starts,
             "read_only": config.tree.read_only,
             "pending": {
                 "files": pending.files,
@@ -240,7 +243,7 @@ class Mount:
                 "misses": usage.misses,
                 "hit_rate": usage.hits / asked if asked else None,
             },
-            "dirty": {"bytes": pending.bytes, "limit": config.writeback.dirty_bytes_max},
+            "dirty": {"bytes": pending.bytes, "limit": settling.dirty_bytes_max},
             "uploaded": {"files": metrics.UPLOADED_FILES.values[""], "bytes": metrics.UPLOADED_BYTES.values[""]},
             "inodes": len(self.inodes),
             "open_files": self.vfs.open_files,
@@ -266,6 +269,13 @@ class Mount:
 
     def settled(self, path: str, kept_as: str) -> None:
         self.journal.drop_conflict(os.fsencode(path), os.fsencode(kept_as))
+
+    def limit(self, *, cache_bytes: int | None, dirty_bytes: int | None) -> None:
+        """Raises: ConfigError."""
+        if cache_bytes is not None:
+            self.blocks.limit(replace(self.config.cache, size_max=cache_bytes).size_max)
+        if dirty_bytes is not None:
+            self.settling.limit(replace(self.config.writeback, dirty_bytes_max=dirty_bytes).dirty_bytes_max)
 
     def set_quota(self, path: str, size: int | None) -> None:
         self.quotas.set(path, size)
@@ -440,7 +450,8 @@ class Worker:
 
 
 @asynccontextmanager
-async def _opened(config: MountConfig) -> AsyncIterator[Mount]:
+async def opened(config: MountConfig) -> AsyncIterator[Mount]:
+    """The objects of a mount, which holds its state directory until the end of the block."""
     store = open_store(config.store)
     try:
         mount = Mount(config, store)
@@ -456,7 +467,7 @@ async def _opened(config: MountConfig) -> AsyncIterator[Mount]:
 async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None:
     if resume:
         await room_to_resume(config.writeback.directory)
-    async with _opened(config) as mount:
+    async with opened(config) as mount:
         if resume:  # without asking the store: the kernel's requests wait
             mount.resume()
         else:
@@ -483,10 +494,7 @@ async def _main(config: MountConfig, fd: int, *, resume: bool, standby: bool) ->
             await link.standby()
         await _serve(config, link, resume=resume)
     except* StartupError as group:
-        exc: BaseException = group
-        while isinstance(exc, BaseExceptionGroup):
-            exc = exc.exceptions[0]
-        assert isinstance(exc, StartupError)
+        exc = first_startup_error(group)
         log.error("%s", exc)
         with contextlib.suppress(MountpointError):
             await link.failed(str(exc), exc.exit_code)
@@ -496,11 +504,20 @@ async def _main(config: MountConfig, fd: int, *, resume: bool, standby: bool) ->
     return code
 
 
-def _raise_limits() -> None:
-    """As many open files as allowed: staging, cache and connections each hold some."""
+def first_startup_error(group: BaseException) -> StartupError:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    assert isinstance(group, StartupError)
+    return group
+
+
+def prepare_process() -> None:
+    """As many open files as allowed: staging, cache and connections each hold some. Less work for the collector."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -511,10 +528,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--standby", action="store_true", help="begin when the worker before has ended")
     options = parser.parse_args(arguments)
     config = load_config(options.config.read_text())
-    logs.setup(config.log_level, config.log_format)
-    _raise_limits()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    logs.setup(config.log_level, config.log_format, name=config.log_name)
+    prepare_process()
     return trio.run(partial(_main, config, options.fd, resume=options.resume, standby=options.standby))
 
 

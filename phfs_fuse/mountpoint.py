@@ -97,6 +97,12 @@ def require_free(mountpoint: Path, table: MountTable) -> None:
         raise MountpointError(f"{mountpoint}: is not empty; what is in it would be hidden")
 
 
+def require_nothing_mounted(mountpoint: Path) -> None:
+    """As `require_free`, without a look at the directory. Raises: MountpointError."""
+    if (entry := mount_table().get(str(mountpoint))) is not None:
+        raise MountpointError(f"{mountpoint}: {entry.source} is mounted here already, and cannot be taken up")
+
+
 def probe(path: str, seconds: float = 2.0) -> int | None:
     """The errno of stat(2), 0 without an error, None when there is no answer in time.
 

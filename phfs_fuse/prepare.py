@@ -29,24 +29,35 @@ def check(config: MountConfig) -> None:
     """
     require_free(config.kernel.mountpoint, mount_table())
     _require_fuse()
+    check_directories(config)
+
+
+def check_directories(config: MountConfig) -> None:
+    """Make the local directories. Raises: LocalStateError."""
     for directory in (config.writeback.directory, config.cache.directory):
         _require_writable(directory)
 
 
 def export_credentials(resolved: Resolved) -> MountConfig:
     """Make the credentials file the first place where this process and its children look for credentials."""
+    config, variables = with_credentials(resolved)
+    os.environ.update(variables)
+    return config
+
+
+def with_credentials(resolved: Resolved) -> tuple[MountConfig, dict[str, str]]:
+    """The config and the variables with which the credentials file is looked at first."""
     config = resolved.config
     if resolved.credentials_file is None:
-        return config
-    os.environ["AWS_SHARED_CREDENTIALS_FILE"] = str(resolved.credentials_file)
+        return config, {}
     profile = config.store.profile or "default"  # a profile by name goes before AWS_ACCESS_KEY_ID
-    return replace(config, store=replace(config.store, profile=profile))
+    config = replace(config, store=replace(config.store, profile=profile))
+    return config, {"AWS_SHARED_CREDENTIALS_FILE": str(resolved.credentials_file)}
 
 
 def write_config(config: MountConfig) -> Path:
     """A file for the keeper and each worker that it starts; its name is that of the mount point. Atomic."""
-    name = hashlib.sha256(os.fsencode(config.kernel.mountpoint)).hexdigest()[:16]
-    path = config.writeback.directory / f"mount-{name}.json"
+    path = config_path(config)
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:  # mode 0600
             file.write(dump_config(config))
@@ -54,6 +65,11 @@ def write_config(config: MountConfig) -> Path:
     except OSError as exc:
         raise LocalStateError(f"{path}: cannot be written: {exc.strerror}") from exc
     return path
+
+
+def config_path(config: MountConfig) -> Path:
+    name = hashlib.sha256(os.fsencode(config.kernel.mountpoint)).hexdigest()[:16]
+    return config.writeback.directory / f"mount-{name}.json"
 
 
 def _require_fuse() -> None:

@@ -73,6 +73,12 @@ class Settling:
         self._changes = changes
         self._queue = queue
         self._config = config
+        self.dirty_bytes_max = config.dirty_bytes_max
+
+    def limit(self, dirty_bytes_max: int) -> None:
+        """Keep to another limit from now on; who waits for room looks again."""
+        self.dirty_bytes_max = dirty_bytes_max
+        self._changes.announce()
 
     def pending(self) -> Pending:
         waiting = self._changes.waiting()
@@ -93,7 +99,7 @@ class Settling:
         return any(isinstance(node.dirty.error, StoreUnavailable) for node in self._changes.waiting() if node.dirty)
 
     def has_room(self, size: int) -> bool:
-        return self._area.held_bytes + size <= self._config.dirty_bytes_max
+        return self._area.held_bytes + size <= self.dirty_bytes_max
 
     async def room(self, size: int) -> None:
         """Wait until `size` more dirty bytes are allowed. Raises: NoSpace (ENOSPC) after `full_seconds`."""

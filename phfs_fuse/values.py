@@ -34,11 +34,11 @@ def text(raw: Raw) -> str:
 
 
 def size(raw: Raw) -> int:
-    """Bytes: `512`, `128K`, `1.5G`, `10GiB`; powers of 1024."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", _word(raw))
+    """Bytes: `512`, `128K`, `1.5G`, `10GiB`, `10Gi`; powers of 1024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:ib?|b)?|b?)", _word(raw))
     if found is None:
         raise ValueError("a size such as 128K, 512M or 10G")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
 def seconds(raw: Raw) -> float:

@@ -10,6 +10,13 @@ from phfs_fuse.store.base import ObjectStore
 log = logging.getLogger(__name__)
 
 
+def warm() -> None:
+    """Load all that a store needs, so that forks of this process have it. No I/O but the disk's, no thread."""
+    from phfs_fuse.store import crt, s3, session  # noqa: F401
+
+    session.warm()
+
+
 def open_store(config: StoreConfig) -> ObjectStore:
     """The fastest store that works here. Does no I/O: the first call, `check_bucket`, opens it.
 

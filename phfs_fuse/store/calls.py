@@ -12,6 +12,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import trio
+from botocore.session import Session
 
 from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
@@ -49,8 +50,9 @@ def answer_headers(answer: Mapping[str, Any]) -> Mapping[str, str]:
 class BotoCalls:
     """Opened by its first call."""
 
-    def __init__(self, config: StoreConfig) -> None:
+    def __init__(self, config: StoreConfig, core: Session | None = None) -> None:
         self.config = config
+        self._core = core
         self._bucket = config.bucket
         self._opened: Clients | None = None
         self._open_lock = trio.Lock()
@@ -61,7 +63,7 @@ class BotoCalls:
     async def clients(self) -> Clients:
         async with self._open_lock:
             if self._opened is None:
-                self._opened = await trio.to_thread.run_sync(open_clients, self.config)
+                self._opened = await trio.to_thread.run_sync(open_clients, self.config, self._core)
         return self._opened
 
     async def aclose(self) -> None:

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -18,7 +19,9 @@ import botocore.exceptions as bexc
 import botocore.session
 import urllib3.exceptions
 from botocore.config import Config
+from botocore.loaders import Loader, create_loader
 from botocore.parsers import ResponseParserError
+from botocore.session import Session
 
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import (
@@ -87,18 +90,39 @@ class Clients:
         self.listing.close()
 
 
-def open_clients(config: StoreConfig) -> Clients:
-    """Blocks. Raises: AccessDenied without credentials, InvalidArgument for a wrong endpoint or profile."""
+def open_clients(config: StoreConfig, core: Session | None = None) -> Clients:
+    """Blocks. `core` brings credentials of its own; None: the usual chain.
+
+    Raises: AccessDenied without credentials, InvalidArgument for a wrong endpoint or profile.
+    """
     name = endpoint_name(config)
     try:
         with translated("connect", name):
-            return _open_clients(config, name)
+            return _open_clients(config, name, core or _session())
     except ValueError as exc:  # botocore's for a wrong endpoint
         raise InvalidArgument("connect", name, str(exc)) from exc
 
 
-def _open_clients(config: StoreConfig, name: str) -> Clients:
+def _session() -> Session:
     core = botocore.session.get_session()
+    core.register_component("data_loader", _loader(core.get_config_variable("data_path")))
+    return core
+
+
+@cache
+def _loader(data_path: str | None) -> Loader:
+    """botocore's models, read once for all clients of this process and its forks."""
+    return create_loader(data_path)
+
+
+def warm() -> None:
+    """Make clients that are never used: what they load and parse stays."""
+    core = _session()
+    core.set_credentials("none", "none")
+    open_clients(StoreConfig(bucket="none", endpoint_url="http://127.0.0.1:9", region=DEFAULT_REGION), core).close()
+
+
+def _open_clients(config: StoreConfig, name: str, core: Session) -> Clients:
     session = boto3.Session(profile_name=config.profile, region_name=config.region, botocore_session=core)
     if session.get_credentials() is None:
         raise AccessDenied("connect", name, _NO_CREDENTIALS)

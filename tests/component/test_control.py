@@ -16,7 +16,7 @@ from trio.testing import MockClock as Clock
 
 from phfs_fuse import control
 from phfs_fuse.control import ControlServer
-from phfs_fuse.errors import AccessDenied, LocalStateError, MountpointError, NotFound
+from phfs_fuse.errors import AccessDenied, ConfigError, LocalStateError, MountpointError, NotFound
 
 
 class Mount:
@@ -36,6 +36,11 @@ class Mount:
 
     def pending(self) -> Mapping[str, int]:
         return {"files_pending": self.files, "bytes_pending": self.files * 10, "bytes_done": self.done}
+
+    def limit(self, *, cache_bytes: int | None, dirty_bytes: int | None) -> None:
+        if cache_bytes == 1:
+            raise ConfigError("cache.size_max", cache_bytes, ">= 16M")
+        self.asked.append((cache_bytes, dirty_bytes))
 
     def set_quota(self, path: str, size: int | None) -> None:
         self.asked.append((path, size))
@@ -183,6 +188,15 @@ async def test_a_bug_is_an_answer_and_the_server_lives(client: Client, mount: Mo
 async def test_a_quota_is_set(client: Client, mount: Mount, path: str, size: int | None, told: object) -> None:
     assert await client.ask(op="quota", path=path, size=size) == {"done": {}}
     assert mount.asked == [told]
+
+
+async def test_limits_change(client: Client, mount: Mount) -> None:
+    assert await client.ask(op="limits", cache_bytes=1 << 30, dirty_bytes=1 << 20) == {"done": {}}
+    assert await client.ask(op="limits", dirty_bytes=1 << 21) == {"done": {}}
+    assert mount.asked == [(1 << 30, 1 << 20), (None, 1 << 21)]
+    assert (await client.ask(op="limits", cache_bytes=1))["exit_code"] == 2
+    for wrong in ("1G", 1.5, True, []):
+        assert (await client.ask(op="limits", cache_bytes=wrong))["exit_code"] == 2
 
 
 @pytest.mark.parametrize(

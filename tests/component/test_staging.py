@@ -190,3 +190,25 @@ def test_damaged_journal_is_saved_aside_and_what_is_readable_goes_on(tmp_path: P
     if damage == "middle":
         assert len(again.present()) > 100
     again.close()
+
+
+def test_an_idle_journal(tmp_path: Path) -> None:
+    """What tells, without a process, whether anything is left to upload. Not sure counts as something."""
+    assert Journal.is_idle(tmp_path)
+    journal = Journal(tmp_path, "here")
+    journal.put_layer(LayerRow(1, Ino(2), 0))
+    journal.end_layer(1)  # its files are of no use any more
+    journal.close()
+    assert Journal.is_idle(tmp_path)
+    for note in (
+        lambda journal: journal.put_layer(LayerRow(3, Ino(2), 0)),
+        lambda journal: journal.put_gone(ObjectKey("gone"), None),
+        lambda journal: journal.put_upload("id", ObjectKey("key")),
+    ):
+        (tmp_path / "journal.db").unlink()
+        journal = Journal(tmp_path, "here")
+        note(journal)
+        journal.close()
+        assert not Journal.is_idle(tmp_path)
+    (tmp_path / "journal.db").write_bytes(b"no database" * 100)
+    assert not Journal.is_idle(tmp_path)

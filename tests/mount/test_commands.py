@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from phfs_fuse.mountpoint import mount_table
+from tests.support.mounts import ended
 from tests.support.servers import Server, credentials_env, minio, minio_binary, moto, unreachable
 
 pytestmark = [pytest.mark.fuse, pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="no /dev/fuse")]
@@ -171,3 +172,23 @@ def test_the_helper_of_mount(commands: Commands) -> None:
 def test_the_demo_checks_itself(commands: Commands) -> None:
     found = commands.phfs("demo", "--once", "--dir", str(commands.base / "demo"))
     assert (found.returncode, found.stdout.splitlines()[-2]) == (0, "all steps passed")
+
+
+def test_drain(commands: Commands) -> None:
+    """What a mount left that was killed goes up without another mount."""
+    ok(commands.mount("s3://left/a", "--create-bucket", "-owrite-back-delay=1h"))
+    busy = commands.phfs("drain", "s3://left/a")
+    assert (busy.returncode, busy.stderr.count("\n")) == (5, 1)
+    keeper = json.loads(ok(commands.phfs("status", "--json", str(commands.mnt))))["keeper_pid"]
+    commands.sh(f"mkdir d; head -c 9000000 /dev/zero > d/file; kill -9 {keeper}")
+    assert ended(keeper, SECONDS)
+    commands.run("umount", "-l", str(commands.mnt))
+    away = commands.phfs("drain", "s3://left/a", "-oattempts=1,drain-timeout=1s,endpoint-url=http://127.0.0.1:9")
+    assert away.returncode == 0  # another endpoint is another volume
+    assert "nothing is left" in away.stderr
+    found = commands.phfs("drain", "s3://left/a")
+    assert found.returncode == 0
+    assert "uploaded files=" in found.stderr
+    assert "nothing is left" in commands.phfs("drain", "s3://left/a").stderr
+    ok(commands.mount("s3://left/a"))
+    assert commands.sh("wc -c < d/file").strip() == "9000000"

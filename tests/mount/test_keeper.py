@@ -35,12 +35,12 @@ NOBODY = 65534
 START = """
 import logging, sys
 from pathlib import Path
-from phfs_fuse import keeper, settings
+from phfs_fuse import settings, starting
 from phfs_fuse.errors import StartupError
 logging.basicConfig(format="%(message)s")
 path, foreground, *worker = sys.argv[1:]
 try:
-    sys.exit(keeper.start(settings.load_config(Path(path).read_text()), Path(path), foreground=foreground == "yes",
+    sys.exit(starting.start(settings.load_config(Path(path).read_text()), Path(path), foreground=foreground == "yes",
                           worker=worker))
 except StartupError as exc:
     print(exc, file=sys.stderr)
@@ -51,13 +51,13 @@ IMPATIENT = """
 import sys
 from phfs_fuse import keeper
 keeper.RESTART_DELAYS = (0.0, 0.0)
-sys.exit(keeper._main(sys.argv[1:]))
+sys.exit(keeper.main(sys.argv[1:]))
 """
 UNMOUNT = """
 import sys
 from pathlib import Path
-from phfs_fuse import keeper
-keeper.unmount(Path(sys.argv[1]), lazy=sys.argv[2] == "yes")
+from phfs_fuse import starting
+starting.unmount(Path(sys.argv[1]), lazy=sys.argv[2] == "yes")
 """
 # A mount namespace in which everybody may use /dev/fuse, as udev sets it up but not every container has it.
 NAMESPACE = """

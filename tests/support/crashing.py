@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phfs_fuse import cli, keeper, mount
+from phfs_fuse import cli, keeper, mount, starting
 from phfs_fuse.config import MountConfig, StoreConfig
 from phfs_fuse.journal import Journal
 from phfs_fuse.settings import load_config
@@ -95,7 +95,7 @@ def worker() -> int:
 def patient_keeper() -> int:
     """A keeper that replaces every worker, and at once."""
     keeper.RESTART_DELAYS = (0.0,) * 1000  # type: ignore[misc, assignment]
-    return keeper._main(sys.argv[2:])
+    return keeper.main(sys.argv[2:])
 
 
 def command() -> None:
@@ -104,10 +104,13 @@ def command() -> None:
 
     def start(config: MountConfig, path: Path, *, foreground: bool) -> int:
         paths = ["--config", str(path.absolute())]
-        keeper._start_in_background(config.writeback.directory / "log", [*here, "--keeper", *paths], [*here, *paths])
+        execute = partial(starting._execute_keeper, [*here, "--keeper", *paths], [*here, *paths], os.environ)
+        log_path = config.writeback.directory / "log"
+        with starting._open_log(log_path) as log_fd:
+            starting._start_in_background(lambda report_fd: execute(report_fd, log_fd), str(log_path))
         return 0
 
-    keeper.start = start  # type: ignore[assignment]
+    starting.start = start  # type: ignore[assignment]
     cli.main()
 
 

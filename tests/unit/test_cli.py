@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse import cli, client, keeper, logs, prepare, registry
+from phfs_fuse import cli, client, logs, prepare, registry, starting
 from phfs_fuse.client import Progress
 from phfs_fuse.config import MountConfig
 from phfs_fuse.errors import MountpointError, NotDrained, StartupError, StoreStartupError
@@ -23,7 +23,7 @@ from phfs_fuse.settings import load_config
 
 @dataclass
 class Keeper:
-    """Stands in for `phfs_fuse.keeper`."""
+    """Stands in for `phfs_fuse.starting`."""
 
     started: list[MountConfig] = field(default_factory=list)
     foreground: bool | None = None
@@ -91,8 +91,8 @@ def phfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr(prepare, "FUSE_DEVICE", tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     program = Phfs(monkeypatch, capsys, tmp_path)
-    monkeypatch.setattr(keeper, "start", program.keeper.start)
-    monkeypatch.setattr(keeper, "unmount", program.keeper.unmount)
+    monkeypatch.setattr(starting, "start", program.keeper.start)
+    monkeypatch.setattr(starting, "unmount", program.keeper.unmount)
     return program
 
 

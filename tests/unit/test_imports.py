@@ -31,8 +31,12 @@ bench
 demo settle
 display
 client prepare
+spawner
+starting
 keeper
+held
 fusemount
+drain
 mount
 control quotakeeper
 ops session
@@ -74,7 +78,7 @@ expiry
 settings
 options
 values
-registry mountpoint localstate reserve statfsino
+registry mountpoint localstate holding reserve statfsino
 dirs logs
 metrics
 config
@@ -85,9 +89,22 @@ RANK = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in li
 
 # What the commands may see of a mount: its config and its control socket, never its insides.
 BENCH = {name for name in RANK if name.partition(".")[0] == "bench"}
-FRONT = BENCH | {"__main__", "cli", "demo", "display", "settle", "client", "prepare", "keeper", "fusemount"}
+FRONT = BENCH | {
+    "__main__",
+    "cli",
+    "demo",
+    "display",
+    "settle",
+    "client",
+    "prepare",
+    "starting",
+    "keeper",
+    "held",
+    "fusemount",
+}
 FRONT_SEES = FRONT | {
-    "messages", "expiry", "settings", "options", "values", "registry", "mountpoint", "dirs", "logs",
+    "messages", "expiry", "settings", "options", "holding", "localstate", "values", "registry", "mountpoint",
+    "dirs", "logs",
     "config", "errors", "types",
 }  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""CSI plugin: mounts prefixes of a bucket into pods through `phfs`."""

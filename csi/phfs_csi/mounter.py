@@ -1,0 +1,419 @@
+"""Mounts of volumes, made, looked at and ended without ever waiting for one of them in this process.
+
+State: none of its own: what is mounted is in the mount table, who serves it in the lock of its keeper (whose place is
+noted, since it is looked at every other second). Programs that may hang on a mount (mount, umount, stat) are children
+with a deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from phfs_csi.config import NodeConfig
+from phfs_csi.errors import CsiError, DeadlineExceeded, FailedPrecondition, Internal, Unavailable
+from phfs_csi.records import Records, VolumeRecord
+from phfs_csi.shares import Shares
+from phfs_fuse import client, fusemount, prepare, settings, starting, values
+from phfs_fuse.config import MountConfig
+from phfs_fuse.errors import LocalStateError, StartupError, StoreStartupError
+from phfs_fuse.holding import HolderLink
+from phfs_fuse.journal import Journal
+from phfs_fuse.localstate import keeper_of
+from phfs_fuse.mountpoint import MountEntry, mount_table
+from phfs_fuse.registry import MountRecord
+from phfs_fuse.settings import Given
+
+log = logging.getLogger(__name__)
+
+CHILD_SECONDS: Final = 20.0  # for a program that does one system call on a mount
+END_SECONDS: Final = 30.0  # for keeper and worker to end after uploads were given up
+RELEASE_SECONDS: Final = 15.0
+HOLDER_SECONDS: Final = 5.0  # for a holder that is being replaced
+PROGRESS_SECONDS: Final = 5.0
+LAYERS_MAX: Final = 10  # mounts on each other at one path
+KIND: Final = f"fuse.{fusemount.FS_TYPE}"
+
+
+class State(Enum):
+    ABSENT = "absent"
+    SERVED = "served"
+    DEAD = "dead"  # mounted, but nobody serves it
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """As statvfs(3) has it: bytes and inodes."""
+
+    total: int
+    used: int
+    available: int
+    inodes: int
+    inodes_used: int
+    inodes_free: int
+
+
+class Mounter(Protocol):
+    """Raises everywhere: CsiError, with the reason for people."""
+
+    def state(self, record: VolumeRecord) -> State:
+        """What is at the mount point of the volume."""
+
+    def mount(self, record: VolumeRecord, seconds: float) -> None:
+        """Mount, or take up the connection that the holder has; what was dead there is taken off first. Nothing is
+        left of a mount that is not ready in time."""
+
+    def is_bound(self, record: VolumeRecord, target: Path) -> bool:
+        """Whether the target shows the volume as it is mounted now."""
+
+    def bind(self, record: VolumeRecord, target: Path, *, read_only: bool) -> None:
+        """Show the volume at `target`, in place of a dead mount of ours."""
+
+    def clear(self, path: Path) -> None:
+        """Take off what is mounted at `path`."""
+
+    def unbind(self, target: Path) -> None:
+        """The same, and remove the directory, if it is there."""
+
+    def end(self, record: VolumeRecord, seconds: float) -> None:
+        """Upload for up to `seconds`, then unmount in any case. What is not uploaded stays in the local state."""
+
+    def abandon(self, record: VolumeRecord) -> None:
+        """Take off a mount that nobody serves, and the connection from the holder."""
+
+    def release(self, record: VolumeRecord) -> bool:
+        """Have keeper and worker end without unmounting, where the holder keeps the connection."""
+
+    def has_leftovers(self, record: VolumeRecord) -> bool:
+        """Whether the local state of a volume that is not mounted may have something to upload."""
+
+    def usage(self, path: Path) -> Usage:
+        """Asks the file system; raises DeadlineExceeded when it does not answer."""
+
+    def status(self, record: VolumeRecord) -> Mapping[str, Any] | None:
+        """What the worker says of itself; None: nothing."""
+
+    def limit(self, record: VolumeRecord) -> None:
+        """Tell the mount what its share is now, also for a restart of the worker. Never raises."""
+
+    def tidy_up(self) -> None:
+        """Keep what volumes have left in the cache within its limit."""
+
+    def set_quota(self, record: VolumeRecord) -> None:
+        """Tell the mount the quota of the record, also for a restart of the worker."""
+
+
+class PhfsMounter:
+    """The one that mounts."""
+
+    def __init__(self, config: NodeConfig, records: Records, shares: Shares, spawn: starting.Spawn) -> None:
+        self._spawn = spawn
+        self._config_paths: dict[tuple[str, Path], Path] = {}
+        self._config = config
+        self._records = records
+        self._shares = shares
+
+    # --- what is there
+
+    def state(self, record: VolumeRecord) -> State:
+        if mount_table().get(str(record.path)) is None:
+            return State.ABSENT
+        return State.DEAD if self._keeper(record) is None else State.SERVED
+
+    def is_bound(self, record: VolumeRecord, target: Path) -> bool:
+        table = mount_table()
+        ours, theirs = table.get(str(record.path)), table.get(str(target))
+        return ours is not None and theirs is not None and ours.device == theirs.device
+
+    def _keeper(self, record: VolumeRecord) -> int | None:
+        name = (record.key, record.path)
+        if name not in self._config_paths:
+            self._config_paths[name] = prepare.config_path(self._resolve(record).config)
+        return keeper_of(self._config_paths[name])
+
+    # --- the mount
+
+    def mount(self, record: VolumeRecord, seconds: float) -> None:
+        if self._keeper(record) is not None:
+            raise Unavailable(f"{record.volume_id}: the process of its mount is ending; try again")
+        deadline = time.monotonic() + seconds
+        entry = mount_table().get(str(record.path))
+        if entry is not None and not self._is_held(record, entry):
+            self._take_off(record.path)
+        if entry is None:
+            _make_directory(record.path)
+        config, variables = prepare.with_credentials(self._resolve(record))
+        try:
+            for directory in (config.writeback.directory, config.cache.directory):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            starting.start_held(
+                config,
+                prepare.write_config(config),
+                holder=self._config.holder_socket,
+                environ={**os.environ, **self._variables(record), **variables},
+                seconds=max(1.0, deadline - time.monotonic()),
+                spawn=self._spawn,
+                log_fd=sys.stderr.fileno(),
+            )
+        except TimeoutError:
+            raise DeadlineExceeded(f"{record.source}: not mounted within {seconds:.0f} s") from None
+        except StoreStartupError as exc:
+            raise Unavailable(str(exc)) from exc
+        except StartupError as exc:
+            raise FailedPrecondition(str(exc)) from exc
+        except OSError as exc:
+            raise Internal(f"{record.source}: not mounted: {exc}") from exc
+
+    def _is_held(self, record: VolumeRecord, entry: MountEntry) -> bool:
+        """Whether the holder has the connection of this mount. Raises: Unavailable, when the holder is not there."""
+        if self._config.holder_socket is None:
+            return False
+        deadline = time.monotonic() + HOLDER_SECONDS
+        while True:
+            try:
+                held = _take(self._config.holder_socket, str(record.path))
+            except LocalStateError as exc:
+                if time.monotonic() > deadline:
+                    raise Unavailable(str(exc)) from exc
+                time.sleep(0.2)  # it is being started, or replaced
+            else:
+                return held is not None and held == entry.device
+
+    def _resolve(self, record: VolumeRecord) -> settings.Resolved:
+        """Raises: FailedPrecondition, the recorded settings are not valid."""
+        share = self._shares.of(record)
+        given = {name: Given(raw, name) for name, raw in record.settings.items()}
+        given |= _ownership(record.mount_group, given)
+        ours: dict[str, str | bool] = {
+            "state-dir": str(self._records.directory(record)),
+            "cache-dir": str(self._config.cache_dir / record.key),
+            "cache-size": str(share.cache_bytes),
+            "dirty-max": str(share.dirty_bytes),
+            "allow-other": True,
+            "read-only": record.read_only,
+            "fs-name": record.source,
+            "log-level": self._config.log_level,
+            "log-format": self._config.log_format,
+        }
+        if (credentials := self._records.credentials_file(record)) is not None:
+            ours["credentials-file"] = str(credentials)
+        given = {**settings.from_aws(os.environ), **given, **{name: Given(raw, name) for name, raw in ours.items()}}
+        try:
+            found = settings.resolve(record.source, record.path, given)
+        except StartupError as exc:
+            raise FailedPrecondition(f"{record.volume_id}: {exc}") from exc
+        return replace(found, config=replace(found.config, log_name=record.volume_id))
+
+    def _variables(self, record: VolumeRecord) -> dict[str, str]:
+        bundle = self._records.ca_file(record)
+        return {"AWS_CA_BUNDLE": str(bundle)} if bundle else {}
+
+    # --- its end
+
+    def end(self, record: VolumeRecord, seconds: float) -> None:
+        if (pid := self._keeper(record)) is not None:
+            self._drain(record, pid, seconds)
+        if str(record.path) in mount_table():
+            self._take_off(record.path)
+
+    def _drain(self, record: VolumeRecord, pid: int, seconds: float) -> None:
+        """SIGTERM uploads and unmounts, a second one does not wait for the uploads."""
+        deadline = time.monotonic() + seconds
+        for end, number in ((deadline, signal.SIGTERM), (deadline + END_SECONDS, signal.SIGTERM)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+            while (left := end - time.monotonic()) > 0:
+                if client.wait_for_end(pid, min(left, PROGRESS_SECONDS)):
+                    return
+                self._log_progress(record)
+        log.error("volume=%s: its processes do not end: killed", record.volume_id)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        client.wait_for_end(pid, END_SECONDS)
+
+    def _log_progress(self, record: VolumeRecord) -> None:
+        pending = (self.status(record) or {}).get("pending", {})
+        log.info(
+            "draining volume=%s files=%s deletes=%s bytes=%s",
+            record.volume_id,
+            *(pending.get(name, "?") for name in ("files", "deletes", "bytes")),
+        )
+
+    def has_leftovers(self, record: VolumeRecord) -> bool:
+        return not Journal.is_idle(self._resolve(record).config.writeback.directory)
+
+    def drain_config(self, record: VolumeRecord) -> tuple[MountConfig, dict[str, str]]:
+        """For a process of `phfs_fuse.drain`, with its environment."""
+        config, variables = prepare.with_credentials(self._resolve(record))
+        config = replace(config, kernel=replace(config.kernel, mountpoint=config.writeback.directory))
+        return config, fusemount.environment({**os.environ, **self._variables(record), **variables})
+
+    def abandon(self, record: VolumeRecord) -> None:
+        if self._keeper(record) is None:
+            self._take_off(record.path)
+
+    def release(self, record: VolumeRecord) -> bool:
+        if self._config.holder_socket is None or (pid := self._keeper(record)) is None:
+            return False
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
+        return client.wait_for_end(pid, RELEASE_SECONDS)
+
+    # --- targets
+
+    def bind(self, record: VolumeRecord, target: Path, *, read_only: bool) -> None:
+        self.clear(target)
+        _make_directory(target)
+        _run(["mount", "--bind", str(record.path), str(target)])
+        if read_only:
+            try:
+                _run(["mount", "-o", "remount,bind,ro", str(target)])
+            except CsiError:
+                self.unbind(target)
+                raise
+
+    def clear(self, path: Path) -> None:
+        """Raises: FailedPrecondition for a mount of somebody else."""
+        if (entry := mount_table().get(str(path))) is not None:
+            if entry.kind != KIND:
+                raise FailedPrecondition(f"{path}: {entry.source} ({entry.kind}) is mounted here")
+            self._take_off(path)
+
+    def unbind(self, target: Path) -> None:
+        self.clear(target)
+        try:
+            target.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError as exc:  # not ours to remove what is in it
+            raise Internal(f"{target}: unmounted, but not removed: {exc.strerror}") from exc
+
+    def _take_off(self, path: Path) -> None:
+        """Unmount all that lies at `path`, dead or alive: who is in it keeps it, nobody else finds it."""
+        if self._config.holder_socket is not None:
+            with suppress(LocalStateError):
+                _drop(self._config.holder_socket, str(path))  # else the kernel waits for somebody to serve it
+        for _ in range(LAYERS_MAX):
+            if str(path) not in mount_table():
+                return
+            _run(["umount", "-l", "-i", "-c", str(path)])
+        raise Internal(f"{path}: still mounted after {LAYERS_MAX} unmounts")
+
+    # --- what is asked of a running mount
+
+    def usage(self, path: Path) -> Usage:
+        fields = _run(["stat", "--file-system", "--format=%S %b %f %a %c %d", str(path)]).split()
+        size, blocks, free, available, inodes, inodes_free = map(int, fields)
+        return Usage(
+            total=blocks * size,
+            used=(blocks - free) * size,
+            available=available * size,
+            inodes=inodes,
+            inodes_used=inodes - inodes_free,
+            inodes_free=inodes_free,
+        )
+
+    def status(self, record: VolumeRecord) -> Mapping[str, Any] | None:
+        with suppress(StartupError, TimeoutError):
+            return client.status(self._link(record, self._resolve(record).config))
+        return None
+
+    def limit(self, record: VolumeRecord) -> None:
+        try:
+            config, _variables = prepare.with_credentials(self._resolve(record))
+            if prepare.config_path(config).exists():
+                prepare.write_config(config)
+            limits = {"cache_bytes": config.cache.size_max, "dirty_bytes": config.writeback.dirty_bytes_max}
+            request = {"op": "limits", **limits}
+            next(client.ask(self._link(record, config), request, client.STATUS_SECONDS))
+        except (CsiError, StartupError, TimeoutError, OSError) as exc:  # it reads the file when it starts again
+            log.info("volume=%s: limits are told later: %s", record.volume_id, exc)
+
+    def tidy_up(self) -> None:
+        self._shares.tidy_up()
+
+    def set_quota(self, record: VolumeRecord) -> None:
+        config, _variables = prepare.with_credentials(self._resolve(record))
+        prepare.write_config(config)
+        try:
+            client.set_quota(self._link(record, config), "", config.quota.limits.get(""))
+        except (StartupError, TimeoutError) as exc:
+            raise Unavailable(f"{record.volume_id}: {exc}") from exc
+
+    def _link(self, record: VolumeRecord, config: MountConfig) -> MountRecord:
+        return MountRecord(
+            mountpoint=str(record.path), control_socket=str(config.control_socket), keeper_pid=0, url=record.source
+        )
+
+
+def _ownership(group: int | None, given: Mapping[str, Given]) -> dict[str, Given]:
+    """fsGroup as settings: the group owns what names none, and may write. Nothing is changed in the store."""
+    if group is None:
+        return {}
+    umask = _mode("umask", given, 0o022)
+    modes = {"file-mode": (0o666 & ~umask, 0o060), "dir-mode": (0o777 & ~umask, 0o2070)}
+    found = {"gid": Given(str(group), "gid")}
+    for name, (default, more) in modes.items():
+        found[name] = Given(f"{_mode(name, given, default) | more:o}", name)
+    return found
+
+
+def _mode(name: str, given: Mapping[str, Given], default: int) -> int:
+    return values.mode(given[name].raw) if name in given else default
+
+
+def _take(socket: Path, name: str) -> str | None:
+    """The device of what the holder has of this name. Raises: LocalStateError."""
+    link = HolderLink(socket)
+    try:
+        if (held := link.take(name)) is None:
+            return None
+        os.close(held.fd)
+        return held.device
+    finally:
+        link.close()
+
+
+def _drop(socket: Path, name: str) -> None:
+    """Raises: LocalStateError."""
+    link = HolderLink(socket)
+    try:
+        link.drop(name)
+    finally:
+        link.close()
+
+
+def _make_directory(path: Path) -> None:
+    """Nothing is mounted there. Raises: CsiError."""
+    try:
+        path.mkdir(mode=0o750, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise Internal(f"{path}: cannot be made: {exc.strerror}") from exc
+
+
+def _run(command: Sequence[str], seconds: float = CHILD_SECONDS) -> str:
+    """The output. A child that hangs is left behind: even SIGKILL may not end it. Raises: CsiError."""
+    try:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/"
+        )
+    except OSError as exc:
+        raise Internal(f"{command[0]}: {exc.strerror}") from exc
+    try:
+        output, reason = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        raise DeadlineExceeded(f"{' '.join(command)}: no answer in {seconds:.0f} s") from None
+    if child.returncode:
+        raise Internal(f"{' '.join(command)}: {' '.join(reason.split())}")
+    return output

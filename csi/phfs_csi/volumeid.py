@@ -1,0 +1,81 @@
+"""Ids of provisioned volumes: `phfs://BUCKET/NAME?endpoint=URL&region=NAME`. Pure.
+
+An id says where the record of the volume is and nothing else: all that a call may do to a volume is read from that
+record, so that an id that somebody made up names no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+from phfs_csi.errors import InvalidArgument
+from phfs_fuse import values
+from phfs_fuse.config import StoreConfig
+
+SCHEME: Final = "phfs"
+NAME_BYTES_MAX: Final = 256
+_KEYS: Final = ("endpoint", "region", "pathStyle")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeId:
+    bucket: str
+    name: str  # that CreateVolume was called with
+    endpoint: str = ""  # "": AWS, or that of the environment
+    region: str = ""
+    path_style: str = ""
+
+    def __str__(self) -> str:
+        given = {"endpoint": self.endpoint, "region": self.region, "pathStyle": self.path_style}
+        query = urlencode({key: text for key, text in given.items() if text}, safe=":/")
+        return f"{SCHEME}://{self.bucket}/{quote(self.name, safe='')}" + (f"?{query}" if query else "")
+
+    @property
+    def store(self) -> StoreConfig:
+        return StoreConfig(
+            bucket=self.bucket,
+            endpoint_url=self.endpoint or None,
+            region=self.region or None,
+            path_style=bool(values.boolean(self.path_style)) if self.path_style else None,
+        )
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """As volume attributes."""
+        given = {"endpoint": self.endpoint, "region": self.region, "pathStyle": self.path_style}
+        return {"bucket": self.bucket, **{key: text for key, text in given.items() if text}}
+
+
+def parse_volume_id(text: str) -> VolumeId | None:
+    """None: not one of a provisioned volume. Raises: InvalidArgument for one that nobody here has made."""
+    if not text.startswith(f"{SCHEME}://"):
+        return None
+    try:
+        found = _parsed(text)
+        values.bucket(found.bucket)
+        if found.endpoint and values.endpoint(found.endpoint) != found.endpoint:
+            raise ValueError
+        if found.path_style:
+            values.boolean(found.path_style)
+        if str(found) != text or not 0 < len(found.name.encode()) <= NAME_BYTES_MAX:
+            raise ValueError
+    except ValueError:
+        raise InvalidArgument("volume_id: not one that this plugin has made") from None
+    return found
+
+
+def _parsed(text: str) -> VolumeId:
+    parts = urlsplit(text)
+    query = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
+    if set(query) - set(_KEYS):
+        raise ValueError
+    return VolumeId(
+        bucket=parts.netloc,
+        name=unquote(parts.path.removeprefix("/"), errors="strict"),
+        endpoint=query.get("endpoint", ""),
+        region=query.get("region", ""),
+        path_style=query.get("pathStyle", ""),
+    )

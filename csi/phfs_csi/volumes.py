@@ -1,0 +1,337 @@
+"""The volumes of this node: what a call of the kubelet does to them, and what keeps them after it.
+
+State: the records, the background uploads, the thread that looks after dead mounts. A call holds its volume; what is
+on its way is in the records before it is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from phfs_csi.drains import Drains
+from phfs_csi.errors import Aborted, AlreadyExists, CsiError, FailedPrecondition
+from phfs_csi.mounter import Mounter, State
+from phfs_csi.params import AccessMode, PublishParams, StageParams, VolumeParams
+from phfs_csi.records import Records, TargetRecord, VolumeRecord
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS: Final = 2.0
+REVIVE_SECONDS: Final = 60.0  # for one mount to be served again
+PAUSES: Final = (0.0, 2.0, 5.0, 15.0, 60.0)  # before the n-th try to revive a mount
+AT_A_TIME: Final = 4
+ADOPTIONS_MAX: Final = 4  # tries, and then the mount is made anew
+
+
+@dataclass(slots=True)
+class _Revival:
+    tries: int = 0
+    due: float = 0.0
+
+
+class Volumes:
+    """Raises from each call: CsiError."""
+
+    def __init__(self, records: Records, mounter: Mounter, drains: Drains) -> None:
+        self._records = records
+        self._mounter = mounter
+        self._drains = drains
+        self._revivals: dict[str, _Revival] = {}
+        self._stopping = threading.Event()
+        self._shares_due = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self.is_settled = False  # each mount was looked at once
+
+    # --- what the kubelet asks
+
+    def stage(self, want: StageParams, seconds: float) -> None:
+        """Mount the volume at its staging path; the same call again succeeds."""
+        record = _record(want.volume, want, path=want.staging_target_path)
+        with self._records.hold(want.volume.volume_id):
+            self._stage(record, want.volume, seconds)
+
+    def publish(self, want: PublishParams, seconds: float) -> None:
+        """Show the volume at the target path; the same call again succeeds."""
+        with self._records.hold(want.volume_id):
+            if want.inline is not None:
+                record = _record(want.inline, want, path=want.target_path, is_inline=True)
+                self._stage(record, want.inline, seconds)
+            else:
+                self._bind(want, seconds)
+
+    def unpublish(self, volume_id: str, target: Path, seconds: float) -> None:
+        with self._records.hold(volume_id):
+            inline, found = self._records.at(target), self._records.target_at(target)
+            for record in (inline, found[0] if found else None):
+                if record is not None and record.volume_id != volume_id:
+                    raise FailedPrecondition(f"{target}: is published, but not for {volume_id}")
+            if inline is not None and inline.is_inline:
+                self._end(inline, seconds)
+            self._mounter.unbind(target)
+            if found is not None:
+                self._records.remove_target(found[0], target)
+
+    def unstage(self, volume_id: str, path: Path, seconds: float) -> None:
+        """Upload for as long as the volume says, then unmount; the rest is uploaded in the background."""
+        with self._records.hold(volume_id):
+            record = self._records.mounted(volume_id)
+            if record is None:
+                self._mounter.clear(path)  # left over
+            if record is None or record.path != path:
+                return
+            self._require_unpublished(record)
+            self._end(record, seconds)
+
+    def expand(self, volume_id: str, quota_bytes: int) -> None:
+        """Another size: open files go on."""
+        with self._records.hold(volume_id):
+            if (record := self._records.mounted(volume_id)) is not None:
+                record = replace(record, settings={**record.settings, "quota": str(quota_bytes)})
+                self._records.save(record)
+                self._mounter.set_quota(record)
+
+    # --- how
+
+    def _stage(self, record: VolumeRecord, volume: VolumeParams, seconds: float) -> None:
+        before = self._records.mounted(record.volume_id)
+        if before is not None:
+            _require_same(before, record)
+        deadline = time.monotonic() + seconds
+        self._drains.cancel(record)
+        left = self._records.current(record)  # ended, with something to upload
+        self._records.save(record)
+        self._records.save_credentials(record, volume.credentials)
+        if before is not None and self._mounter.state(before) is State.SERVED:
+            if before.settings != record.settings:
+                self._mounter.set_quota(record)
+            return
+        try:
+            self._revive(record, deadline - time.monotonic())
+        except BaseException:
+            if before is None:
+                self._forget(replace(left or record, is_ended=True))
+            raise
+        self._shares_due.set()
+
+    def _forget(self, record: VolumeRecord) -> None:
+        """A volume that is not mounted: what is left of it is uploaded in the background."""
+        if self._mounter.has_leftovers(record):
+            self._records.save(record)
+        else:
+            self._records.remove(record)
+
+    def _bind(self, want: PublishParams, seconds: float) -> None:
+        record = self._records.mounted(want.volume_id)
+        if record is None or record.path != want.staging_target_path:
+            raise FailedPrecondition(f"{want.volume_id}: is not staged at {want.staging_target_path}")
+        if want.mount_group not in (None, record.mount_group):
+            raise FailedPrecondition(
+                f"{want.volume_id}: is mounted with fsGroup {record.mount_group} on this node, and can have one only"
+            )
+        target = TargetRecord(volume_id=want.volume_id, path=want.target_path, read_only=want.read_only)
+        others = [other for other in self._records.targets(record) if other.path != target.path]
+        if others and AccessMode.SINGLE_NODE_SINGLE_WRITER in (want.access_mode, record.access_mode):
+            raise FailedPrecondition(
+                f"{want.volume_id}: is published at {others[0].path}, and only one pod may have it"
+            )
+        if self._mounter.state(record) is not State.SERVED:
+            self._revive(record, seconds)
+        found = self._records.target_at(target.path)
+        if found is not None and self._mounter.is_bound(record, target.path):
+            if found[1] != target:
+                raise AlreadyExists(f"{target.path}: is published with another volume or read-only setting")
+            return
+        self._records.save_target(record, target)
+        self._mounter.bind(record, target.path, read_only=target.read_only)
+
+    def _revive(self, record: VolumeRecord, seconds: float) -> None:
+        """Have the mount served, by who takes up its connection or anew, and its targets show it."""
+        self._mounter.mount(record, seconds)
+        log.info("mounted volume=%s source=%s path=%s", record.volume_id, record.source, record.path)
+        self._bind_again(record)
+
+    def _bind_again(self, record: VolumeRecord) -> None:
+        for target in self._records.targets(record):
+            if self._mounter.is_bound(record, target.path):
+                continue
+            if not target.path.parent.exists():  # the pod is gone, and nobody said so
+                self._records.remove_target(record, target.path)
+                continue
+            self._mounter.bind(record, target.path, read_only=target.read_only)
+            log.warning("bound again volume=%s target=%s", record.volume_id, target.path)
+
+    def _require_unpublished(self, record: VolumeRecord) -> None:
+        for target in self._records.targets(record):
+            if self._mounter.is_bound(record, target.path):
+                raise FailedPrecondition(f"{record.volume_id}: is still published at {target.path}")
+            self._records.remove_target(record, target.path)
+
+    def _end(self, record: VolumeRecord, seconds: float) -> None:
+        if self._mounter.state(record) is State.DEAD:  # what programs wrote may still wait for somebody to serve it
+            with suppress(CsiError):
+                self._mounter.mount(record, seconds)
+        self._records.save(replace(record, is_ended=True))  # first: what is left is uploaded whatever happens now
+        self._mounter.end(record, min(seconds, record.drain_seconds))
+        self._mounter.clear(record.path)
+        self._forget(replace(record, is_ended=True))
+        log.info("unmounted volume=%s path=%s", record.volume_id, record.path)
+        self._shares_due.set()
+
+    # --- what goes on without a call
+
+    def start(self) -> None:
+        """Take up what is recorded, and look after it, in the background. Raises: OSError."""
+        self._records.read()
+        self._stopping.clear()
+        self._shares_due.set()
+        self._threads = [
+            threading.Thread(target=self._look_after, name="mounts", daemon=True),
+            threading.Thread(target=self._share, name="shares", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._drains.start()
+
+    def stop(self) -> None:
+        """Leave the mounts as they are."""
+        self._stopping.set()
+        self._shares_due.set()
+        for thread in self._threads:
+            thread.join()
+        self._drains.stop()
+
+    def release(self) -> list[str]:
+        """Have all processes of mounts end that the holder can keep without them. After `stop`. Returns the ids of
+        the volumes that now wait for others."""
+        released: list[str] = []
+
+        def release(record: VolumeRecord) -> None:
+            if self._mounter.release(record):
+                released.append(record.volume_id)
+
+        self._for_all(self._mounted(), release)
+        return released
+
+    def take_up(self, volume_ids: Collection[str]) -> list[str]:
+        """Have these volumes served, before `start`; returns what could not be done, for people. Raises: OSError."""
+        self._records.read()
+        failed: list[str] = []
+
+        def take_up(record: VolumeRecord) -> None:
+            try:
+                self._take_up(record, patience_seconds=REVIVE_SECONDS)
+            except CsiError as exc:
+                failed.append(f"{record.volume_id}: {exc}")
+
+        self._for_all((record for record in self._mounted() if record.volume_id in volume_ids), take_up)
+        return failed
+
+    def _mounted(self) -> list[VolumeRecord]:
+        return [record for record in self._records.volumes() if not record.is_ended]
+
+    def _take_up(self, record: VolumeRecord, patience_seconds: float = 0) -> None:
+        with self._records.hold(record.volume_id, patience_seconds):
+            now = self._records.current(record)
+            if now is None or now.is_ended:
+                return
+            state = self._mounter.state(now)
+            if state is State.SERVED:
+                self._bind_again(now)
+            elif state is State.ABSENT and not now.path.is_dir():
+                log.warning("volume=%s: is not staged any more, %s is gone", now.volume_id, now.path)
+                self._forget(replace(now, is_ended=True))
+            else:
+                log.warning("not served, taken up again: volume=%s", now.volume_id)
+                self._revive(now, REVIVE_SECONDS)
+
+    def _look_after(self) -> None:
+        while True:
+            self._for_all((record for record in self._mounted() if self._is_due(record)), self._try_to_take_up)
+            self.is_settled = True
+            if self._stopping.wait(LOOK_SECONDS):
+                return
+
+    def _is_due(self, record: VolumeRecord) -> bool:
+        if self._mounter.state(record) is State.SERVED:
+            self._revivals.pop(record.key, None)
+            return False
+        return time.monotonic() >= self._revivals.setdefault(record.key, _Revival()).due
+
+    def _try_to_take_up(self, record: VolumeRecord) -> None:
+        revival = self._revivals.setdefault(record.key, _Revival())
+        try:
+            self._take_up(record)
+        except Aborted:
+            return  # a call is at work
+        except CsiError as exc:
+            revival.tries += 1
+            log.error("volume=%s: not served: %s", record.volume_id, exc)
+            if revival.tries == ADOPTIONS_MAX:
+                self._abandon(record)
+        except Exception:
+            revival.tries += 1
+            log.exception("volume=%s: not served", record.volume_id)
+        revival.due = time.monotonic() + PAUSES[min(revival.tries, len(PAUSES) - 1)]
+
+    def _abandon(self, record: VolumeRecord) -> None:
+        """Nobody can take up its connection, for which programs wait: they get an error, and a new mount is made."""
+        with suppress(CsiError), self._records.hold(record.volume_id, 0):
+            self._mounter.abandon(record)
+            log.error("volume=%s: given up, to be mounted anew", record.volume_id)
+
+    def _for_all(self, records: Iterable[VolumeRecord], call: Callable[[VolumeRecord], object]) -> None:
+        with ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="volume") as pool:
+            for done in [pool.submit(call, record) for record in records]:
+                with suppress(CsiError):
+                    done.result()
+
+    def _share(self) -> None:
+        """Tell the mounts their limits when the number of volumes has changed."""
+        while self._shares_due.wait() and not self._stopping.is_set():
+            self._shares_due.clear()
+            for record in self._mounted():
+                self._mounter.limit(record)
+            self._mounter.tidy_up()
+
+
+def _record(
+    volume: VolumeParams, want: StageParams | PublishParams, *, path: Path, is_inline: bool = False
+) -> VolumeRecord:
+    return VolumeRecord(
+        volume_id=volume.volume_id,
+        source=volume.source,
+        path=path,
+        settings=volume.settings,
+        access_mode=want.access_mode,
+        read_only=want.read_only,
+        mount_group=want.mount_group,
+        cache_bytes_max=volume.cache_bytes_max,
+        drain_seconds=volume.drain_seconds,
+        has_credentials=bool(volume.credentials.access_key),
+        has_ca_bundle=bool(volume.credentials.ca_bundle),
+        is_inline=is_inline,
+    )
+
+
+def _require_same(before: VolumeRecord, now: VolumeRecord) -> None:
+    """Raises: AlreadyExists that names what is otherwise, FailedPrecondition."""
+    if before.path != now.path:
+        raise FailedPrecondition(f"{now.volume_id}: is mounted at {before.path}")
+    for name in ("source", "access_mode", "read_only", "mount_group"):
+        if getattr(before, name) != getattr(now, name):
+            raise AlreadyExists(f"{now.volume_id}: is mounted already, with another {name}")
+    if without_quota(before.settings) != without_quota(now.settings):
+        raise AlreadyExists(f"{now.volume_id}: is mounted already, with other settings")
+
+
+def without_quota(settings: Mapping[str, str]) -> dict[str, str]:
+    """A quota changes while the volume is mounted."""
+    return {name: value for name, value in settings.items() if name != "quota"}

@@ -1,0 +1,101 @@
+"""Upload what an ended mount has left in its state directory, without mounting. The process of `phfs drain`.
+
+State: what a worker has, less the kernel's side. It may be killed at any time, as a worker may; what has not gone up
+then stays. Status and limits are answered on the control socket, as by a mount.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final, NoReturn
+
+import trio
+
+from phfs_fuse import logs, metrics
+from phfs_fuse.config import MountConfig
+from phfs_fuse.control import ControlServer
+from phfs_fuse.errors import MountpointError, NotDrained, StartupError
+from phfs_fuse.mount import Mount, first_startup_error, opened, prepare_process
+from phfs_fuse.settings import load_config
+
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS: Final = 5.0
+
+
+class _NoMount:
+    async def shutdown(self, *, lazy: bool) -> NoReturn:
+        raise MountpointError("nothing is mounted here: uploads go on until they are done")
+
+    async def upgrade(self) -> NoReturn:
+        raise MountpointError("nothing is mounted here")
+
+
+async def upload_left(config: MountConfig) -> None:
+    """Return when the store has what was left. Raises: NotDrained after `drain_seconds`; StartupError."""
+    async with opened(config) as mount:
+        mount.recover()  # logs what it finds
+        if _is_done(mount):
+            log.info("nothing is left to upload in %s", config.writeback.directory)
+            return
+        await mount.check()
+        async with trio.open_nursery() as services:
+            await services.start(mount.blocks.run)
+            await services.start(mount.writeback.run)
+            await services.start(ControlServer(config.control_socket, mount, _NoMount()).run)
+            services.start_soon(_report, mount)
+            done = await mount.settling.drain()
+            await mount.writeback.abort_stale_uploads()
+            services.cancel_scope.cancel()
+        if not done:
+            left = mount.settling.pending()
+            raise NotDrained(
+                f"{config.store.url}: {left.files} files and {left.bytes} bytes are not in the store yet; "
+                f"they stay in {config.writeback.directory}"
+            )
+        log.info("uploaded files=%d bytes=%d", metrics.UPLOADED_FILES.values[""], metrics.UPLOADED_BYTES.values[""])
+
+
+def _is_done(mount: Mount) -> bool:
+    left = mount.settling.pending()
+    return not (left.files or left.deletes)
+
+
+async def _report(mount: Mount) -> None:
+    """Service: say how far it is."""
+    while True:
+        await trio.sleep(REPORT_SECONDS)
+        left = mount.settling.pending()
+        log.info("draining files=%d deletes=%d bytes=%d", left.files, left.deletes, left.bytes)
+
+
+async def _main(config: MountConfig) -> int:
+    try:
+        await upload_left(config)
+    except* StartupError as group:
+        exc = first_startup_error(group)
+        print(f"phfs: {logs.redacted(str(exc))}", file=sys.stderr, flush=True)
+        code = exc.exit_code
+    else:
+        code = 0
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m phfs_fuse.drain")
+    parser.add_argument("--config", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    config = load_config(options.config.read_text(encoding="utf-8"))
+    options.config.unlink(missing_ok=True)
+    logs.setup(config.log_level, config.log_format, name=config.log_name)
+    prepare_process()
+    return trio.run(partial(_main, config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

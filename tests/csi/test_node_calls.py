@@ -1,0 +1,341 @@
+"""Tables of calls to the Node service, over its socket, with a mounter that only remembers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc import StatusCode
+
+from phfs_csi.config import NodeConfig
+from phfs_csi.drains import Drains
+from phfs_csi.errors import Unavailable
+from phfs_csi.life import Life
+from phfs_csi.metrics import Metrics, VolumeState
+from phfs_csi.node import CAPABILITIES, NodeService
+from phfs_csi.proto import csi_pb2, csi_pb2_grpc
+from phfs_csi.records import Records
+from phfs_csi.requests import EPHEMERAL, Requests
+from phfs_csi.server import PluginServer
+from phfs_csi.spawning import Spawner
+from phfs_csi.volumes import Volumes
+from tests.csi.fake_mounter import FakeMounter
+
+SECONDS = 60.0
+SECRET = "s3cr3t-that-nobody-may-see"
+SECRETS = {"accessKey": "AKIA", "secretKey": SECRET}
+CONTEXT = {"bucket": "b-1", "prefix": "x"}
+Mode = csi_pb2.VolumeCapability.AccessMode
+
+
+def capability(mode: int = Mode.MULTI_NODE_MULTI_WRITER, group: str = "") -> csi_pb2.VolumeCapability:
+    mount = csi_pb2.VolumeCapability.MountVolume(volume_mount_group=group)
+    return csi_pb2.VolumeCapability(mount=mount, access_mode={"mode": mode})
+
+
+class Caller:
+    """Calls with what a kubelet sends, changed as the test says."""
+
+    def __init__(self, socket: Path, kubelet: Path) -> None:
+        self.kubelet = kubelet
+        self.staging = kubelet / "staging"
+        self._socket = socket
+
+    def call(self, method: str, request: Any) -> tuple[StatusCode, Any]:
+        with grpc.insecure_channel(f"unix:{self._socket}") as channel:
+            try:
+                return StatusCode.OK, getattr(csi_pb2_grpc.NodeStub(channel), method)(request, timeout=SECONDS)
+            except grpc.RpcError as exc:
+                return exc.code(), exc.details()
+
+    def stage(self, volume_id: str = "vol", **changes: Any) -> StatusCode:
+        fields = {
+            "volume_id": volume_id,
+            "staging_target_path": str(self.staging if volume_id == "vol" else self.kubelet / volume_id),
+            "volume_capability": capability(),
+            "volume_context": CONTEXT,
+            "secrets": SECRETS,
+        }
+        return self.call("NodeStageVolume", csi_pb2.NodeStageVolumeRequest(**{**fields, **changes}))[0]
+
+    def publish(self, pod: str = "pod", **changes: Any) -> StatusCode:
+        fields = {
+            "volume_id": "vol",
+            "staging_target_path": str(self.staging),
+            "target_path": str(self.kubelet / pod),
+            "volume_capability": capability(),
+            "volume_context": CONTEXT,
+        }
+        return self.call("NodePublishVolume", csi_pb2.NodePublishVolumeRequest(**{**fields, **changes}))[0]
+
+    def unpublish(self, pod: str = "pod", **changes: Any) -> StatusCode:
+        fields = {"volume_id": "vol", "target_path": str(self.kubelet / pod)}
+        return self.call("NodeUnpublishVolume", csi_pb2.NodeUnpublishVolumeRequest(**{**fields, **changes}))[0]
+
+    def unstage(self, **changes: Any) -> StatusCode:
+        fields = {"volume_id": "vol", "staging_target_path": str(self.staging)}
+        return self.call("NodeUnstageVolume", csi_pb2.NodeUnstageVolumeRequest(**{**fields, **changes}))[0]
+
+    def stats(self, **changes: Any) -> tuple[StatusCode, Any]:
+        fields = {"volume_id": "vol", "volume_path": str(self.kubelet / "pod")}
+        return self.call("NodeGetVolumeStats", csi_pb2.NodeGetVolumeStatsRequest(**{**fields, **changes}))
+
+
+@pytest.fixture
+def mounter() -> FakeMounter:
+    return FakeMounter()
+
+
+@contextmanager
+def serving(root: Path, mounter: FakeMounter) -> Iterator[NodeService]:
+    """The plugin as `open_node` puts it together, but for the mounter, and without what goes on between calls."""
+    config = NodeConfig(node_id="node-1", kubelet_dir=root / "kubelet", state_dir=root / "state")
+    config.kubelet_dir.mkdir(exist_ok=True)
+    records = Records(config.state_dir / "volumes")
+    records.read()
+    volumes = Volumes(records, mounter, Drains(records, mounter))
+    requests = Requests(kubelet_dir=config.kubelet_dir)
+    node = NodeService(config, requests, records, mounter, volumes, Life(config, volumes, Spawner()))
+    server = PluginServer(
+        root / "csi.sock", [lambda to: csi_pb2_grpc.add_NodeServicer_to_server(node, to)], Metrics(node)
+    )
+    server.open_door()
+    try:
+        yield node
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def node(tmp_path: Path, mounter: FakeMounter) -> Iterator[NodeService]:
+    with serving(tmp_path, mounter) as found:
+        yield found
+
+
+@pytest.fixture
+def kubelet(tmp_path: Path, node: NodeService) -> Caller:
+    return Caller(tmp_path / "csi.sock", tmp_path / "kubelet")
+
+
+OK = StatusCode.OK
+
+
+def test_the_order_of_a_kubelet(kubelet: Caller, mounter: FakeMounter) -> None:
+    assert kubelet.stage() is OK
+    assert mounter.mounted[kubelet.staging].source == "s3://b-1/x/"
+    assert kubelet.publish("pod-1") is OK
+    assert kubelet.publish("pod-2", readonly=True) is OK
+    assert mounter.bound == {
+        kubelet.kubelet / "pod-1": (kubelet.staging, False),
+        kubelet.kubelet / "pod-2": (kubelet.staging, True),
+    }
+    assert kubelet.unpublish("pod-1") is OK
+    assert kubelet.unpublish("pod-2") is OK
+    assert kubelet.unstage() is OK
+    assert (mounter.mounted, mounter.bound, mounter.ended) == ({}, {}, ["vol"])
+
+
+def test_every_call_may_be_repeated(kubelet: Caller, mounter: FakeMounter) -> None:
+    for call in (kubelet.stage, kubelet.publish, kubelet.unpublish, kubelet.unstage):
+        assert [call(), call()] == [OK, OK]
+    assert mounter.ended == ["vol"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"volume_context": {"bucket": "b-1", "prefix": "y"}}, StatusCode.ALREADY_EXISTS),
+        ({"volume_context": {**CONTEXT, "uid": "7"}}, StatusCode.ALREADY_EXISTS),
+        ({"volume_capability": capability(Mode.MULTI_NODE_READER_ONLY)}, StatusCode.ALREADY_EXISTS),
+        ({"volume_capability": capability(group="7")}, StatusCode.ALREADY_EXISTS),
+        ({"secrets": {"accessKey": "B", "secretKey": "b"}}, OK),  # rotated
+    ],
+)
+def test_a_volume_that_is_staged_otherwise(kubelet: Caller, changes: dict[str, Any], code: StatusCode) -> None:
+    assert kubelet.stage() is OK
+    assert kubelet.stage(**changes) is code
+
+
+def test_a_volume_is_staged_at_one_place(kubelet: Caller) -> None:
+    kubelet.stage()
+    assert kubelet.stage(staging_target_path=str(kubelet.kubelet / "other")) is StatusCode.FAILED_PRECONDITION
+
+
+def test_what_has_to_come_first(kubelet: Caller) -> None:
+    assert kubelet.publish() is StatusCode.FAILED_PRECONDITION
+    assert kubelet.publish(staging_target_path="") is StatusCode.FAILED_PRECONDITION
+    kubelet.stage()
+    kubelet.publish()
+    assert kubelet.unstage() is StatusCode.FAILED_PRECONDITION
+
+
+def test_a_target_that_is_published_otherwise(kubelet: Caller) -> None:
+    kubelet.stage()
+    assert kubelet.publish() is OK
+    assert kubelet.publish(readonly=True) is StatusCode.ALREADY_EXISTS
+
+
+def test_a_volume_of_one_pod_alone(kubelet: Caller) -> None:
+    single = {"volume_capability": capability(Mode.SINGLE_NODE_SINGLE_WRITER)}
+    assert kubelet.stage(**single) is OK
+    assert kubelet.publish("pod-1", **single) is OK
+    assert kubelet.publish("pod-1", **single) is OK
+    assert kubelet.publish("pod-2", **single) is StatusCode.FAILED_PRECONDITION
+
+
+def test_an_inline_volume(kubelet: Caller, mounter: FakeMounter) -> None:
+    inline = {"volume_context": {**CONTEXT, EPHEMERAL: "true"}, "staging_target_path": ""}
+    assert kubelet.publish(**inline) is StatusCode.INVALID_ARGUMENT
+    assert kubelet.publish(**inline, secrets=SECRETS) is OK
+    assert kubelet.publish(**inline, secrets=SECRETS) is OK
+    assert len(mounter.mounted) == 1
+    assert kubelet.unpublish() is OK
+    assert (mounter.mounted, mounter.bound, mounter.ended) == ({}, {}, ["vol"])
+
+
+def test_what_is_not_there(kubelet: Caller) -> None:
+    assert kubelet.unpublish() is OK
+    assert kubelet.unstage() is OK
+    assert kubelet.stats()[0] is StatusCode.NOT_FOUND
+    kubelet.stage()
+    assert kubelet.stats(volume_path="some/path")[0] is StatusCode.NOT_FOUND
+    expand = csi_pb2.NodeExpandVolumeRequest(volume_id="other", volume_path="some/path")
+    assert kubelet.call("NodeExpandVolume", expand)[0] is StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("stage", {"volume_id": ""}),
+        ("stage", {"staging_target_path": ""}),
+        ("stage", {"staging_target_path": "/etc"}),
+        ("stage", {"volume_capability": csi_pb2.VolumeCapability()}),
+        ("stage", {"volume_context": {"bukcet": "b-1"}}),
+        ("stage", {"secrets": {"accessKey": "AKIA"}}),
+        ("publish", {"volume_id": ""}),
+        ("publish", {"target_path": ""}),
+        ("publish", {"target_path": "/etc/cron.d"}),
+        ("publish", {"staging_target_path": "/etc"}),
+        ("publish", {"volume_capability": csi_pb2.VolumeCapability()}),
+        ("unpublish", {"volume_id": ""}),
+        ("unpublish", {"target_path": ""}),
+        ("unpublish", {"target_path": "/etc"}),
+        ("unstage", {"volume_id": ""}),
+        ("unstage", {"staging_target_path": ""}),
+        ("unstage", {"staging_target_path": "/"}),
+    ],
+)
+def test_calls_that_are_refused_do_nothing(
+    kubelet: Caller, mounter: FakeMounter, method: str, changes: dict[str, Any]
+) -> None:
+    if method != "stage":
+        kubelet.stage()
+        kubelet.publish("other-pod")
+    before = dict(mounter.mounted), dict(mounter.bound)
+    fields = {"volume_id": "vol", **changes} if method == "stage" else changes
+    assert getattr(kubelet, method)(**fields) is StatusCode.INVALID_ARGUMENT
+    assert (mounter.mounted, mounter.bound) == before
+
+
+def test_a_mount_that_fails_may_be_tried_again(kubelet: Caller, mounter: FakeMounter, node: NodeService) -> None:
+    def fail(record: object) -> None:
+        raise Unavailable("the store does not answer")
+
+    mounter.before_mount = fail
+    assert kubelet.stage() is StatusCode.UNAVAILABLE
+    assert node.volumes() == []
+    mounter.before_mount = lambda record: None
+    assert kubelet.stage() is OK
+
+
+def test_crossed_calls_on_one_volume_are_aborted_and_others_go_on(kubelet: Caller, mounter: FakeMounter) -> None:
+    begun, go_on, codes = threading.Event(), threading.Event(), []
+
+    def wait(record: Any) -> None:
+        if record.volume_id == "vol":
+            begun.set()
+            assert go_on.wait(SECONDS)
+
+    mounter.before_mount = wait
+    first = threading.Thread(target=lambda: codes.append(kubelet.stage()))
+    first.start()
+    assert begun.wait(SECONDS)
+    crossed = [kubelet.stage, kubelet.publish, kubelet.unpublish, kubelet.unstage]
+    callers = [threading.Thread(target=lambda call=call: codes.append(call())) for call in crossed]
+    for caller in callers:
+        caller.start()
+    assert kubelet.stage("other") is OK
+    for caller in callers:
+        caller.join(SECONDS)
+    assert codes == [StatusCode.ABORTED] * 4
+    go_on.set()
+    first.join(SECONDS)
+    assert codes[4:] == [OK]
+
+
+def test_a_plugin_that_starts_again_knows_its_volumes(tmp_path: Path, mounter: FakeMounter) -> None:
+    kubelet = Caller(tmp_path / "csi.sock", tmp_path / "kubelet")
+    with serving(tmp_path, mounter):
+        kubelet.stage()
+        kubelet.publish()
+    with serving(tmp_path, mounter):
+        assert kubelet.publish() is OK  # a kubelet that starts again asks for what is mounted
+        assert kubelet.stage(volume_context={**CONTEXT, "uid": "7"}) is StatusCode.ALREADY_EXISTS
+        assert kubelet.unpublish() is OK
+        assert kubelet.unstage() is OK
+    assert mounter.mounted == {}
+
+
+def test_statistics(kubelet: Caller, mounter: FakeMounter, node: NodeService) -> None:
+    kubelet.stage()
+    kubelet.publish()
+    _, found = kubelet.stats()
+    assert [(usage.total, usage.used, usage.available) for usage in found.usage] == [(100, 30, 70), (10, 3, 7)]
+    assert not found.volume_condition.abnormal
+    (told,) = node.volumes()
+    assert (told.volume_id, told.state, told.starts) == ("vol", VolumeState.MOUNTED, 1)
+    assert (told.pending_files, told.pending_bytes) == (3, 5)
+    mounter.answer = None
+    assert kubelet.stats()[1].volume_condition.abnormal
+    (told,) = node.volumes()
+    assert (told.pending_files, told.pending_bytes) == (None, None)
+
+
+def test_what_the_node_says_of_itself(kubelet: Caller) -> None:
+    found = kubelet.call("NodeGetCapabilities", csi_pb2.NodeGetCapabilitiesRequest())[1].capabilities
+    assert [item.rpc.type for item in found] == list(CAPABILITIES)
+    assert kubelet.call("NodeGetInfo", csi_pb2.NodeGetInfoRequest())[1].node_id == "node-1"
+
+
+def test_no_secret_in_the_log_nor_on_disk_but_in_its_place(
+    kubelet: Caller, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = {
+        "remote": "s3",
+        "remotePath": "b-1",
+        "s3-endpoint": "http://minio:9000",
+        "s3-access-key-id": "AKIA",
+        "s3-secret-access-key": SECRET,
+    }
+    with caplog.at_level(logging.DEBUG):
+        assert kubelet.stage() is OK
+        assert kubelet.stage("plain", volume_context=plain, secrets={}) is OK
+        assert kubelet.stage("bad", secrets={"secretKey": SECRET}) is StatusCode.INVALID_ARGUMENT
+        assert kubelet.publish(secrets=SECRETS) is OK
+        kubelet.stats()
+        kubelet.unpublish()
+        files = [path for path in (tmp_path / "state").rglob("*") if path.is_file()]
+        told = [path for path in files if SECRET in path.read_text()]
+        assert {path.name for path in told} == {"credentials"}
+        assert {path.stat().st_mode & 0o777 for path in told} == {0o600}
+        kubelet.unstage()
+    assert SECRET not in caplog.text
+    assert "NodeStageVolume" in caplog.text
+    left = [path for path in (tmp_path / "state").rglob("credentials") if SECRET in path.read_text()]
+    assert len(left) == 1  # of the one that is still staged
