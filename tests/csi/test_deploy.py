@@ -410,3 +410,29 @@ def test_a_volume_moved_from_csi_rclone_is_the_same_volume() -> None:
     volume = attributes.parse_volume("data-id", attributes.Given(attributes=old))
     assert volume.source == "s3://primehub/"
     assert volume.settings == {"endpoint-url": "http://primehub-minio.hub:9000"}
+
+
+# --- the document
+
+
+def table(title: str) -> set[str]:
+    """The words in backquotes of the first column of the first table below a title of docs/csi.md."""
+    text = (ROOT / "docs" / "csi.md").read_text().partition(f" {title}\n")[2]
+    rows = re.findall(r"^\| (`.*?) \|", re.split(r"^#", text, maxsplit=1, flags=re.MULTILINE)[0], re.MULTILINE)
+    return {word for row in rows for word in re.findall(r"`([^`]+)`", row)}
+
+
+def test_every_attribute_is_documented() -> None:
+    attributes = pytest.importorskip("phfs_csi.attributes", reason="the plugin is not in this checkout")
+    assert table("Attributes") == attributes.ATTRIBUTES
+
+
+def test_every_flag_is_documented() -> None:
+    flags = {flag for role in ("node", "controller", "hold") for flag in re.findall(r"--[a-z-]+", plugin_help(role))}
+    assert table("Settings of the plugin") == flags - {"--help"}
+
+
+def test_every_example_is_documented() -> None:
+    text = (ROOT / "docs" / "csi.md").read_text()
+    names = {path.relative_to(DEPLOY / "examples").parts[0] for path in EXAMPLES} - {"store-secret.yaml"}
+    assert {name for name in names if f"`{name}" not in text} == set()
