@@ -1,0 +1,210 @@
+"""The pod of the DaemonSet, run as its manifest says it: what it is given is what it needs.
+
+The kubelet's part (registration, calls, kills) is played here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+grpc = pytest.importorskip("grpc", reason="grpcio is in the extra `csi`")
+pytest.importorskip("phfs_csi.node", reason="the plugin is not in this checkout")
+
+from phfs_csi.proto import csi_pb2, csi_pb2_grpc, pluginregistration_pb2, pluginregistration_pb2_grpc  # noqa: E402
+
+from phfs_fuse.mountpoint import mount_table  # noqa: E402
+from tests.csi.pod import Pod, a_node  # noqa: E402
+from tests.csi.test_deploy import BASE, daemon, objects  # noqa: E402
+from tests.support.mounts import s3_client, shared_server  # noqa: E402
+
+pytestmark = [
+    pytest.mark.fuse,
+    pytest.mark.skipif(os.geteuid() != 0, reason="namespaces and mounts of a node need root"),
+]
+
+SECONDS = 60.0
+DRIVER = "phfs.csi.primehub.io"
+KUBELET = Path("/var/lib/kubelet")
+STAGING = KUBELET / "plugins/kubernetes.io/csi" / DRIVER / "abc/globalmount"
+TARGET = KUBELET / "pods/1/volumes/kubernetes.io~csi/data/mount"
+VOLUME = "data"
+CAPABILITY = csi_pb2.VolumeCapability(
+    mount=csi_pb2.VolumeCapability.MountVolume(),
+    access_mode=csi_pb2.VolumeCapability.AccessMode(mode=csi_pb2.VolumeCapability.AccessMode.MULTI_NODE_MULTI_WRITER),
+)
+
+
+@dataclass
+class Kubelet:
+    """What the kubelet of the node does with the pod."""
+
+    pod: Pod
+    bucket: str
+    port: int
+
+    def sees(self, path: Path) -> Path:
+        return self.pod.on_node(path)
+
+    def wait(self, what: Callable[[], Any]) -> Any:
+        """What is found, once it is. Errors of what is not there yet count as not found."""
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            try:
+                if found := what():
+                    return found
+            except (grpc.RpcError, urllib.error.URLError, OSError):
+                pass
+            time.sleep(0.05)  # the only way to learn of another process's readiness
+        raise AssertionError(self.pod.log())
+
+    def register(self) -> Path:
+        """As the kubelet does with a socket that it finds; returns where the CSI socket is."""
+        path = self.sees(KUBELET / "plugins_registry" / f"{DRIVER}-reg.sock")
+        self.wait(path.exists)
+        with grpc.insecure_channel(f"unix:{path}") as channel:
+            stub = pluginregistration_pb2_grpc.RegistrationStub(channel)
+            info = self.wait(lambda: stub.GetInfo(pluginregistration_pb2.InfoRequest(), timeout=SECONDS))
+            stub.NotifyRegistrationStatus(
+                pluginregistration_pb2.RegistrationStatus(plugin_registered=True), timeout=SECONDS
+            )
+        assert (info.type, info.name, list(info.supported_versions)) == ("CSIPlugin", DRIVER, ["1.0.0"])
+        return self.sees(Path(info.endpoint))
+
+    def probe(self, path: str) -> int:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=SECONDS) as answer:
+            return int(answer.status)
+
+    def call(self, name: str, request: Any) -> Any:
+        path = self.sees(KUBELET / "plugins" / DRIVER / "csi.sock")
+        with grpc.insecure_channel(f"unix:{path}") as channel:
+            return getattr(csi_pb2_grpc.NodeStub(channel), name)(request, timeout=SECONDS)
+
+    def stage(self) -> None:
+        self.sees(STAGING).mkdir(parents=True)
+        self.call(
+            "NodeStageVolume",
+            csi_pb2.NodeStageVolumeRequest(
+                volume_id=VOLUME,
+                staging_target_path=str(STAGING),
+                volume_capability=CAPABILITY,
+                volume_context={"bucket": self.bucket, "prefix": "groups/research/"},
+            ),
+        )
+
+    def publish(self) -> Path:
+        self.sees(TARGET).parent.mkdir(parents=True)
+        self.call(
+            "NodePublishVolume",
+            csi_pb2.NodePublishVolumeRequest(
+                volume_id=VOLUME,
+                staging_target_path=str(STAGING),
+                target_path=str(TARGET),
+                volume_capability=CAPABILITY,
+            ),
+        )
+        return self.sees(TARGET)
+
+    def take_back(self) -> None:
+        self.call(
+            "NodeUnpublishVolume", csi_pb2.NodeUnpublishVolumeRequest(volume_id=VOLUME, target_path=str(TARGET))
+        )
+        self.call(
+            "NodeUnstageVolume",
+            csi_pb2.NodeUnstageVolumeRequest(volume_id=VOLUME, staging_target_path=str(STAGING)),
+        )
+
+
+@pytest.fixture
+def kubelet() -> Iterator[Kubelet]:
+    """A node where the pod of the DaemonSet runs and is registered. The store comes from the Secret phfs-store."""
+    server, bucket = shared_server(), f"pod-{uuid.uuid4().hex[:8]}"
+    s3_client(server).create_bucket(Bucket=bucket)
+    secret = {
+        "accessKey": server.access_key,
+        "secretKey": server.secret_key,
+        "endpoint": server.endpoint_url,
+        "region": "us-east-1",
+    }
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        port = listener.getsockname()[1]
+    replaced = {"--metrics-address=0.0.0.0:9808": f"--metrics-address=127.0.0.1:{port}"}
+    with a_node() as node:
+        pod = Pod(node, daemon(tuple(objects(BASE.read_text()))), {"phfs-store": secret}, replaced)
+        try:
+            for name in ("holder", "plugin"):
+                pod.start(name)
+            found = Kubelet(pod, bucket, port)
+            found.register()
+            yield found
+        finally:
+            pod.end()
+
+
+def program(script: str, *arguments: Path) -> subprocess.Popen[str]:
+    """A program of a pod. It waits for a line on its input where the script says so."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+WRITER = """
+import sys
+file = open(sys.argv[1], "w")
+file.write("before\\n"); file.flush()
+print("open", flush=True)
+sys.stdin.readline()
+file.write("after\\n"); file.close()
+print("closed", flush=True)
+"""
+
+
+def test_the_probes_answer(kubelet: Kubelet) -> None:
+    assert kubelet.register() == kubelet.sees(KUBELET / "plugins" / DRIVER / "csi.sock")
+    assert kubelet.wait(lambda: kubelet.probe("/healthz")) == 200
+    assert kubelet.wait(lambda: kubelet.probe("/readyz")) == 200
+
+
+def test_a_pod_s_open_file_outlives_the_plugin_s_container(kubelet: Kubelet) -> None:
+    """Mounted where the node sees it, with the credentials of the mounted Secret; kill -9 of the container is a
+    pause; nothing is left in the end."""
+    kubelet.stage()
+    target = kubelet.publish()
+    assert str(target) in mount_table()
+    with program(WRITER, target / "file") as writer:
+        assert writer.stdout is not None
+        assert writer.stdin is not None
+        assert writer.stdout.readline() == "open\n", kubelet.pod.log()
+        kubelet.pod.kill("plugin")
+        kubelet.pod.start("plugin")
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+        assert writer.stdout.readline() == "closed\n", kubelet.pod.log()
+    kubelet.register()
+    kubelet.wait(lambda: kubelet.take_back() or True)
+    body = s3_client(shared_server()).get_object(Bucket=kubelet.bucket, Key="groups/research/file")["Body"].read()
+    assert body == b"before\nafter\n"
+    assert {path for path in mount_table() if Path(path).is_relative_to(kubelet.pod.node)} == {str(kubelet.pod.node)}
+
+
+def test_the_holder_may_be_started_again_too(kubelet: Kubelet) -> None:
+    kubelet.stage()
+    target = kubelet.publish()
+    kubelet.pod.kill("holder")
+    kubelet.pod.start("holder")
+    with program("open(__import__('sys').argv[1], 'w').write('x')", target / "other") as writer:
+        assert writer.wait(SECONDS) == 0, kubelet.pod.log()
+    kubelet.wait(lambda: kubelet.take_back() or True)
+    assert str(target) not in mount_table()
