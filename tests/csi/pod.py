@@ -176,10 +176,11 @@ def _enter(plan: Spec) -> None:
     _run("mount", "-t", "overlay", "none", root, "-o", f"lowerdir=/,upperdir={upper},workdir={scratch}")
     _run("mount", "--rbind", "/dev", root / "dev")
     _run("mount", "--make-rprivate", root / "dev")
-    _run("mount", "--bind", ROOT, root / str(ROOT).lstrip("/"))
     _run("mount", "-t", "proc", "proc", root / "proc")
     for source, place, how in plan["mounts"]:
         _mount(source, root / place.lstrip("/"), how)
+    for code in {str(ROOT), sys.prefix}:  # in place of the image's; perhaps below a volume
+        _mount(code, root / code.lstrip("/"), "None")
     _run("mount", "-o", "remount,ro", root)
     os.chroot(root)
     os.chdir("/")
