@@ -5,7 +5,7 @@ with the volumes of the pod where the manifest puts them and with their propagat
 that stands for the root of a node. The network is this machine's. What the manifest does not give is not there, so
 what runs here has what it needs.
 
-Owns the processes and the node's folder; nothing of them is left at the end of the `with` block.
+Owns the processes and the folders of pod and node; nothing of them is left at the end of the `with` block.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Pod:
         self.node = node
         self._spec, self._secrets, self._replaced = spec, secrets, replaced
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._folder = Path(tempfile.mkdtemp(prefix="pod-", dir=node))
+        self._folder = Path(tempfile.mkdtemp(prefix="phfs-pod-"))
 
     def on_node(self, path: str | Path) -> Path:
         """A path as a container of the pod has it (of the kubelet's directory), as this process sees it."""
@@ -78,6 +78,7 @@ class Pod:
     def end(self) -> None:
         for name in list(self._processes):
             self.kill(name)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     # --- the manifest
 
@@ -167,9 +168,9 @@ def _enter(plan: Spec) -> None:
     """Become the container's first process."""
     work = Path(plan["work"]) / "root"
     work.mkdir(exist_ok=True)
-    # what is mounted below is this container's alone, but binds of a shared mount stay shared
-    _run("mount", "-t", "tmpfs", "none", work)
-    _run("mount", "--make-private", work)
+    below = subprocess.run(["findmnt", "-no", "TARGET", "--target", work], check=True, capture_output=True, text=True)
+    _run("mount", "--make-private", below.stdout.strip())  # all that follows is seen here alone
+    _run("mount", "-t", "tmpfs", "none", work)  # binds of a shared mount stay shared
     root, upper, scratch = (work / name for name in ("root", "upper", "scratch"))
     for path in (root, upper, scratch):
         path.mkdir()
