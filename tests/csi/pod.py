@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,8 +71,23 @@ class Pod:
         process.kill()  # the first process of the namespace dies with it, and the kernel kills the others
         process.wait(SECONDS)
 
-    def is_running(self, name: str) -> bool:
-        return self._processes[name].poll() is None
+    def keep_running(self) -> None:
+        """Start again what has ended, as the kubelet does while the pod is not deleted."""
+        for name, process in list(self._processes.items()):
+            if process.poll() is not None:
+                self.start(name)
+
+    def delete(self) -> list[str]:
+        """End all containers as the kubelet does; returns those that had to be killed."""
+        for process in self._processes.values():
+            _signal_first(process, signal.SIGTERM)
+        deadline = time.monotonic() + self._spec["terminationGracePeriodSeconds"]
+        for process in self._processes.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        killed = [name for name, process in self._processes.items() if process.poll() is None]
+        self.end()
+        return killed
 
     def log(self) -> str:
         return "\n".join(f"--- {path}\n{path.read_text(errors='replace')}" for path in self._folder.glob("*/log"))
@@ -128,6 +145,13 @@ class Pod:
         }
         inherited = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG") if name in os.environ}
         return {**inherited, "AWS_EC2_METADATA_DISABLED": "true", **given}
+
+
+def _signal_first(process: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to the first process of a container, which unshare has started."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), number)
 
 
 def _rights(box: Spec) -> list[str]:

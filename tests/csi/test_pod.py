@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,30 +128,43 @@ class Kubelet:
         )
 
 
+@dataclass
+class Cluster:
+    """One node, and the pods that run there. The store comes from the Secret phfs-store."""
+
+    node: Path
+    bucket: str
+    pods: ExitStack
+
+    def run(self) -> Kubelet:
+        """Start the containers of one more pod."""
+        server = shared_server()
+        secret = {"accessKey": server.access_key, "secretKey": server.secret_key}
+        secret |= {"endpoint": server.endpoint_url, "region": "us-east-1"}
+        with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+            port = listener.getsockname()[1]
+        replaced = {"--metrics-address=0.0.0.0:9808": f"--metrics-address=127.0.0.1:{port}"}
+        pod = Pod(self.node, daemon(tuple(objects(BASE.read_text()))), {"phfs-store": secret}, replaced)
+        self.pods.callback(pod.end)
+        for name in ("holder", "plugin"):
+            pod.start(name)
+        return Kubelet(pod, self.bucket, port)
+
+
 @pytest.fixture
-def kubelet() -> Iterator[Kubelet]:
-    """A node where the pod of the DaemonSet runs and is registered. The store comes from the Secret phfs-store."""
-    server, bucket = shared_server(), f"pod-{uuid.uuid4().hex[:8]}"
-    s3_client(server).create_bucket(Bucket=bucket)
-    secret = {
-        "accessKey": server.access_key,
-        "secretKey": server.secret_key,
-        "endpoint": server.endpoint_url,
-        "region": "us-east-1",
-    }
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        port = listener.getsockname()[1]
-    replaced = {"--metrics-address=0.0.0.0:9808": f"--metrics-address=127.0.0.1:{port}"}
-    with a_node() as node:
-        pod = Pod(node, daemon(tuple(objects(BASE.read_text()))), {"phfs-store": secret}, replaced)
-        try:
-            for name in ("holder", "plugin"):
-                pod.start(name)
-            found = Kubelet(pod, bucket, port)
-            found.register()
-            yield found
-        finally:
-            pod.end()
+def cluster() -> Iterator[Cluster]:
+    bucket = f"pod-{uuid.uuid4().hex[:8]}"
+    s3_client(shared_server()).create_bucket(Bucket=bucket)
+    with a_node() as node, ExitStack() as pods:
+        yield Cluster(node, bucket, pods)
+
+
+@pytest.fixture
+def kubelet(cluster: Cluster) -> Kubelet:
+    """A pod that runs and is registered."""
+    kubelet = cluster.run()
+    kubelet.register()
+    return kubelet
 
 
 def program(script: str, *arguments: Path) -> subprocess.Popen[str]:
@@ -207,4 +220,45 @@ def test_the_holder_may_be_started_again_too(kubelet: Kubelet) -> None:
     with program("open(__import__('sys').argv[1], 'w').write('x')", target / "other") as writer:
         assert writer.wait(SECONDS) == 0, kubelet.pod.log()
     kubelet.wait(lambda: kubelet.take_back() or True)
+    assert str(target) not in mount_table()
+
+
+BUSY = """
+import os, select, sys
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+count = 0
+print("busy", flush=True)
+while not select.select([sys.stdin], [], [], 0.01)[0]:
+    assert os.pwrite(fd, b"%06d" % count, 0) == 6
+    assert os.pread(fd, 6, 0) == b"%06d" % count
+    assert os.path.basename(sys.argv[1]) in os.listdir(os.path.dirname(sys.argv[1]))
+    count += 1
+os.fsync(fd)
+print("done", flush=True)
+"""
+
+
+def test_an_upgrade_hands_the_mounts_to_the_new_pod(cluster: Cluster, kubelet: Kubelet) -> None:
+    """The order of a DaemonSet with maxSurge: a new pod beside the old one, which ends when the new one is ready."""
+    kubelet.stage()
+    target = kubelet.publish()
+    with program(BUSY, target / "busy") as busy:
+        assert busy.stdout is not None
+        assert busy.stdin is not None
+        assert busy.stdout.readline() == "busy\n", kubelet.pod.log()
+        new = cluster.run()
+
+        def ready() -> bool:
+            kubelet.pod.keep_running()
+            new.pod.keep_running()
+            return new.probe("/readyz") == 200
+
+        new.wait(ready)
+        assert kubelet.probe("/readyz") == 200, "Kubernetes deletes an old pod that is not ready"
+        assert kubelet.pod.delete() == [], new.pod.log()
+        new.register()
+        busy.stdin.write("\n")
+        busy.stdin.flush()
+        assert busy.stdout.readline() == "done\n", new.pod.log()
+    new.wait(lambda: new.take_back() or True)
     assert str(target) not in mount_table()
