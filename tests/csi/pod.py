@@ -39,20 +39,25 @@ class Pod:
         self._spec, self._secrets, self._replaced = spec, secrets, replaced
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="phfs-pod-"))
+        self._folder.chmod(0o755)
 
     def on_node(self, path: str | Path) -> Path:
         """A path as a container of the pod has it (of the kubelet's directory), as this process sees it."""
         return self.node / str(path).lstrip("/")
 
+    def volume(self, name: str) -> Path:
+        """Where an emptyDir or a Secret is."""
+        return self._folder / f"volume-{name}"
+
     def start(self, name: str) -> None:
         """Start a container, also again."""
         [box] = (box for box in self._spec["containers"] if box["name"] == name)
-        folder = self._folder / name
+        folder = self._folder / f"container-{name}"
         folder.mkdir(exist_ok=True)
         plan = {
             "work": str(folder),
             "mounts": self._mounts(box),
-            "rights": _rights(box),
+            "rights": self._rights(box),
             "command": self._command(box),
         }
         with (folder / "log").open("ab") as log:
@@ -90,7 +95,8 @@ class Pod:
         return killed
 
     def log(self) -> str:
-        return "\n".join(f"--- {path}\n{path.read_text(errors='replace')}" for path in self._folder.glob("*/log"))
+        logs = self._folder.glob("container-*/log")
+        return "\n".join(f"--- {path}\n{path.read_text(errors='replace')}" for path in logs)
 
     def end(self) -> None:
         for name in list(self._processes):
@@ -119,13 +125,36 @@ class Pod:
             assert source.is_dir(), f"{path}: the kubelet would not start the pod"
             return str(source)
         if "secret" in volume:
-            source = self._folder / volume["name"]
+            source = self.volume(volume["name"])
             source.mkdir(exist_ok=True)
             for key, text in self._secrets.get(volume["secret"]["secretName"], {}).items():
                 (source / key).write_text(text)
+                (source / key).chmod(volume["secret"]["defaultMode"])
+                os.chown(source / key, 0, self._spec.get("securityContext", {}).get("fsGroup", 0))
             return str(source)
         assert volume["emptyDir"] == {}
-        return ""
+        source = self.volume(volume["name"])
+        source.mkdir(exist_ok=True)
+        source.chmod(0o777)
+        return str(source)
+
+    def _rights(self, box: Spec) -> list[str]:
+        """The command that takes rights away, before the one of the container."""
+        rights = box["securityContext"]
+        assert rights["readOnlyRootFilesystem"] is True
+        if rights.get("privileged"):
+            return []
+        assert rights["capabilities"] == {"drop": ["ALL"]}
+        assert rights["allowPrivilegeEscalation"] is False
+        command = ["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"]
+        user = {**self._spec.get("securityContext", {}), **rights}
+        if user["runAsUser"]:
+            command += [
+                f"--reuid={user['runAsUser']}",
+                f"--regid={user['runAsGroup']}",
+                f"--groups={user['fsGroup']}",
+            ]
+        return command
 
     def _command(self, box: Spec) -> list[str]:
         """phfs-csi is that of this environment; tini is the image's, and left out where there is none."""
@@ -152,16 +181,6 @@ def _signal_first(process: subprocess.Popen[bytes], number: int) -> None:
     with suppress(FileNotFoundError, ProcessLookupError):
         for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
             os.kill(int(child), number)
-
-
-def _rights(box: Spec) -> list[str]:
-    """The command that takes rights away, before the one of the container."""
-    rights = box["securityContext"]
-    if rights.get("privileged"):
-        return []
-    assert rights["capabilities"] == {"drop": ["ALL"]}
-    assert rights["allowPrivilegeEscalation"] is False
-    return ["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"]
 
 
 @contextmanager
@@ -206,6 +225,8 @@ def _enter(plan: Spec) -> None:
         _mount(source, root / place.lstrip("/"), how)
     for code in {str(ROOT), sys.prefix}:  # in place of the image's; perhaps below a volume
         _mount(code, root / code.lstrip("/"), "None")
+        for parent in Path(code).parents[:-1]:
+            (root / str(parent).lstrip("/")).chmod(0o755)  # the image's is open to all users
     _run("mount", "-o", "remount,ro", root)
     os.chroot(root)
     os.chdir("/")
@@ -216,9 +237,6 @@ def _enter(plan: Spec) -> None:
 def _mount(source: str, place: Path, how: str) -> None:
     if not place.exists():
         place.mkdir(parents=True)
-    if not source:
-        _run("mount", "-t", "tmpfs", "none", place)
-        return
     _run("mount", "--rbind", source, place)
     if how != "Bidirectional":
         _run("mount", "--make-rprivate", place)

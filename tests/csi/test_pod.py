@@ -28,7 +28,7 @@ from phfs_csi.proto import csi_pb2, csi_pb2_grpc, pluginregistration_pb2, plugin
 
 from phfs_fuse.mountpoint import mount_table  # noqa: E402
 from tests.csi.pod import Pod, a_node  # noqa: E402
-from tests.csi.test_deploy import BASE, daemon, objects  # noqa: E402
+from tests.csi.test_deploy import BASE, objects, of_kind, pods  # noqa: E402
 from tests.support.mounts import s3_client, shared_server  # noqa: E402
 
 pytestmark = [
@@ -134,19 +134,20 @@ class Cluster:
 
     node: Path
     bucket: str
-    pods: ExitStack
+    ends: ExitStack
 
-    def run(self) -> Kubelet:
-        """Start the containers of one more pod."""
+    def run(self, kind: str = "DaemonSet", *containers: str) -> Kubelet:
+        """Start containers of one more pod."""
         server = shared_server()
         secret = {"accessKey": server.access_key, "secretKey": server.secret_key}
         secret |= {"endpoint": server.endpoint_url, "region": "us-east-1"}
         with closing(socket.create_server(("127.0.0.1", 0))) as listener:
             port = listener.getsockname()[1]
         replaced = {"--metrics-address=0.0.0.0:9808": f"--metrics-address=127.0.0.1:{port}"}
-        pod = Pod(self.node, daemon(tuple(objects(BASE.read_text()))), {"phfs-store": secret}, replaced)
-        self.pods.callback(pod.end)
-        for name in ("holder", "plugin"):
+        [spec] = pods(of_kind(tuple(objects(BASE.read_text())), kind))
+        pod = Pod(self.node, spec, {"phfs-store": secret}, replaced)
+        self.ends.callback(pod.end)
+        for name in containers or ("holder", "plugin"):
             pod.start(name)
         return Kubelet(pod, self.bucket, port)
 
@@ -155,8 +156,8 @@ class Cluster:
 def cluster() -> Iterator[Cluster]:
     bucket = f"pod-{uuid.uuid4().hex[:8]}"
     s3_client(shared_server()).create_bucket(Bucket=bucket)
-    with a_node() as node, ExitStack() as pods:
-        yield Cluster(node, bucket, pods)
+    with a_node() as node, ExitStack() as ends:
+        yield Cluster(node, bucket, ends)
 
 
 @pytest.fixture
@@ -262,3 +263,27 @@ def test_an_upgrade_hands_the_mounts_to_the_new_pod(cluster: Cluster, kubelet: K
         assert busy.stdout.readline() == "done\n", new.pod.log()
     new.wait(lambda: new.take_back() or True)
     assert str(target) not in mount_table()
+
+
+def test_the_controller_makes_and_deletes_volumes_without_any_right(cluster: Cluster) -> None:
+    """As user 1000, without capabilities, on a read-only root, with the credentials of the mounted Secret."""
+    controller = cluster.run("Deployment", "plugin")
+    controller.wait(lambda: controller.probe("/readyz") == 200)
+    asked = csi_pb2.CreateVolumeRequest(
+        name="pvc-1",
+        volume_capabilities=[CAPABILITY],
+        capacity_range=csi_pb2.CapacityRange(required_bytes=1 << 30),
+        parameters={
+            "bucket": cluster.bucket,
+            "prefixTemplate": "volumes/${pvc.namespace}/${pvc.name}",
+            "csi.storage.k8s.io/pvc/name": "results",
+            "csi.storage.k8s.io/pvc/namespace": "default",
+            "csi.storage.k8s.io/pv/name": "pvc-1",
+        },
+    )
+    with grpc.insecure_channel(f"unix:{controller.pod.volume('sockets')}/csi.sock") as channel:
+        stub = csi_pb2_grpc.ControllerStub(channel)
+        made = stub.CreateVolume(asked, timeout=SECONDS).volume
+        assert made.volume_context["prefix"] == "volumes/default/results/"
+        stub.DeleteVolume(csi_pb2.DeleteVolumeRequest(volume_id=made.volume_id), timeout=SECONDS)
+    assert controller.pod.delete() == []
