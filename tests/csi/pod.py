@@ -86,7 +86,7 @@ class Pod:
         """End all containers as the kubelet does; returns those that had to be killed."""
         for process in self._processes.values():
             _signal_first(process, signal.SIGTERM)
-        deadline = time.monotonic() + self._spec["terminationGracePeriodSeconds"]
+        deadline = time.monotonic() + self._spec.get("terminationGracePeriodSeconds", 30)
         for process in self._processes.values():
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
