@@ -129,6 +129,7 @@ def everything() -> Iterator[tuple[str, tuple[Object, ...]]]:
 
 
 SETS = dict(everything())
+IMAGES = {box["image"] for box in containers(base()) if box["name"] in OURS}
 
 
 # --- the ways to install give the same
@@ -175,8 +176,7 @@ def test_versions_agree() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     meta = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert meta["version"] == meta["appVersion"] == project
-    images = {box["image"] for box in containers(base()) if box["name"] in OURS}
-    assert images == {f"phfs:{project}"}
+    assert {f"phfs:{project}"} == IMAGES
 
 
 @pytest.mark.parametrize(
@@ -233,6 +233,15 @@ def test_the_whole_store_of_primehub_keeps_to_the_schemas() -> None:
     named(found)
     lost = [thing for thing in found if thing["kind"] not in ("PersistentVolume", "Namespace")]
     assert {thing["metadata"].get("namespace") for thing in lost} == {"hub"}
+
+
+def test_the_overlay_changes_what_it_says() -> None:
+    found = kustomized(DEPLOY / "examples" / "overlay")
+    check_schemas(found)
+    ours = {box["image"] for box in containers(found) if box["name"] in OURS}
+    assert ours == {image.replace("phfs", "registry.example.org/phfs") for image in IMAGES}
+    [storage] = of_kind(found, "StorageClass")
+    assert storage["parameters"]["endpoint"] == "https://minio.example.org"
 
 
 # --- pods
