@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from phfs_csi.proto import csi_pb2, csi_pb2_grpc, pluginregistration_pb2, plugin
 
 from phfs_fuse.mountpoint import mount_table  # noqa: E402
 from tests.csi.pod import Pod, a_node  # noqa: E402
-from tests.csi.test_deploy import BASE, objects, of_kind, pods  # noqa: E402
+from tests.csi.test_deploy import DEPLOY, VARIANTS, Object, base, chart, example, of_kind, pods  # noqa: E402
 from tests.support.mounts import s3_client, shared_server  # noqa: E402
 
 pytestmark = [
@@ -39,7 +39,7 @@ pytestmark = [
 SECONDS = 60.0
 DRIVER = "phfs.csi.primehub.io"
 KUBELET = Path("/var/lib/kubelet")
-STAGING = KUBELET / "plugins/kubernetes.io/csi" / DRIVER / "abc/globalmount"
+STAGING = KUBELET / "plugins/kubernetes.io/csi/abc/globalmount"
 TARGET = KUBELET / "pods/1/volumes/kubernetes.io~csi/data/mount"
 VOLUME = "data"
 CAPABILITY = csi_pb2.VolumeCapability(
@@ -55,6 +55,7 @@ class Kubelet:
     pod: Pod
     bucket: str
     port: int
+    driver: str = DRIVER
 
     def sees(self, path: Path) -> Path:
         return self.pod.on_node(path)
@@ -73,7 +74,7 @@ class Kubelet:
 
     def register(self) -> Path:
         """As the kubelet does with a socket that it finds; returns where the CSI socket is."""
-        path = self.sees(KUBELET / "plugins_registry" / f"{DRIVER}-reg.sock")
+        path = self.sees(KUBELET / "plugins_registry" / f"{self.driver}-reg.sock")
         self.wait(path.exists)
         with grpc.insecure_channel(f"unix:{path}") as channel:
             stub = pluginregistration_pb2_grpc.RegistrationStub(channel)
@@ -81,7 +82,7 @@ class Kubelet:
             stub.NotifyRegistrationStatus(
                 pluginregistration_pb2.RegistrationStatus(plugin_registered=True), timeout=SECONDS
             )
-        assert (info.type, info.name, list(info.supported_versions)) == ("CSIPlugin", DRIVER, ["1.0.0"])
+        assert (info.type, info.name, list(info.supported_versions)) == ("CSIPlugin", self.driver, ["1.0.0"])
         return self.sees(Path(info.endpoint))
 
     def probe(self, path: str) -> int:
@@ -89,11 +90,11 @@ class Kubelet:
             return int(answer.status)
 
     def call(self, name: str, request: Any) -> Any:
-        path = self.sees(KUBELET / "plugins" / DRIVER / "csi.sock")
+        path = self.sees(KUBELET / "plugins" / self.driver / "csi.sock")
         with grpc.insecure_channel(f"unix:{path}") as channel:
             return getattr(csi_pb2_grpc.NodeStub(channel), name)(request, timeout=SECONDS)
 
-    def stage(self) -> None:
+    def stage(self, attributes: Mapping[str, str] | None = None) -> None:
         self.sees(STAGING).mkdir(parents=True)
         self.call(
             "NodeStageVolume",
@@ -101,7 +102,7 @@ class Kubelet:
                 volume_id=VOLUME,
                 staging_target_path=str(STAGING),
                 volume_capability=CAPABILITY,
-                volume_context={"bucket": self.bucket, "prefix": "groups/research/"},
+                volume_context=attributes or {"bucket": self.bucket, "prefix": "groups/research/"},
             ),
         )
 
@@ -136,15 +137,16 @@ class Cluster:
     bucket: str
     ends: ExitStack
 
-    def run(self, kind: str = "DaemonSet", *containers: str) -> Kubelet:
-        """Start containers of one more pod."""
+    def run(self, found: Sequence[Object] = (), kind: str = "DaemonSet", *containers: str) -> Kubelet:
+        """Start containers of one more pod, of the base or of other manifests."""
+        found = found or base()
         server = shared_server()
         secret = {"accessKey": server.access_key, "secretKey": server.secret_key}
         secret |= {"endpoint": server.endpoint_url, "region": "us-east-1"}
         with closing(socket.create_server(("127.0.0.1", 0))) as listener:
             port = listener.getsockname()[1]
         replaced = {"--metrics-address=0.0.0.0:9808": f"--metrics-address=127.0.0.1:{port}"}
-        [spec] = pods(of_kind(tuple(objects(BASE.read_text())), kind))
+        [spec] = pods(of_kind(found, kind))
         pod = Pod(self.node, spec, {"phfs-store": secret}, replaced)
         self.ends.callback(pod.end)
         for name in containers or ("holder", "plugin"):
@@ -267,7 +269,7 @@ def test_an_upgrade_hands_the_mounts_to_the_new_pod(cluster: Cluster, kubelet: K
 
 def test_the_controller_makes_and_deletes_volumes_without_any_right(cluster: Cluster) -> None:
     """As user 1000, without capabilities, on a read-only root, with the credentials of the mounted Secret."""
-    controller = cluster.run("Deployment", "plugin")
+    controller = cluster.run(base(), "Deployment", "plugin")
     controller.wait(lambda: controller.probe("/readyz") == 200)
     asked = csi_pb2.CreateVolumeRequest(
         name="pvc-1",
@@ -287,3 +289,26 @@ def test_the_controller_makes_and_deletes_volumes_without_any_right(cluster: Clu
         assert made.volume_context["prefix"] == "volumes/default/results/"
         stub.DeleteVolume(csi_pb2.DeleteVolumeRequest(volume_id=made.volume_id), timeout=SECONDS)
     assert controller.pod.delete() == []
+
+
+def test_primehub_s_volume_of_csi_rclone_is_served_as_it_is(cluster: Cluster) -> None:
+    """The plugin under csi-rclone's name, the attributes of PrimeHub's chart with the keys in them."""
+    kubelet = cluster.run(chart(*VARIANTS["csi-rclone"], release="phfs-csi-rclone"))
+    kubelet.driver = "csi-rclone"
+    kubelet.register()
+    server = shared_server()
+    [volume] = example(DEPLOY / "examples" / "csi-rclone" / "existing-volume.yaml")
+    attributes = {
+        **volume["spec"]["csi"]["volumeAttributes"],
+        "remotePath": cluster.bucket,
+        "s3-endpoint": server.endpoint_url,
+        "s3-access-key-id": server.access_key,
+        "s3-secret-access-key": server.secret_key,
+    }
+    kubelet.stage(attributes)
+    target = kubelet.publish() / "groups" / "research"
+    with program("import os, sys; os.makedirs(sys.argv[1]); open(sys.argv[1] + '/f', 'w').write('x')", target) as pod:
+        assert pod.wait(SECONDS) == 0, kubelet.pod.log()
+    kubelet.take_back()
+    body = s3_client(server).get_object(Bucket=cluster.bucket, Key="groups/research/f")["Body"].read()
+    assert body == b"x"
