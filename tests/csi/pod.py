@@ -82,11 +82,13 @@ class Pod:
             if process.poll() is not None:
                 self.start(name)
 
-    def delete(self) -> list[str]:
+    def delete(self, grace_seconds: float | None = None) -> list[str]:
         """End all containers as the kubelet does; returns those that had to be killed."""
+        if grace_seconds is None:
+            grace_seconds = self._spec.get("terminationGracePeriodSeconds", 30)
         for process in self._processes.values():
             _signal_first(process, signal.SIGTERM)
-        deadline = time.monotonic() + self._spec.get("terminationGracePeriodSeconds", 30)
+        deadline = time.monotonic() + grace_seconds
         for process in self._processes.values():
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,14 @@ class Kubelet:
         return self.sees(Path(info.endpoint))
 
     def probe(self, path: str) -> int:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=SECONDS) as answer:
-            return int(answer.status)
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=SECONDS) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as exc:
+            return exc.code
+
+    def is_ready(self) -> bool:
+        return self.probe("/readyz") == 200
 
     def call(self, name: str, request: Any) -> Any:
         path = self.sees(KUBELET / "plugins" / self.driver / "csi.sock")
@@ -189,8 +195,8 @@ print("closed", flush=True)
 
 def test_the_probes_answer(kubelet: Kubelet) -> None:
     assert kubelet.register() == kubelet.sees(KUBELET / "plugins" / DRIVER / "csi.sock")
-    assert kubelet.wait(lambda: kubelet.probe("/healthz")) == 200
-    assert kubelet.wait(lambda: kubelet.probe("/readyz")) == 200
+    kubelet.wait(kubelet.is_ready)
+    assert kubelet.probe("/healthz") == 200
 
 
 def test_a_pod_s_open_file_outlives_the_plugin_s_container(kubelet: Kubelet) -> None:
@@ -241,36 +247,60 @@ print("done", flush=True)
 """
 
 
+@contextmanager
+def busy_with(path: Path, kubelet: Kubelet) -> Iterator[None]:
+    """A program that writes, reads and lists all the time; fails when one of its calls does."""
+    with program(BUSY, path) as busy:
+        assert busy.stdout is not None
+        assert busy.stdin is not None
+        assert busy.stdout.readline() == "busy\n", kubelet.pod.log()
+        yield
+        busy.stdin.write("\n")
+        busy.stdin.flush()
+        assert busy.stdout.readline() == "done\n", kubelet.pod.log()
+
+
 def test_an_upgrade_hands_the_mounts_to_the_new_pod(cluster: Cluster, kubelet: Kubelet) -> None:
     """The order of a DaemonSet with maxSurge: a new pod beside the old one, which ends when the new one is ready."""
     kubelet.stage()
     target = kubelet.publish()
-    with program(BUSY, target / "busy") as busy:
-        assert busy.stdout is not None
-        assert busy.stdin is not None
-        assert busy.stdout.readline() == "busy\n", kubelet.pod.log()
+    with busy_with(target / "busy", kubelet):
         new = cluster.run()
 
-        def ready() -> bool:
+        def is_ready() -> bool:
             kubelet.pod.keep_running()
-            new.pod.keep_running()
-            return new.probe("/readyz") == 200
+            assert kubelet.is_ready(), "Kubernetes deletes an old pod that is not ready"
+            return new.is_ready()
 
-        new.wait(ready)
-        assert kubelet.probe("/readyz") == 200, "Kubernetes deletes an old pod that is not ready"
+        new.wait(is_ready)
         assert kubelet.pod.delete() == [], new.pod.log()
         new.register()
-        busy.stdin.write("\n")
-        busy.stdin.flush()
-        assert busy.stdout.readline() == "done\n", new.pod.log()
     new.wait(lambda: new.take_back() or True)
+    assert str(target) not in mount_table()
+
+
+@pytest.mark.slow
+def test_an_upgrade_that_is_undone_leaves_all_as_it_was(cluster: Cluster, kubelet: Kubelet) -> None:
+    """The new plugin does not start at all; its holder has taken the connections already, and ends with its pod. The
+    old one holds them again afterwards: the death of its plugin is a pause, as before."""
+    kubelet.stage()
+    target = kubelet.publish()
+    with busy_with(target / "busy", kubelet):
+        new = cluster.run(base(), "DaemonSet", "holder")
+        new.wait(lambda: "took over mounts=1" in new.pod.log())
+        assert new.pod.delete(grace_seconds=5) == ["holder"], "it goes on as long as it may"
+        kubelet.wait(lambda: kubelet.pod.log().count("holds name=") >= 2)
+        kubelet.pod.kill("plugin")
+        kubelet.pod.start("plugin")
+    kubelet.register()
+    kubelet.wait(lambda: kubelet.take_back() or True)
     assert str(target) not in mount_table()
 
 
 def test_the_controller_makes_and_deletes_volumes_without_any_right(cluster: Cluster) -> None:
     """As user 1000, without capabilities, on a read-only root, with the credentials of the mounted Secret."""
     controller = cluster.run(base(), "Deployment", "plugin")
-    controller.wait(lambda: controller.probe("/readyz") == 200)
+    controller.wait(controller.is_ready)
     asked = csi_pb2.CreateVolumeRequest(
         name="pvc-1",
         volume_capabilities=[CAPABILITY],
