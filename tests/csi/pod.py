@@ -108,10 +108,14 @@ class Pod:
     # --- the manifest
 
     def _mounts(self, box: Spec) -> list[tuple[str, str, str]]:
-        """(source, place, how) in order of places."""
+        """(source, place, how: "", "ro" or "Bidirectional") in order of places."""
         volumes = {volume["name"]: self._source(volume) for volume in self._spec["volumes"]}
         found = [
-            (volumes[mount["name"]], mount["mountPath"], mount.get("mountPropagation", "None"))
+            (
+                volumes[mount["name"]],
+                mount["mountPath"],
+                "ro" if mount.get("readOnly") else mount.get("mountPropagation", ""),
+            )
             for mount in box["volumeMounts"]
         ]
         return sorted(found, key=lambda mount: mount[1])
@@ -226,7 +230,7 @@ def _enter(plan: Spec) -> None:
     for source, place, how in plan["mounts"]:
         _mount(source, root / place.lstrip("/"), how)
     for code in {str(ROOT), sys.prefix}:  # in place of the image's; perhaps below a volume
-        _mount(code, root / code.lstrip("/"), "None")
+        _mount(code, root / code.lstrip("/"), "")
         for parent in Path(code).parents[:-1]:
             (root / str(parent).lstrip("/")).chmod(0o755)  # the image's is open to all users
     _run("mount", "-o", "remount,ro", root)
@@ -242,6 +246,8 @@ def _mount(source: str, place: Path, how: str) -> None:
     _run("mount", "--rbind", source, place)
     if how != "Bidirectional":
         _run("mount", "--make-rprivate", place)
+    if how == "ro":
+        _run("mount", "-o", "remount,bind,ro", place)
 
 
 if __name__ == "__main__":

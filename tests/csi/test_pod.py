@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="namespaces and mounts of a node need root"),
 ]
 
-SECONDS = 60.0
+SECONDS = 120.0  # of a machine that does other things, too
 DRIVER = "phfs.csi.primehub.io"
 KUBELET = Path("/var/lib/kubelet")
 STAGING = KUBELET / "plugins/kubernetes.io/csi/abc/globalmount"
