@@ -441,6 +441,12 @@ def test_every_flag_is_documented() -> None:
     assert table("Settings of the plugin") == flags - {"--help"}
 
 
+def test_every_metric_is_documented() -> None:
+    metrics = pytest.importorskip("phfs_csi.metrics", reason="the plugin is not in this checkout")
+    there = set(re.findall(r'"(phfs_csi_[a-z_]+)"', Path(metrics.__file__).read_text()))
+    assert {word.removesuffix("_total") for word in table("Metrics")} == there
+
+
 def test_every_example_is_documented() -> None:
     text = (ROOT / "docs" / "csi.md").read_text()
     names = {path.relative_to(DEPLOY / "examples").parts[0] for path in EXAMPLES} - {"store-secret.yaml"}
