@@ -122,8 +122,9 @@ def daemon(found: Sequence[Object]) -> Object:
 
 
 def everything() -> Iterator[tuple[str, tuple[Object, ...]]]:
-    """Base and examples: what needs no program to be read."""
+    """Base, examples and the benchmark: what needs no program to be read."""
     yield "base", base()
+    yield "bench-job.yaml", example(DEPLOY / "bench-job.yaml")
     for path in EXAMPLES:
         yield str(path.relative_to(DEPLOY)), example(path)
 
