@@ -26,6 +26,7 @@ pytest.importorskip("phfs_csi.node", reason="the plugin is not in this checkout"
 
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc, pluginregistration_pb2, pluginregistration_pb2_grpc  # noqa: E402
 
+# isort: split
 from phfs_fuse.mountpoint import mount_table  # noqa: E402
 from tests.csi.pod import Pod, a_node  # noqa: E402
 from tests.csi.test_deploy import DEPLOY, VARIANTS, Object, base, chart, example, of_kind, pods  # noqa: E402
