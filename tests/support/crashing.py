@@ -88,7 +88,7 @@ def worker() -> int:
     config = load_config(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
     step = Steps(config.writeback.directory)
     crash_at_commits(step)
-    mount.open_store = lambda config: CrashingStore(config, step)  # type: ignore[assignment, return-value]
+    mount.open_store = lambda config, _owner: CrashingStore(config, step)  # type: ignore[assignment, return-value]
     return mount.main()
 
 
