@@ -268,6 +268,7 @@ class Keeper:
         names = [(ino, bytes.fromhex(name)) for ino, name in message.names]
         if self._expiry is None:
             self._expiry = Expiry(self._device)
+            self._selector.register(self._expiry, selectors.EVENT_READ, self._expiry.answer)
         self._expiry.expire(names, self._worker.link, messages.encode(Message(kind=Kind.EXPIRED)))
 
     def _on_failed(self, message: Message) -> None:
