@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-from phfs_fuse import cachefile
+from phfs_fuse import cachefile, metrics
 from phfs_fuse.cachedisk import INLINE_BYTES
 from phfs_fuse.cachefile import Layout
 from phfs_fuse.extents import Extents
@@ -34,6 +34,7 @@ def adopt(shared: Shared, version: Version, source: str, covered: Extents) -> No
         for extent in version.fills.busy:
             blocks.remove(*extent)
         source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        metrics.COPIED.add(blocks.total_bytes)
     if blocks.total_bytes <= INLINE_BYTES or shared.fetching.nursery is None:
         _enter_now(version, blocks, source_fd)
         return

@@ -17,7 +17,7 @@ import trio
 
 from phfs_fuse import adoption
 from phfs_fuse.cachedir import CacheDirectory, file_name, unlink_all
-from phfs_fuse.cachedisk import CacheDisk, RunSync, on_thread
+from phfs_fuse.cachedisk import FILES_OPEN_MAX, CacheDisk, RunSync, on_thread
 from phfs_fuse.cachefile import CRC32, Buffer, Checksum, Layout
 from phfs_fuse.config import CacheConfig
 from phfs_fuse.extents import Extents
@@ -65,6 +65,7 @@ class BlockCache:
         *,
         checksum: Checksum = CRC32,
         run_sync: RunSync = on_thread,
+        files_max: int = FILES_OPEN_MAX,
     ) -> None:
         self._disk = CacheDisk(
             config=config,
@@ -72,6 +73,7 @@ class BlockCache:
             checksum=checksum,
             run_sync=run_sync,
             limiter=trio.CapacityLimiter(THREADS_MAX),
+            files_max=files_max,
         )
         self._fetching = Fetching(store)
         self._shared = Shared(self._disk, self._fetching)

@@ -14,6 +14,7 @@ from typing import Final, Protocol, TypeVar
 
 import trio
 
+from phfs_fuse import metrics
 from phfs_fuse.cachedir import CacheDirectory, Entry
 from phfs_fuse.cachefile import Checksum
 from phfs_fuse.config import CacheConfig
@@ -64,6 +65,7 @@ class CacheDisk:
     limiter: trio.CapacityLimiter
     counts: Counts = field(default_factory=Counts)
     opened: OrderedDict[Opened, None] = field(default_factory=OrderedDict)  # least recently used first
+    files_max: int = FILES_OPEN_MAX  # that may be open, if there are fewer descriptors than usual
     is_full: bool = False  # it takes nothing now
     needs_room: bool = False  # because there is no space left, or no quota
     trash: list[str] = field(default_factory=list)  # files to be unlinked
@@ -71,12 +73,13 @@ class CacheDisk:
 
     async def run(self, call: Callable[[], T], *, abandon_on_cancel: bool = True) -> T:
         """On a thread."""
+        metrics.HOPS.add(1, "disk")
         return await self.run_sync(call, abandon_on_cancel=abandon_on_cancel, limiter=self.limiter)
 
     def note_opened(self, file: Opened) -> None:
         """`file` was opened; the one that was not used for longest may be closed for it."""
         self.opened[file] = None
-        if len(self.opened) > FILES_OPEN_MAX:
+        if len(self.opened) > min(FILES_OPEN_MAX, self.files_max):
             next(iter(self.opened)).detach()
 
     def failed(self, exc: OSError) -> None:

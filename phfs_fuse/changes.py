@@ -8,6 +8,7 @@ is in the journal when it returns. It does not upload: it puts the file on the q
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -55,6 +56,7 @@ class Changes:
         self._source_of: dict[Node, ObjectKey] = {}
         self._attempts: dict[ObjectKey, list[tuple[int, str]]] = {}  # (size, metadata) that the store may have
         self._seq = 0
+        self.made_at = -math.inf  # when a file was made last
         self._waiters: dict[Ino, trio.Event] = {}
         self.on_met: Callable[[ObjectKey], None] | None = None
         self.settled = trio.Event()  # set, and replaced, when something has reached the store or failed
@@ -95,6 +97,10 @@ class Changes:
         """Before one that will give space back. Raises: OSError (ENOSPC)."""
         self._journal.reserve.require_some()
 
+    async def room_to_note(self) -> None:
+        """Before what is noted of the store: returns at once, but for a disk that is full."""
+        await self._journal.reserve.some()
+
     def created(self, node: Node) -> None:
         """`node` has just got a name that nothing had. A file starts empty and is not in the store."""
         key = self._inodes.key(node)
@@ -102,6 +108,7 @@ class Changes:
             node.marker = self._take_gone(key)
             self.review_marker(node, changed=True)
             return
+        self.made_at = trio.current_time()
         layer = self._area.new(seen=0, size=0)
         dirty = self._make_dirty(node, self._take_gone(key))
         node.staged = Staged([layer])
@@ -457,10 +464,11 @@ class Changes:
     def deleted(self, batch: Iterable[Gone]) -> None:
         done = [gone.key for gone in batch if self.gone.get(gone.key) is gone]
         self._seq += 1
-        for key in done:
-            self.gone.take(key, self._seq)
-            self.answered(key)
-        self._journal.drop_gone(done)
+        with self._journal.batch():
+            for key in done:
+                self.gone.take(key, self._seq)
+                self.answered(key)
+            self._journal.drop_gone(done)
         self.announce()
 
     def landed(self, key: ObjectKey, etag: ETag | None, *, except_node: Node | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of changes whose base or whose name in the store somebody else has changed. Owns their count.
+"""What becomes of changes whose base or whose name in the store somebody else has changed. Owns no state.
 
 Nothing is overwritten: whose upload loses is kept beside the winner, or saved outside of the mount.
 """
@@ -13,6 +13,7 @@ from contextlib import suppress
 
 import trio
 
+from phfs_fuse import metrics
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import OnConflict
 from phfs_fuse.dirty import DirtyFile
@@ -55,7 +56,6 @@ class Conflicts:
         self._queue = queue
         self._sources = sources
         self._on_conflict = on_conflict
-        self.count = 0
 
     async def lost_race(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, exc: PhfsError) -> None:
         """The store moved on under our bytes (or our own earlier try did reach it). Nothing is overwritten."""
@@ -126,7 +126,7 @@ class Conflicts:
         path = self._inodes.path(node)
         layers = node.staged.layers if node.staged else []
         saved = [target for layer in layers if (target := self._area.save_aside(layer.path)) is not None]
-        self.count += 1
+        metrics.CONFLICTS.add()
         for kept_as in [os.fsencode(target) for target in saved] or [b""]:
             self._journal.put_conflict(self._inodes.raw_path(node), kept_as, outside=True)
         log.error(
@@ -155,7 +155,7 @@ class Conflicts:
         self._changes.displaced(node, key, winner_size)
         self._changes.answered(key)
         self._inodes.incomplete(parent)
-        self.count += 1
+        metrics.CONFLICTS.add()
         dirty.over = None
         self._changes.track(node)
         with self._journal.batch():

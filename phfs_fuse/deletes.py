@@ -1,4 +1,4 @@
-"""Deletes in the store what was removed here: many keys with one request. Owns their failures.
+"""Deletes in the store what was removed here: many keys with one request. Owns the count of what stayed.
 
 A deletion is for the version that was seen; what somebody else has stored under the key meanwhile stays.
 """
@@ -11,6 +11,7 @@ from functools import partial
 
 import trio
 
+from phfs_fuse import metrics
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import OnConflict, WritebackConfig
 from phfs_fuse.errors import NotFound, PhfsError, VersionChanged
@@ -41,7 +42,6 @@ class Deletes:
         self._changes = changes
         self._queue = queue
         self._sources = sources
-        self.failures = 0
         self.spared = 0  # objects that were removed here and stay, since somebody else stored them anew
 
     def is_ready(self, gone: Gone) -> bool:
@@ -63,6 +63,7 @@ class Deletes:
             versions = {key: look for key, look in found.items() if not isinstance(look, PhfsError)}
             done = await self._delete(versions)
             failed = {key: look for key, look in found.items() if isinstance(look, PhfsError)} | dict(done)
+            await self._changes.room_to_note()
         except PhfsError as exc:
             failed = {gone.key: exc for gone in batch}
         finally:
@@ -112,7 +113,7 @@ class Deletes:
         return others
 
     def _again(self, gone: Gone, exc: PhfsError | None) -> None:
-        self.failures += 1
+        metrics.UPLOAD_FAILURES.add()
         log.warning("delete of key=%s failed, will be tried again: %s", gone.key, exc or "was cancelled")
         if self._changes.gone.get(gone.key) is gone:
             self._queue.push(gone, trio.current_time() + self._queue.backoff(3))
@@ -121,6 +122,7 @@ class Deletes:
         """The store has another version than the one that was removed here: ours, by an upload without an answer,
         or somebody else's, which stays."""
         try:
+            await self._changes.room_to_note()
             found = await self._store.head(gone.key)
         except NotFound:
             self._changes.deleted([gone])

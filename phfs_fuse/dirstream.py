@@ -15,6 +15,7 @@ import trio
 
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.kernelstate import KernelState
+from phfs_fuse.listahead import ListAhead
 from phfs_fuse.namespace import Namespace
 from phfs_fuse.settling import Settling
 from phfs_fuse.types import Fh
@@ -31,8 +32,17 @@ def sort_key(node: Node) -> bytes:
 class DirStream:
     """`cookie` and `after` are where an earlier process was: the last cookie that it gave, and for which name."""
 
-    def __init__(self, namespace: Namespace, inodes: Inodes, node: Node, cookie: int = 0, after: bytes = b"") -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        ahead: ListAhead,
+        inodes: Inodes,
+        node: Node,
+        cookie: int = 0,
+        after: bytes = b"",
+    ) -> None:
         self._namespace = namespace
+        self._ahead = ahead
         self._inodes = inodes
         self._node = node
         self._lock = trio.Lock()
@@ -50,6 +60,7 @@ class DirStream:
 
     async def _all(self) -> AsyncGenerator[list[Node]]:
         """Every child once, in order."""
+        await self._ahead.arrival(self._node)
         if (known := self._namespace.complete_listing(self._node)) is not None:
             yield sorted(known, key=sort_key)
             return
@@ -116,6 +127,7 @@ class DirStreams:
         self._namespace = namespace
         self._kernel = kernel
         self._settling = settling
+        self.ahead = ListAhead(namespace, inodes)
         self._streams: dict[int, DirStream] = {}
         self._stream_no = 0
         self._positions: dict[int, tuple[int, bytes]] = {}  # of streams that the process before had open
@@ -137,7 +149,7 @@ class DirStreams:
         stream = self._streams.get(fh)
         if stream is None:
             node, position = self._inodes.get(fh >> STREAM_BITS), self._positions.pop(fh, (0, b""))
-            stream = self._streams[fh] = DirStream(self._namespace, self._inodes, node, *position)
+            stream = self._streams[fh] = DirStream(self._namespace, self.ahead, self._inodes, node, *position)
         return await stream.read(offset)
 
     def told_page(self, fh: int, page: Sequence[tuple[int, Node]]) -> None:

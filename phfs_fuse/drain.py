@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 
 import trio
 
-from phfs_fuse import logs
+from phfs_fuse import logs, metrics
 from phfs_fuse.config import MountConfig
 from phfs_fuse.control import ControlServer
 from phfs_fuse.errors import MountpointError, NotDrained, StartupError
@@ -58,7 +58,7 @@ async def upload_left(config: MountConfig) -> None:
                 f"{config.store.url}: {left.files} files and {left.bytes} bytes are not in the store yet; "
                 f"they stay in {config.writeback.directory}"
             )
-        log.info("uploaded files=%d bytes=%d", mount.writeback.uploaded_files, mount.writeback.uploaded_bytes)
+        log.info("uploaded files=%d bytes=%d", metrics.UPLOADED_FILES.values[""], metrics.UPLOADED_BYTES.values[""])
 
 
 def _is_done(mount: Mount) -> bool:

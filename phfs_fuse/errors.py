@@ -27,8 +27,10 @@ class NotFound(PhfsError):
     errno = errno.ENOENT
 
 
-class BucketNotFound(NotFound):
-    """The bucket itself is not there."""
+class BucketNotFound(PhfsError):
+    """The bucket itself is not there: that says nothing about a file of it."""
+
+    errno = errno.EIO
 
 
 class Exists(PhfsError):

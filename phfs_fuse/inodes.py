@@ -6,10 +6,13 @@ a version that somebody else has replaced in the store) lives on until the kerne
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
+from sys import intern
 from typing import TYPE_CHECKING
 
 from phfs_fuse import keys
@@ -23,6 +26,21 @@ if TYPE_CHECKING:
     from phfs_fuse.staging import Staged
 
 NEVER = float("-inf")
+_MD5 = re.compile("[0-9a-f]{32}")
+# Apart from the classes: a file has no room for what only directories have, and reads the values of the class.
+_OF_ALL = (
+    "_segment", "atime_ns", "base", "checked_at", "ctime_ns", "detached", "direct_writers", "dirty", "doubted_at",
+    "gid", "holds", "ino", "misjudged",
+    "link", "lookups", "mode", "mtime_ns", "name", "noted", "opens", "parent", "rdev", "seq", "size", "staged",
+    "uid", "version", "writers", "xattrs",
+)  # fmt: skip
+_OF_FOLDERS = ("complete_at", "gaps", "kids", "marker", "misses", "own_attrs", "subdirs", "unseen")
+
+
+@lru_cache(4096)
+def _same(value: int) -> int:
+    """One object for equal numbers: modes and owners are few, nodes are many."""
+    return value
 
 
 @dataclass(slots=True, eq=False)
@@ -35,63 +53,53 @@ class Question:
     heard: set[bytes] = field(default_factory=set)
 
 
-@dataclass(frozen=True, slots=True)
 class Base:
-    """Where the stored bytes of a file are: one version of one object."""
+    """Where the stored bytes of a file are: one version of one object. Never changes.
 
-    key: ObjectKey
-    etag: ETag
-    size: int
+    There is one for each known file, so it is small: the folder's key is shared, and so is `name`, the end of the
+    key, if the caller has it; an ETag that is an MD5 is kept as its 16 bytes.
+    """
+
+    __slots__ = ("_etag", "_folder", "_name", "size")
+
+    def __init__(self, key: ObjectKey, etag: ETag, size: int, name: bytes = b"") -> None:
+        text = name.decode(errors="replace")
+        is_end = name != b"" and key.endswith(text) and text.encode() == name
+        self._folder = intern(key[: -len(text)]) if is_end else key
+        self._name = name if is_end else b""
+        digest = bytes.fromhex(etag) if _MD5.fullmatch(etag) else None
+        self._etag: ETag | bytes = etag if digest is None else digest
+        self.size = size
+
+    @property
+    def key(self) -> ObjectKey:
+        return ObjectKey(self._folder + self._name.decode())
+
+    @property
+    def etag(self) -> ETag:
+        return ETag(self._etag.hex()) if isinstance(self._etag, bytes) else self._etag
 
 
 class Node:
-    """One file, directory, symlink or special file. Its methods do not await."""
+    """One file, symlink or special file; a directory is a `Folder`. Its methods do not await."""
 
-    __slots__ = (
-        "atime_ns",
-        "base",
-        "checked_at",
-        "complete_at",
-        "ctime_ns",
-        "detached",
-        "direct_writers",
-        "dirty",
-        "doubted_at",
-        "gaps",
-        "gid",
-        "holds",
-        "ino",
-        "kids",
-        "link",
-        "lookups",
-        "marker",
-        "misjudged",
-        "misses",
-        "mode",
-        "mtime_ns",
-        "name",
-        "noted",
-        "opens",
-        "own_attrs",
-        "parent",
-        "rdev",
-        "segment",
-        "seq",
-        "size",
-        "staged",
-        "subdirs",
-        "uid",
-        "unseen",
-        "version",
-        "writers",
-        "xattrs",
-    )
+    __slots__ = _OF_ALL
+
+    # of directories only; a file has these values and cannot be given others
+    kids: dict[bytes, Node] | None = None
+    complete_at: float = NEVER  # when `kids` was all that there is
+    marker: ETag | None = None  # version of the marker object in the store
+    own_attrs: bool = False  # has attributes that only a marker can keep
+    gaps: int = 0  # how often `kids` lost a name that the store has
+    subdirs: int = 0
+    unseen: bool = False  # the store has more in it than `kids`
+    misses: int = 0  # names that had to be asked for since `complete_at`
 
     def __init__(self, ino: Ino, attrs: Attrs, *, ctime_ns: int) -> None:
         self.ino = ino
         self.parent: Node | None = None
         self.name = b""
-        self.segment = ""
+        self._segment: str | None = None  # None: the name, as text
         self.size = 0
         self.set_attrs(attrs)
         self.ctime_ns = ctime_ns
@@ -111,15 +119,15 @@ class Node:
         self.dirty: DirtyFile | None = None
         self.staged: Staged | None = None
         self.version: Version | None = None
-        # directories only
-        self.kids: dict[bytes, Node] | None = {} if self.is_dir else None
-        self.complete_at = NEVER  # when `kids` was all that there is
-        self.marker: ETag | None = None  # version of the marker object in the store
-        self.own_attrs = False  # has attributes that only a marker can keep
-        self.gaps = 0  # how often `kids` lost a name that the store has
-        self.subdirs = 0
-        self.unseen = False  # the store has more in it than `kids`
-        self.misses = 0  # names that had to be asked for since `complete_at`
+
+    @property
+    def segment(self) -> str:
+        """Of the key, for this name."""
+        return self.name.decode() if self._segment is None else self._segment
+
+    def set_name(self, name: bytes, segment: str) -> None:
+        self.name = name
+        self._segment = None if segment.encode("utf-8", "surrogatepass") == name else segment
 
     @property
     def is_dir(self) -> bool:
@@ -154,7 +162,7 @@ class Node:
         )
 
     def set_attrs(self, attrs: Attrs) -> None:
-        self.mode, self.uid, self.gid = attrs.mode, attrs.uid, attrs.gid
+        self.mode, self.uid, self.gid = _same(attrs.mode), _same(attrs.uid), _same(attrs.gid)
         self.mtime_ns, self.rdev, self.xattrs = attrs.mtime_ns, attrs.rdev, attrs.xattrs
         self.link = attrs.link
 
@@ -166,7 +174,21 @@ class Node:
     @property
     def busy(self) -> bool:
         """Whether something still refers to it."""
-        return bool(self.lookups or self.opens or self.holds or self.dirty or self.kids)
+        return bool(self.lookups or self.opens or self.holds or self.dirty)
+
+
+class Folder(Node):
+    """A directory."""
+
+    __slots__ = _OF_FOLDERS
+
+    def __init__(self, ino: Ino, attrs: Attrs, *, ctime_ns: int) -> None:
+        super().__init__(ino, attrs, ctime_ns=ctime_ns)
+        self.kids = {}
+        self.complete_at = NEVER
+        self.marker = None
+        self.own_attrs = self.unseen = False
+        self.gaps = self.subdirs = self.misses = 0
 
 
 class Inodes:
@@ -178,7 +200,7 @@ class Inodes:
         self._nodes: dict[int, Node] = {}
         self._questions: dict[Ino, list[Question]] = {}  # by directory, those under way
         self.on_changed: Callable[[Node], None] | None = None  # a node got another name, or lost it
-        self.root = Node(ROOT_INO, root_attrs, ctime_ns=now_ns)
+        self.root: Node = Folder(ROOT_INO, root_attrs, ctime_ns=now_ns)
         self.root.lookups = 1  # never forgotten
         self._nodes[ROOT_INO] = self.root
 
@@ -207,7 +229,7 @@ class Inodes:
         if ino is None:
             ino = Ino(self._next)
         self._next = max(self._next, ino + 1)
-        node = Node(ino, attrs, ctime_ns=ctime_ns)
+        node = (Folder if stat.S_ISDIR(attrs.mode) else Node)(ino, attrs, ctime_ns=ctime_ns)
         self._nodes[ino] = node
         return node
 
@@ -215,8 +237,8 @@ class Inodes:
         """Give `node` a name, which must be free. `segment` differs from the name only for odd keys."""
         assert parent.kids is not None
         assert name not in parent.kids
-        node.parent, node.name = parent, name
-        node.segment = keys.segment_of(name) if segment is None else segment
+        node.parent = parent
+        node.set_name(name, keys.segment_of(name) if segment is None else segment)
         node.detached = False
         parent.kids[name] = node
         if node.is_dir:
@@ -289,6 +311,9 @@ class Inodes:
         at: Node | None = node
         while at is not None and not at.busy and at is not self.root and not self._outdates_an_answer(at):
             parent = at.parent
+            self._drop_untold(at)
+            if at.kids:
+                return
             self._nodes.pop(at.ino, None)
             if at.version is not None:
                 at.version.close()
@@ -301,6 +326,25 @@ class Inodes:
                 parent.subdirs -= 1
             at.detached = True
             at = parent
+
+    def _drop_untold(self, folder: Node) -> None:
+        """Let go of what a listing brought into `folder` and nobody has asked for."""
+        for kid in list((folder.kids or {}).values()):
+            if kid.busy or self._outdates_an_answer(kid):
+                return
+            self._drop_untold(kid)
+            if kid.kids:
+                return
+            self._nodes.pop(kid.ino, None)
+            if kid.version is not None:
+                kid.version.close()
+                kid.version = None
+            assert folder.kids is not None
+            del folder.kids[kid.name]
+            self.incomplete(folder)
+            if kid.is_dir:
+                folder.subdirs -= 1
+            kid.detached = True
 
     @staticmethod
     def incomplete(parent: Node) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from phfs_fuse import metrics
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.reserve import Reserve
 from phfs_fuse.types import ETag, Ino, ObjectKey
@@ -118,6 +119,7 @@ class Journal:
         self.reserve = Reserve(directory)
         self.saved_aside: Path | None = None
         self._depth = 0
+        self._rows: dict[Ino, PresentRow] = {}  # as they were written; empty after a transaction that failed
         self._after: list[Callable[[], None]] = []
         fresh = not self.path.exists()
         try:
@@ -211,6 +213,8 @@ class Journal:
         return self._execute(sql, values)
 
     def _execute(self, sql: str, values: Sequence[object]) -> sqlite3.Cursor:
+        if not self._db.in_transaction and not sql.startswith("SELECT"):
+            metrics.JOURNAL.add()
         try:
             return self._db.execute(sql, values)
         except sqlite3.OperationalError as exc:
@@ -230,6 +234,7 @@ class Journal:
             self._depth -= 1
             if self._depth == 0:
                 self._after.clear()
+                self._rows.clear()
                 if self._db.in_transaction:  # SQLite ends it itself when the disk is full
                     self._run("ROLLBACK")
             raise
@@ -245,6 +250,7 @@ class Journal:
             self._run("COMMIT")
         except OSError:
             self._after.clear()
+            self._rows.clear()
             if self._db.in_transaction:
                 self._run("ROLLBACK")
             raise
@@ -276,6 +282,9 @@ class Journal:
     # what is to be stored
 
     def put(self, row: PresentRow) -> None:
+        """Costs nothing if the row is as it was."""
+        if self._rows.get(row.ino) == row:
+            return
         self._run(
             "INSERT OR REPLACE INTO present VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             (
@@ -284,9 +293,11 @@ class Journal:
                 row.over, row.attrs,
             ),
         )  # fmt: skip
+        self._rows[row.ino] = row
 
     def drop(self, ino: Ino) -> None:
         """The file `ino` is as the store has it (or gone), so are its layers."""
+        self._rows.pop(ino, None)
         self._run("DELETE FROM present WHERE ino=?", (ino,))
         self._run("DELETE FROM layer WHERE ino=?", (ino,))
 

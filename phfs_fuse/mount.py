@@ -26,7 +26,7 @@ from typing import Final
 import trio
 
 import phfs_fuse
-from phfs_fuse import logs
+from phfs_fuse import logs, metrics
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.claims import Claims
@@ -52,6 +52,7 @@ from phfs_fuse.ops import operations
 from phfs_fuse.quota import Quotas
 from phfs_fuse.quotakeeper import QuotaKeeper
 from phfs_fuse.recovery import Recovery
+from phfs_fuse.reserve import room_to_resume
 from phfs_fuse.resume import last_change, restore
 from phfs_fuse.session import KeeperLink, Session
 from phfs_fuse.settings import load_config
@@ -72,6 +73,7 @@ CHECKPOINT_SECONDS: Final = 5.0
 CHECKPOINT_BYTES: Final = 4 << 20
 RESEND_SECONDS: Final = 5.0  # until when a request may be one that the process before had done
 HANDOVER_SECONDS: Final = 5.0  # for requests in work, when another worker waits to go on
+DESCRIPTORS_PART: Final = 6  # of them, at most, for files of the staging area, and as many for those of the cache
 BUSY_SECONDS: Final = 5.0  # for programs to let go of a mount that is asked to end
 EPOCH_INODES: Final = 1 << 28  # numbers of one process: none is given out twice over restarts
 
@@ -93,8 +95,9 @@ class Mount:
         epoch = self.journal.number("epoch", 0)
         self.starts = epoch + 1  # processes that this local state has had
         self.journal.set_number("epoch", self.starts)
-        self.area = StagingArea(directory / "staging", first_id=1)
-        self.blocks = BlockCache(store, config.cache)
+        files_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // DESCRIPTORS_PART
+        self.area = StagingArea(directory / "staging", first_id=1, files_max=min(512, files_max))
+        self.blocks = BlockCache(store, config.cache, files_max=files_max)
         self.inodes = Inodes(
             config.store.prefix,
             Namespace.root_attrs(config.tree),
@@ -210,11 +213,11 @@ class Mount:
         return {
             "files_pending": now.files + now.deletes,
             "bytes_pending": now.bytes,
-            "bytes_done": self.writeback.uploaded_bytes,
+            "bytes_done": metrics.UPLOADED_BYTES.values[""],
         }
 
     def status(self) -> Mapping[str, object]:
-        config, writeback, settling = self.config, self.writeback, self.settling
+        config, settling = self.config, self.settling
         pending, usage = settling.pending(), self.blocks.usage()
         asked = usage.hits + usage.misses
         return {
@@ -241,7 +244,7 @@ class Mount:
                 "hit_rate": usage.hits / asked if asked else None,
             },
             "dirty": {"bytes": pending.bytes, "limit": settling.dirty_bytes_max},
-            "uploaded": {"files": writeback.uploaded_files, "bytes": writeback.uploaded_bytes},
+            "uploaded": {"files": metrics.UPLOADED_FILES.values[""], "bytes": metrics.UPLOADED_BYTES.values[""]},
             "inodes": len(self.inodes),
             "open_files": self.vfs.open_files,
             "quotas": self.quotas.shown(),
@@ -249,6 +252,7 @@ class Mount:
             "illegal_keys": self.namespace.illegal_keys,
             "errors": [{"path": path, "reason": reason, "count": count} for path, reason, count in settling.errors()],
             "events": self.events.status(),
+            "counters": metrics.snapshot(),
             "store": {"state": "unavailable" if settling.store_is_away else "ok"},
         }
 
@@ -314,6 +318,7 @@ class Worker:
             await services.start(mount.blocks.run)
             await services.start(mount.writeback.run)
             await services.start(mount.quotas.run)
+            await services.start(mount.vfs.list_ahead)
             services.start_soon(self._hear_keeper)
             if mount.config.tree.events is EventsSetting.AUTO:
                 services.start_soon(self._hear_store)
@@ -460,6 +465,8 @@ async def opened(config: MountConfig) -> AsyncIterator[Mount]:
 
 
 async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None:
+    if resume:
+        await room_to_resume(config.writeback.directory)
     async with opened(config) as mount:
         if resume:  # without asking the store: the kernel's requests wait
             mount.resume()

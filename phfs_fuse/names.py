@@ -25,6 +25,7 @@ from phfs_fuse.errors import (
     NotADirectory,
     NotEmpty,
     NotFound,
+    StaleVersion,
 )
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Act
@@ -71,6 +72,14 @@ class Names:
         if not self._acts or act is None or (done := self._acts.pop(act.pid, None)) is None:
             return None
         return done[1] if done[0] == act else None
+
+    def _meant(self, node: Node) -> Node:
+        """`node`, if the kernel can mean it by its name. What somebody else has stored since the kernel looked is
+        another node, which no program has seen: it is not removed or moved in place of the one that was.
+        Raises: StaleVersion, and the kernel looks again (Source: retry_estale in fs/namei.c)."""
+        if not node.lookups:
+            raise StaleVersion("lookup", self._inodes.path(node), "was stored anew by somebody else")
+        return node
 
     def _folder(self, ino: int) -> Node:
         node = self._inodes.get(ino)
@@ -233,7 +242,7 @@ class Names:
         if self._repeated(act) is not None:
             return
         parent = self._folder(parent_ino)
-        node = await self._namespace.child(parent, name)
+        node = self._meant(await self._namespace.child(parent, name))
         if node.is_dir:
             raise IsADirectory("unlink", self._inodes.path(node))
         self._remove(parent, node, act)
@@ -243,7 +252,7 @@ class Names:
         if self._repeated(act) is not None:
             return
         parent = self._folder(parent_ino)
-        node = await self._namespace.child(parent, name)
+        node = self._meant(await self._namespace.child(parent, name))
         if not node.is_dir:
             raise NotADirectory("rmdir", self._inodes.path(node))
         if not await self._namespace.is_empty(node):
@@ -275,7 +284,7 @@ class Names:
             return
         source_dir, target_dir = self._folder(parent_ino), self._folder(to_ino)
         while True:
-            source = await self._namespace.child(source_dir, name)
+            source = self._meant(await self._namespace.child(source_dir, name))
             if source.is_dir:
                 await self._namespace.load_below(source)
             target = await self._namespace.exists(target_dir, to_name)

@@ -22,7 +22,17 @@ from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs, from_metadata
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import PosixAttrs, TreeConfig
-from phfs_fuse.errors import IllegalName, NameTooLong, NotADirectory, NotFound, ReadOnly, StoreUnavailable
+from phfs_fuse.errors import (
+    AccessDenied,
+    BucketNotFound,
+    IllegalName,
+    NameTooLong,
+    NotADirectory,
+    NotFound,
+    PhfsError,
+    ReadOnly,
+    StoreUnavailable,
+)
 from phfs_fuse.inodes import NEVER, Base, Inodes, Node, Question
 from phfs_fuse.store.base import ObjectInfo, ObjectStore
 from phfs_fuse.tasks import gather
@@ -35,6 +45,7 @@ MISSES_MAX = 2  # names asked for one by one before the whole directory is liste
 AWAY_SECONDS = 2.0  # after a request that found the store away, names are answered from memory
 ROWS_BYTES = 4096  # of the journal, for one change
 MISSING_SECONDS = 0.5  # for which a name is known not to be there, without any lifetime: create follows lookup
+REFUSED = (StoreUnavailable, BucketNotFound, AccessDenied)  # answers that say nothing about a name
 HEADS_MAX = 32  # at a time, where a listing does not carry the metadata
 
 
@@ -49,6 +60,7 @@ class Namespace:
         self._trust = trust
         # names that the kernel was told are not there, and when they were asked for
         self._missing: LRUCache[tuple[int, bytes], float] = LRUCache(100_000)
+        self._listings: dict[Ino, trio.Event] = {}  # for single names, under way
         self._heads = trio.CapacityLimiter(HEADS_MAX)
         self._away_until = -math.inf
         self.illegal_keys = 0
@@ -66,6 +78,11 @@ class Namespace:
     def _require_not_read_only(self) -> None:
         if self._config.read_only:
             raise ReadOnly("write", "mount", "is read-only")
+
+    @property
+    def ttl(self) -> float:
+        """Seconds for which an answer of the store is believed."""
+        return self._trust.short_seconds
 
     # ---- defaults ----
 
@@ -144,8 +161,8 @@ class Namespace:
     async def child(self, parent: Node, name: bytes) -> Node:
         """What `name` in `parent` means now. Returns without awaiting anything after the last look at the tree.
 
-        Raises: NotFound, NotADirectory, NameTooLong, IllegalName, StoreUnavailable. While the store is away, what
-        was known last is taken for true.
+        Raises: NotFound, NotADirectory, NameTooLong, IllegalName, and those of REFUSED. While the store is away or
+        refuses, what was known last is taken for true.
         """
         if len(name) > NAME_BYTES_MAX:
             raise NameTooLong("lookup", repr(name[:40]), f"longer than {NAME_BYTES_MAX} bytes")
@@ -158,11 +175,11 @@ class Namespace:
         question = self._question()
         try:
             with self._inodes.asking(parent, question):
-                if parent.misses < MISSES_MAX or not await self._list_once(parent):
+                if parent.misses < MISSES_MAX or not await self._listed(parent, name):
                     parent.misses += 1
                     await self._ask(parent, name)
-        except StoreUnavailable:
-            self._found_away()
+        except REFUSED as exc:
+            self._found_away(exc)
             if (node := self._remembered(parent, name)) is None:
                 raise
             return node
@@ -186,8 +203,9 @@ class Namespace:
         """Whether the store was found to be away a moment ago."""
         return trio.current_time() < self._away_until
 
-    def _found_away(self) -> None:
-        self._away_until = trio.current_time() + AWAY_SECONDS
+    def _found_away(self, exc: PhfsError) -> None:
+        if not isinstance(exc, AccessDenied):  # that may be so for one key
+            self._away_until = trio.current_time() + AWAY_SECONDS
 
     async def exists(self, parent: Node, name: bytes) -> Node | None:
         try:
@@ -315,7 +333,7 @@ class Namespace:
     def _new_file(self, parent: Node, segment: str, name: bytes, info: ObjectInfo, question: Question) -> Node:
         attrs = self._object_attrs(segment, name, info)
         node = self._inodes.new(attrs, ctime_ns=info.modified_ns)
-        node.base = Base(info.key, info.etag, info.size)
+        node.base = Base(info.key, info.etag, info.size, name)
         node.size = info.size if attrs.link is None else len(attrs.link)
         self._attach(parent, name, node, segment, question)
         return node
@@ -423,6 +441,20 @@ class Namespace:
 
     # ---- whole directories ----
 
+    async def _listed(self, parent: Node, name: bytes) -> bool:
+        """Whether a listing of `parent` says what `name` is. One that is under way counts if it has the name; what
+        it lacks may have come since it was asked for."""
+        if self.ttl and (under_way := self._listings.get(parent.ino)) is not None:
+            await under_way.wait()
+            return name in (parent.kids or {}) and self._complete(parent, trio.current_time())
+        ended = self._listings[parent.ino] = trio.Event()
+        try:
+            return await self._list_once(parent)
+        finally:
+            if self._listings.get(parent.ino) is ended:
+                del self._listings[parent.ino]
+            ended.set()
+
     async def _list_once(self, parent: Node) -> bool:
         """List `parent` if one page is enough for it; returns whether all its names are known now."""
         async with aclosing(self.pages(parent, pages_max=1)) as pages:
@@ -447,8 +479,8 @@ class Namespace:
                 with self._inodes.asking(parent, self._question()) as question:
                     page = await self._store.list(prefix, delimiter=True, token=token)
                     nodes = await self._merge_page(parent, prefix, page.objects, page.prefixes, question)
-            except StoreUnavailable:
-                self._found_away()
+            except REFUSED as exc:
+                self._found_away(exc)
                 if token is not None or parent.complete_at == NEVER:
                     raise
                 yield list((parent.kids or {}).values())  # as it was known last

@@ -18,6 +18,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from phfs_fuse import metrics
 from phfs_fuse.config import TreeConfig
 from phfs_fuse.errors import NotFound, PhfsError
 from phfs_fuse.inodes import Node
@@ -50,6 +51,7 @@ def _answers(handler: F) -> F:
 
     @functools.wraps(handler)
     async def wrapped(self: Operations, *args: object) -> object:
+        metrics.FUSE_REQUESTS.values[handler.__name__] += 1
         try:
             return await handler(self, *args)
         except FUSEError:

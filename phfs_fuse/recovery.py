@@ -65,10 +65,10 @@ class Recovery:
             for layer in rows:
                 self._save_aside(self._area.path(layer.id))
         for path in self._area.orphans(known.__contains__):
-            if path.suffix == ".data" and path.stat().st_size:
+            if path.suffix == ".data" and path.stat().st_blocks:
                 self._save_aside(path)
             else:
-                path.unlink(missing_ok=True)  # its log went with the data
+                path.unlink(missing_ok=True)  # no byte was written, or its log went with the data
         return found
 
     def _open_still(self, row: PresentRow, rows: list[LayerRow]) -> Node | None:
@@ -97,7 +97,8 @@ class Recovery:
         if row.ino == self._inodes.root.ino:
             node = self._inodes.root
             node.set_attrs(_attrs(row))
-            node.own_attrs = row.own_attrs
+            if node.is_dir:
+                node.own_attrs = row.own_attrs
             return node
         try:
             layers = self._layers(rows)
@@ -110,7 +111,8 @@ class Recovery:
             return None
         node = self._node(row, parent, name)
         node.set_attrs(_attrs(row))
-        node.own_attrs = row.own_attrs
+        if node.is_dir:
+            node.own_attrs = row.own_attrs
         self._content(node, row, layers)
         return node
 

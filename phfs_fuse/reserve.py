@@ -9,15 +9,41 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from pathlib import Path
 from typing import Final
 
-from phfs_fuse.types import MIB
+import trio
 
+from phfs_fuse.types import KIB, MIB
+
+log = logging.getLogger(__name__)
+
+NAME: Final = "reserve"
 BYTES_MAX: Final = 16 * MIB
 DISK_PART: Final = 16  # of a small disk no more than this part
+RESUME_BYTES: Final = 256 * KIB  # for the journal's index and the first transactions
+LOOK_SECONDS: Final = 0.5
 MARGIN_PART: Final = 8  # of the reserve: with less free than this the disk counts as full
+
+
+async def room_to_resume(directory: Path) -> None:
+    """Returns when the disk has room for a worker to start on it, if need be that of the reserve: without any, who
+    works on the mount waits, since a worker that cannot read its journal is none."""
+    waits = False
+    while _free(directory) < RESUME_BYTES:
+        (directory / NAME).unlink(missing_ok=True)
+        if _free(directory) < RESUME_BYTES:
+            if not waits:
+                log.error("%s: the disk is full; the mount waits until it has room", directory)
+            waits = True
+            await trio.sleep(LOOK_SECONDS)
+
+
+def _free(directory: Path) -> int:
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize
 
 
 class Reserve:
@@ -27,7 +53,7 @@ class Reserve:
         """Makes the directory if need be. Raises: OSError."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
-        self._path = directory / "reserve"
+        self._path = directory / NAME
         found = os.statvfs(directory)
         self._bytes = min(BYTES_MAX, found.f_blocks * found.f_frsize // DISK_PART)
         self._margin = self._bytes // MARGIN_PART
@@ -37,10 +63,10 @@ class Reserve:
     def review(self, size: int = 0) -> int:
         """Give the space up, or take it again, as the disk has less or more free than `size` and the margin; the
         bytes that are free then."""
-        free = self._free()
+        free = _free(self._directory)
         if self.is_held and free < self._margin + size:
             self.give_up()
-            return self._free()
+            return _free(self._directory)
         if not self.is_held and free >= self._bytes + 2 * self._margin + size:
             self._take()
         return free
@@ -56,14 +82,22 @@ class Reserve:
         if self.review() < self._margin // 4:
             raise OSError(errno.ENOSPC, "the disk of the local state is full")
 
+    async def some(self) -> None:
+        """Returns when `require_some` finds room: what was done in the store has to be noted, sooner or later."""
+        waits = False
+        while True:
+            try:
+                return self.require_some()
+            except OSError as exc:
+                if not waits:
+                    log.error("%s: %s; uploads wait until it has room", self._directory, exc.strerror)
+                waits = True
+                await trio.sleep(LOOK_SECONDS)
+
     def give_up(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
         self.is_held = False
-
-    def _free(self) -> int:
-        found = os.statvfs(self._directory)
-        return found.f_bavail * found.f_frsize
 
     def _take(self) -> None:
         try:

@@ -68,7 +68,8 @@ def _fill(node: Node, record: NodeRecord, refs: Refs) -> None:
     node.seq = record.seq
     node.size = record.size
     node.base = Base(*record.base) if record.base else None
-    node.marker, node.own_attrs = record.marker, record.own_attrs
+    if node.is_dir:
+        node.marker, node.own_attrs = record.marker, record.own_attrs
     node.lookups, node.opens, node.writers = refs
 
 
@@ -99,6 +100,7 @@ def restore(inodes: Inodes, known: Known, done: Done) -> None:
 
 def _place(inodes: Inodes, parent: Node, node: Node, record: NodeRecord) -> None:
     if record.detached or parent.kids is None or record.name in parent.kids:
-        node.parent, node.name, node.segment, node.detached = parent, record.name, record.segment, True
+        node.parent, node.detached = parent, True
+        node.set_name(record.name, record.segment)
     else:
         inodes.attach(parent, record.name, node, record.segment)

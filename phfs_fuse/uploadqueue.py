@@ -24,6 +24,10 @@ Work = Node | Gone
 TOGETHER_SECONDS = 0.25  # deletions that are due within this time go in one request
 
 
+def _together(due: float) -> float:
+    return math.ceil(due / TOGETHER_SECONDS) * TOGETHER_SECONDS
+
+
 class UploadQueue:
     def __init__(self, config: WritebackConfig) -> None:
         self._config = config
@@ -63,7 +67,7 @@ class UploadQueue:
     def unpark(self, key: ObjectKey) -> None:
         for work in self._parked.pop(key, ()):
             if isinstance(work, Gone):
-                self.push(work, 0.0)
+                self.push(work, _together(trio.current_time()))
             else:
                 self.hurry(work)
 
@@ -75,7 +79,7 @@ class UploadQueue:
     def delete_due(self) -> float:
         """When a key that is removed now shall be deleted: many that are removed one after the other at once."""
         due = trio.current_time() + self.delay
-        return math.ceil(due / TOGETHER_SECONDS) * TOGETHER_SECONDS if self.delay else due
+        return _together(due) if self.delay else due
 
     def schedule(self, node: Node) -> None:
         """Set when `node` is due: after the quiet time once nobody can write to it, by age in any case."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from phfs_fuse import cachefile
+from phfs_fuse import cachefile, metrics
 from phfs_fuse.blockfile import BlockFile
 from phfs_fuse.cachedisk import INLINE_BYTES, CacheDisk
 from phfs_fuse.cachefile import Buffer
@@ -94,6 +94,7 @@ class Version:
         """
         for piece_start, piece_end in split(start, min(end, self.size), MIB):
             data = await self.read(piece_start, piece_end)
+            metrics.COPIED.add(len(data))
             if len(data) <= INLINE_BYTES:
                 cachefile.write_all(fd, data, piece_start)
             else:  # not abandoned: the caller closes the file after a cancellation

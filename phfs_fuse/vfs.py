@@ -77,6 +77,7 @@ class Vfs:
         self.open, self.read, self.write = files.open, files.read, files.write
         self.flush, self.fsync, self.release = files.flush, files.fsync, files.release
         self.opendir, self.readdir, self.told_page = streams.opendir, streams.readdir, streams.told_page
+        self.list_ahead = streams.ahead.run
         self.fsyncdir, self.releasedir = streams.fsyncdir, streams.releasedir
 
     def resume(self, positions: dict[int, tuple[int, bytes]], acts: dict[int, tuple[Act, Ino]]) -> None:

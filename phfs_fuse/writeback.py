@@ -18,6 +18,7 @@ from functools import partial
 
 import trio
 
+from phfs_fuse import metrics
 from phfs_fuse.attrs import to_metadata
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
@@ -40,6 +41,10 @@ from phfs_fuse.upload import Snapshot, Uploader
 from phfs_fuse.uploadqueue import UploadQueue
 
 log = logging.getLogger(__name__)
+
+BURST_SECONDS = 0.1  # since a file was made: more are on their way
+BURST_UPLOADS = 1  # at a time meanwhile
+BURST_WAIT_SECONDS = 2.0  # what is due for longer goes up all the same
 
 
 class Writeback:
@@ -78,9 +83,6 @@ class Writeback:
         )
         self._running = 0
         self._nursery: trio.Nursery | None = None
-        self.uploaded_files = 0
-        self.uploaded_bytes = 0
-        self.failures = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Upload what is due, forever."""
@@ -88,18 +90,33 @@ class Writeback:
             self._nursery = self._sources.nursery = nursery
             task_status.started()
             while True:
+                await self._changes.room_to_note()
                 self._start_due()
                 wake = self._queue.wake
-                full = self._running >= self._config.uploads_max
-                until = math.inf if full else self._queue.next_due
-                with trio.move_on_at(until):
+                with trio.move_on_at(self._next_look(trio.current_time())):
                     await wake.wait()
                 self._queue.wake = trio.Event()
+
+    def _uploads_max(self, now: float) -> int:
+        """While a program makes one file after the other it has the machine, but for what is waited for (due 0) or
+        has waited for long."""
+        due = self._queue.next_due
+        is_burst = now < self._changes.made_at + BURST_SECONDS
+        can_wait = due > 0.0 and now < due + BURST_WAIT_SECONDS
+        return BURST_UPLOADS if is_burst and can_wait else self._config.uploads_max
+
+    def _next_look(self, now: float) -> float:
+        if self._running >= self._config.uploads_max:
+            return math.inf
+        due = self._queue.next_due
+        if self._running < self._uploads_max(now):
+            return due
+        return min(self._changes.made_at + BURST_SECONDS, due + BURST_WAIT_SECONDS)
 
     def _start_due(self) -> None:
         now = trio.current_time()
         deletes: list[Gone] = []
-        while self._queue.next_due <= now and self._running < self._config.uploads_max:
+        while self._queue.next_due <= now and self._running < self._uploads_max(now):
             work = self._queue.pop()
             if isinstance(work, Gone):
                 if self._deletes.is_ready(work):
@@ -121,7 +138,14 @@ class Writeback:
     def _spawn(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
         assert self._nursery is not None
         self._running += 1
-        self._nursery.start_soon(task, *args)
+        self._nursery.start_soon(self._noting, task, *args)
+
+    async def _noting(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
+        """What could not be noted is done once more after a restart, and finds itself done."""
+        try:
+            await task(*args)
+        except OSError as exc:
+            log.error("journal cannot be written, check the disk of the state directory: %s", exc)
 
     def _done(self) -> None:
         self._running -= 1
@@ -175,6 +199,7 @@ class Writeback:
             info = await self._uploader.store(snap)
         except (VersionChanged, StaleVersion) as exc:
             self._failed(node, dirty, key, None)
+            await self._changes.room_to_note()
             await self._conflicts.lost_race(node, dirty, key, snap, exc)
         except (PhfsError, OSError) as exc:
             self._failed(node, dirty, key, exc)
@@ -182,11 +207,9 @@ class Writeback:
             self._failed(node, dirty, key, None)
             raise
         else:
-            try:
-                self._stored(node, dirty, key, snap, info)
-                node.checked_at = max(node.checked_at, began_at)
-            except OSError as exc:  # after a restart it goes up once more
-                log.error("journal cannot be written, check the disk of the state directory: %s", exc)
+            await self._changes.room_to_note()
+            self._stored(node, dirty, key, snap, info)
+            node.checked_at = max(node.checked_at, began_at)
         finally:
             self._queue.free(key)
             self._done()
@@ -200,6 +223,7 @@ class Writeback:
             self._failed(node, dirty, key, None)
             raise
         else:
+            await self._changes.room_to_note()
             self._markers.stored(node, dirty, key, marker)
         finally:
             self._queue.free(key)
@@ -216,7 +240,7 @@ class Writeback:
                 self._changes.abandon(node)
             return
         if exc is not None:
-            self.failures += 1
+            metrics.UPLOAD_FAILURES.add()
             dirty.error = exc if isinstance(exc, PhfsError) else local_error(key, exc)
             wait = self._queue.backoff(dirty.attempts + (3 if isinstance(exc, FINAL) else 0))
             log.warning("upload of key=%s failed, next try in %.1f s: %s", key, wait, exc)
@@ -226,8 +250,8 @@ class Writeback:
     def _stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, info: ObjectInfo) -> None:
         dirty.target = None
         self._changes.touch(node)
-        self.uploaded_files += 1
-        old_base, node.base = node.base, Base(key, info.etag, info.size)
+        metrics.UPLOADED_FILES.add()
+        old_base, node.base = node.base, Base(key, info.etag, info.size, node.name)
         self._changes.landed(key, info.etag, except_node=node)
         if not node.detached and self._inodes.key(node) == key:
             dirty.over = info.etag
@@ -257,7 +281,7 @@ class Writeback:
         """The bottom layer is the store's new version: its bytes become clean blocks."""
         staged = node.staged
         assert staged is not None
-        self.uploaded_bytes += layer.local_bytes
+        metrics.UPLOADED_BYTES.add(layer.local_bytes)
         covered = layer.extents if layer.seen else Extents([(0, layer.size)])
         base = (old_base.key, old_base.etag, old_base.size) if layer.seen and old_base is not None else None
         if node.version is not None:

@@ -1,7 +1,7 @@
 """The seam to the object store: what the layers above may ask of it. Owns no state.
 
 Every method awaits the network, has a deadline, and raises only `PhfsError`s (besides what a `Sink` raises,
-and an OSError where a `FileRange` cannot be read): `NotFound` (ENOENT), `BucketNotFound` (ENOENT),
+and an OSError where a `FileRange` cannot be read): `NotFound` (ENOENT), `BucketNotFound` (EIO),
 `AccessDenied` (EACCES), `VersionChanged` (a condition failed), `StoreUnavailable`/`StoreTimeout` (retries are
 used up), `BadAnswer` (the answer contradicts the request), `IllegalName`/`NameTooLong` (the key cannot be
 sent), `TooLarge`, `NotSupported`, `InvalidArgument` (a wrong setting, part or upload), and where a limit of

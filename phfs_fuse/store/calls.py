@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import trio
 from botocore.session import Session
 
+from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.store.answers import NO_SUCH_KEY, error_of
@@ -303,6 +304,9 @@ class BotoCalls:
         *,
         is_read: bool = False,
     ) -> T:
+        metrics.STORE_REQUESTS.add(1, op)
+        metrics.HOPS.add(1, "store")
+
         def work() -> T:
             with translated(op, subject):
                 return call()

@@ -6,6 +6,7 @@ import mimetypes
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Final
 
 from phfs_fuse.errors import BadAnswer
@@ -39,9 +40,14 @@ def etag_of(text: str | None, op: str, key: str) -> ETag:
 def http_date_ns(text: str | None) -> int:
     """Nanoseconds since the epoch of a `Date` or `Last-Modified`; now if it is missing or cannot be read."""
     try:
-        return int(parsedate_to_datetime(text or "").timestamp()) * SECOND_NS
+        return _date_ns(text or "")
     except ValueError:
         return time.time_ns() // SECOND_NS * SECOND_NS
+
+
+@lru_cache(64)  # many answers come within one second
+def _date_ns(text: str) -> int:
+    return int(parsedate_to_datetime(text).timestamp()) * SECOND_NS
 
 
 def user_metadata(headers: Mapping[str, str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import lru_cache
 from typing import Final
 from urllib.parse import unquote_plus
 from xml.etree import ElementTree
@@ -76,6 +77,7 @@ def _metadata(element: Element, fields: Mapping[str, str]) -> Mapping[str, str] 
     return {} if "Internal" in fields else None
 
 
+@lru_cache(64)  # objects that were stored together are listed together
 def _iso_ns(text: str) -> int:
     """Whole seconds, as HEAD answers them: the same version must not show two times."""
     return int(datetime.fromisoformat(text).timestamp()) * SECOND_NS

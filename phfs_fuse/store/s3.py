@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeVar
 
 import trio
 
+from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import (
     AccessDenied,
@@ -30,7 +32,7 @@ from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
 from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
 from phfs_fuse.store.events import EventStream
 from phfs_fuse.store.retry import retrying
-from phfs_fuse.store.transfer import Receiver, holds, multipart_etag
+from phfs_fuse.store.transfer import Receiver, body_length, holds, multipart_etag
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import GIB, MIB, S3_PARTS_MAX, ETag, ObjectKey
 
@@ -99,11 +101,12 @@ class S3Store:
         check_key("get", key)
         if start >= end:
             return
+        metrics.STORE_RECEIVED.add(end - start, "get")
         receiver = Receiver(key, start, end, etag, sink)
         try:
             await self._retrying(lambda _: self._calls.get(receiver))
         except NotFound as exc:
-            if receiver.etag is None or isinstance(exc, BucketNotFound):
+            if receiver.etag is None:
                 raise
             raise VersionChanged("get", key, "the object is gone") from exc
         finally:
@@ -149,6 +152,7 @@ class S3Store:
         async def write() -> ObjectInfo:
             if conditions.needs_head(expect):
                 await self._confirm("put", key, expect)
+            metrics.STORE_SENT.add(body_length(body), "put")
             return await self._calls.put(key, body, metadata, conditions.sends(expect))
 
         async def is_ours(found: ObjectInfo) -> bool:
@@ -198,11 +202,8 @@ class S3Store:
                     raise VersionChanged("delete", key, f"the store has version {found}")
             await self._calls.delete(key, expect if conditions.delete else None)
 
-        try:
+        with suppress(NotFound):
             await self._retrying(attempt)
-        except NotFound as exc:
-            if isinstance(exc, BucketNotFound):
-                raise
 
     async def delete_many(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
         for key in versions:
@@ -259,6 +260,7 @@ class S3Store:
         return await self._retrying(lambda _: self._calls.create_multipart(key, metadata))
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
+        metrics.STORE_SENT.add(body_length(body), "upload part")
         return await self._retrying(lambda _: self._calls.upload_part(key, upload_id, part_no, body))
 
     async def upload_part_copy(
@@ -282,7 +284,7 @@ class S3Store:
         try:
             return await self._retrying(attempt)
         except NotFound as exc:
-            if isinstance(exc, BucketNotFound) or exc.reason == NO_SUCH_UPLOAD:
+            if exc.reason == NO_SUCH_UPLOAD:
                 raise
             raise VersionChanged("copy part", source, "the source is gone") from exc
 
@@ -313,11 +315,8 @@ class S3Store:
         return found
 
     async def abort_multipart(self, key: ObjectKey, upload_id: str) -> None:
-        try:
+        with suppress(NotFound):
             await self._retrying(lambda _: self._calls.abort_multipart(key, upload_id))
-        except NotFound as exc:
-            if isinstance(exc, BucketNotFound):
-                raise
 
     async def list_multipart(self, prefix: str) -> Sequence[Upload]:
         check_text("list multipart", prefix)
@@ -396,8 +395,6 @@ class S3Store:
             try:
                 return await write()
             except (VersionChanged, NotFound) as exc:
-                if isinstance(exc, BucketNotFound):
-                    raise
                 if at_once or attempt_no:
                     found = await self._found(key)
                     if found and await is_ours(found):

@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from phfs_fuse.errors import StaleVersion
 from phfs_fuse.recovery import Recovery
 from phfs_fuse.types import ObjectKey
 from tests.support.fake_store import FakeStore
@@ -177,6 +178,24 @@ async def test_a_file_that_went_during_its_upload_is_gone_after_a_crash(
         assert stored(store) == ({"z": b"newer"} if how == "unlinked" else {"f": b"newer"})
 
 
+async def test_what_somebody_else_stored_before_a_deletion_is_kept(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    """Removed or renamed here, within the quiet time."""
+    for name in ("removed", "renamed", "ours"):
+        await world.write(name, b"bytes")
+    await world.settle()
+    for name in ("removed", "renamed"):
+        store.seed(ObjectKey(PREFIX + name), b"stored meanwhile")
+    for name in (b"removed", b"ours"):
+        await world.vfs.unlink(1, name)
+    await world.vfs.rename(1, b"renamed", 1, b"moved", 0)
+    await world.settle()
+    found = stored(store)
+    assert (found["removed"], found["renamed"]) == (b"stored meanwhile", b"stored meanwhile")
+    assert "ours" not in found
+
+
 async def test_what_somebody_else_stored_while_a_deletion_waited_is_kept(
     world: World, store: FakeStore, faults: FaultStore, autojump_clock: MockClock
 ) -> None:
@@ -245,3 +264,22 @@ async def test_a_name_that_is_made_anew_over_what_somebody_else_stored_is_a_conf
     found = stored(store)
     assert found.pop("f") == b"theirs"
     assert list(found.values()) == [b"ours again"]
+
+
+async def test_a_version_that_no_program_has_seen_is_not_removed_or_moved(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    """The kernel goes by what it looked up last: told so, it looks again."""
+    await world.write("f", b"seen")
+    await world.settle()
+    store.seed(ObjectKey(PREFIX + "f"), b"unseen")
+    await trio.sleep(60)
+    with pytest.raises(StaleVersion):
+        await world.vfs._names.unlink(1, b"f")
+    with pytest.raises(StaleVersion):
+        await world.vfs._names.rename(1, b"f", 1, b"g", 0)
+    await world.settle()
+    assert stored(store) == {"f": b"unseen"}
+    await world.vfs.unlink(1, b"f")
+    await world.settle()
+    assert "f" not in stored(store)

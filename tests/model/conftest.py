@@ -11,5 +11,5 @@ from tests.mount.place import Place, a_place
 
 @pytest.fixture
 def place() -> Iterator[Place]:
-    with a_place() as found:
+    with a_place(module="tests.support.crashing") as found:  # its keeper replaces a worker as often as it dies
         yield found

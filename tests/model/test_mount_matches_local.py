@@ -111,6 +111,11 @@ class MountMatchesLocal(RuleBasedStateMachine):
         self._place.remount()
         self._pair.resume()
 
+    @rule()
+    def kill(self) -> None:
+        """The worker dies; what is open goes on."""
+        self._place.kill()
+
     @rule(path=PATHS, data=DATA)
     def foreign_write(self, path: str, data: str) -> None:
         """Another client of the store writes an object where a file is, or could be."""

@@ -45,6 +45,9 @@ class Place(Protocol):
     def remount(self) -> None:
         """Unmount cleanly and mount again with the caches of the kernel and of the process gone."""
 
+    def kill(self) -> None:
+        """The worker dies, another one goes on."""
+
     def foreign_put(self, path: Path, body: bytes) -> None:
         """Write the object of this path as another client of the store does."""
 
@@ -62,6 +65,8 @@ class LocalPlace:
     def sync(self) -> None: ...
 
     def remount(self) -> None: ...
+
+    def kill(self) -> None: ...
 
     def foreign_put(self, path: Path, body: bytes) -> None:
         beside = path.with_name(".foreign")
@@ -89,6 +94,9 @@ class MountPlace:
 
     def remount(self) -> None:
         self.mount.remount()
+
+    def kill(self) -> None:
+        self.mount.kill_worker()
 
     def key(self, path: Path) -> str:
         return f"{self.mount.prefix}{path.relative_to(self.path)}"
@@ -124,13 +132,13 @@ def a_mount(*flags: str, **more: Any) -> Iterator[MountPlace]:
 
 
 @contextmanager
-def a_place() -> Iterator[Place]:
+def a_place(**more: Any) -> Iterator[Place]:
     """A mount, or a folder in PHFS_TEST_DIR."""
     if LOCAL_ROOT:
         with tempfile.TemporaryDirectory(dir=LOCAL_ROOT) as path:
             yield LocalPlace(Path(path))
         return
-    with a_mount() as mount:
+    with a_mount(**more) as mount:
         yield mount
 
 

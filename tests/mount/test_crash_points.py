@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -21,7 +22,6 @@ from tests.mount.place import MountPlace, a_mount, script
 pytestmark = [pytest.mark.fuse, pytest.mark.minio, pytest.mark.slow]
 
 SYNC_SECONDS = 90.0
-DEATHS_MAX = 3  # of workers of one keeper: the fourth would wait 3 s to be replaced
 BIG = random.Random(1).randbytes(17 * MIB)
 TREE = """
 import hashlib, json, os, sys
@@ -45,37 +45,31 @@ SCENARIOS = {
         """if True:
             open("new", "x").write("new")
             open("old", "r+").write("O")
-            open("twice", "x").write("one")
-            open("twice", "w").write("two")
         """,
-        {"new": b"new", "old": b"Old", "twice": b"two"},
+        {"new": b"new", "old": b"Old"},
         frozenset({"commit", "put"}),
     ),
     "rename a file": Scenario(
-        {"a": b"aaa", "b": b"bbb", "c": b"ccc"},
-        """if True:
-            os.rename("a", "moved")
-            os.rename("b", "c")
-        """,
-        {"moved": b"aaa", "c": b"bbb"},
+        {"a": b"aaa", "b": b"bbb"},
+        'os.rename("a", "b")',
+        {"b": b"aaa"},
         frozenset({"commit", "copy", "delete"}),
     ),
     "rename a directory": Scenario(
-        {"d/1": b"one", "d/2": b"two", "d/sub/3": b"three"},
+        {"d/1": b"one", "d/sub/2": b"two"},
         'os.rename("d", "e")',
-        {"e/1": b"one", "e/2": b"two", "e/sub/3": b"three"},
-        frozenset({"commit", "copy", "delete_many"}),
+        {"e/1": b"one", "e/sub/2": b"two"},
+        frozenset({"commit", "copy", "delete"}),
     ),
     "delete": Scenario(
-        {"a": b"aaa", "b": b"bbb", "kept": b"kept", "d/1": b"one"},
+        {"a": b"aaa", "kept": b"kept", "d/1": b"one"},
         """if True:
             os.unlink("a")
-            os.unlink("b")
             os.unlink("d/1")
             os.rmdir("d")
         """,
         {"kept": b"kept"},
-        frozenset({"commit", "delete_many"}),
+        frozenset({"commit", "delete"}),
     ),
     "change a part": Scenario(
         {"big": BIG},
@@ -91,7 +85,9 @@ SCENARIOS = {
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[MountPlace]:
-    with a_mount("-o", "write-back-delay=100ms,retry-max=1s", module="tests.support.crashing") as found:
+    with a_mount(
+        "--attr-ttl", "0", "-o", "write-back-delay=100ms,retry-max=1s", module="tests.support.crashing"
+    ) as found:
         yield found
 
 
@@ -100,7 +96,6 @@ class Points:
         self.mount = place.mount
         (self.state,) = (path.parent for path in self.mount.state.glob("*/journal.db"))
         self.mount.expected.append("the worker ended with SIGKILL")
-        self.deaths = 0
 
     def run(self, folder: str, scenario: Scenario, number: int) -> list[str]:
         """The steps up to the death; as many as `number`, or less: then none died."""
@@ -120,15 +115,15 @@ class Points:
         while (done := self.mount.phfs("sync", self.mount.path)).returncode:
             assert time.monotonic() < deadline, done.stderr + self.mount.log()
 
-    def died(self) -> None:
-        self.deaths += 1
-        if self.deaths % DEATHS_MAX == 0:
-            self.mount.remount()
-
     def check(self, folder: str, scenario: Scenario) -> None:
         wanted = {name: hashlib.sha256(data).hexdigest() for name, data in scenario.after.items()}
         assert json.loads(script(TREE, self.mount.path / folder)) == wanted
         assert self._objects(folder) == dict(scenario.after)
+
+    def uploads(self, name: str) -> list[object]:
+        """MinIO lists those of one whole key."""
+        key = self.mount.prefix + name
+        return list(self.mount.s3.list_multipart_uploads(Bucket=self.mount.bucket, Prefix=key).get("Uploads", ()))
 
     def _objects(self, folder: str) -> dict[str, bytes]:
         at = f"{self.mount.prefix}{folder}/"
@@ -148,11 +143,11 @@ def test_death_at_each_step(place: MountPlace, name: str, capsys: pytest.Capture
         if len(steps) <= len(hit):
             break
         hit.append(steps[-1])
-        points.died()
     with capsys.disabled():
         print(f"\n{name}: killed at {len(hit)} steps, {sorted(set(hit))}")
     assert {f"{when} {step}" for step in scenario.steps for when in ("before", "after")} <= set(hit)
-    until_none(lambda: place.mount.s3.list_multipart_uploads(Bucket=place.mount.bucket).get("Uploads"))
+    for number in range(1, len(hit) + 2):
+        until_none(partial(points.uploads, f"{name.replace(' ', '-')}-{number}/big"))
 
 
 def until_none(found: Callable[[], object]) -> None:

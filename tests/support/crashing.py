@@ -2,6 +2,7 @@
 steps, before and after.
 
     python -m tests.support.crashing COMMAND...     as `phfs COMMAND...`
+    python -m tests.support.crashing --keeper...                 a keeper that does not give up
     python -m tests.support.crashing --config FILE --fd N...     a worker, as the keeper starts it
 
 The file `crash-at` in the state directory arms it with a number; the steps from then on are appended to `steps`, and
@@ -19,8 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phfs_fuse import cli, mount, starting
-from phfs_fuse.config import StoreConfig
+from phfs_fuse import cli, keeper, mount, starting
+from phfs_fuse.config import MountConfig, StoreConfig
 from phfs_fuse.journal import Journal
 from phfs_fuse.settings import load_config
 from phfs_fuse.store import open_store
@@ -62,9 +63,10 @@ class CrashingStore:
     async def _change(
         self, name: str, call: Callable[..., Awaitable[object]], *args: object, **more: object
     ) -> object:
-        self._step(f"before {name}")
+        step = name.removesuffix("_many")  # how many keys are due at once is a matter of time
+        self._step(f"before {step}")
         found = await call(*args, **more)
-        self._step(f"after {name}")
+        self._step(f"after {step}")
         return found
 
 
@@ -90,16 +92,24 @@ def worker() -> int:
     return mount.main()
 
 
+def patient_keeper() -> int:
+    """A keeper that replaces every worker, and at once."""
+    keeper.RESTART_DELAYS = (0.0,) * 1000  # type: ignore[misc, assignment]
+    return keeper.main(sys.argv[2:])
+
+
 def command() -> None:
-    start = starting.start
+    """With this module in place of the keeper and of the workers."""
+    here = [sys.executable, "-m", "tests.support.crashing"]
 
-    def started(config: Any, path: Path, *, foreground: bool) -> int:
-        workers = [sys.executable, "-m", "tests.support.crashing", "--config", str(path.absolute())]
-        return start(config, path, foreground=foreground, worker=workers)
+    def start(config: MountConfig, path: Path, *, foreground: bool) -> int:
+        paths = ["--config", str(path.absolute())]
+        starting.start_logged(config, [*here, "--keeper", *paths], [*here, *paths])
+        return 0
 
-    starting.start = started  # type: ignore[assignment]
+    starting.start = start  # type: ignore[assignment]
     cli.main()
 
 
 if __name__ == "__main__":
-    sys.exit(worker() if "--fd" in sys.argv else command())
+    sys.exit(worker() if "--fd" in sys.argv else patient_keeper() if "--keeper" in sys.argv else command())

@@ -72,6 +72,7 @@ class TestMount:
         self.s3 = s3_client(server)
         self.flags = flags
         self.module = "phfs_fuse"  # what the commands run
+        self.within: tuple[str, ...] = ()
         self.expected: list[str] = []  # patterns of loud log lines that the test provokes
 
     # --- the commands
@@ -79,7 +80,7 @@ class TestMount:
     def phfs(self, *arguments: str | Path, seconds: float = COMMAND_SECONDS) -> subprocess.CompletedProcess[str]:
         """Run a `phfs` command that may fail."""
         return subprocess.run(
-            [sys.executable, "-m", self.module, *map(str, arguments)],
+            [*self.within, sys.executable, "-m", self.module, *map(str, arguments)],
             env={**os.environ, **self.env, "PHFS_RUNTIME_DIR": str(self.root / "run"), "PYTHONPATH": CHECKOUT},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -212,14 +213,15 @@ def mounted(
     prefix: str = PREFIX,
     disks: Mapping[str, int] | None = None,
     module: str = "phfs_fuse",
+    within: tuple[str, ...] = (),
 ) -> Iterator[TestMount]:
     """A mount with more flags of `phfs mount`, of an empty bucket unless one is named. Its end unmounts and fails
     on loud lines in the log. `disks`: "state" and "cache" as file systems of so many bytes, which needs root.
-    `module`: what to run as `phfs`."""
+    `module`: what to run as `phfs`; `within`: the start of a command that runs it."""
     server = server or shared_server()
     root = Path(tempfile.mkdtemp(prefix="phfs-mount-"))
     mount = TestMount(root, bucket or f"test-{uuid.uuid4().hex[:12]}", server, flags, prefix)
-    mount.module = module
+    mount.module, mount.within = module, within
     try:
         mount.path.mkdir()
         for name, size in (disks or {}).items():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -16,6 +16,7 @@ from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.claims import Claims
 from phfs_fuse.config import ExclusiveCreate, TreeConfig, WritebackConfig
+from phfs_fuse.errors import PhfsError
 from phfs_fuse.events import Events
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Journal
@@ -36,6 +37,20 @@ from tests.support.fault_store import FaultStore
 PREFIX = "groups/a/"
 
 
+def look_first(vfs: Vfs) -> None:
+    """Names are looked up before they are removed or moved, as the kernel does."""
+
+    def looking(call: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        async def wrapped(parent: int, name: bytes, *rest: object, **more: object) -> None:
+            with suppress(PhfsError):
+                (await vfs.lookup(parent, name)).lookups += 1
+            await call(parent, name, *rest, **more)
+
+        return wrapped
+
+    vfs.unlink, vfs.rmdir, vfs.rename = looking(vfs.unlink), looking(vfs.rmdir), looking(vfs.rename)
+
+
 @dataclass
 class World:
     store: FakeStore
@@ -51,6 +66,7 @@ class World:
     quotas: Quotas
     trust: Trust
     events: Events
+    kernel: KernelState
 
     async def write(self, path: str, data: bytes) -> Node:
         *folders, name = path.split("/")
@@ -150,8 +166,22 @@ def made(
         config=tree,
         write_through=False,
     )
+    look_first(vfs)
     return World(
-        store, blocks, journal, area, inodes, changes, settling, writeback, namespace, vfs, quotas, trust, events
+        store,
+        blocks,
+        journal,
+        area,
+        inodes,
+        changes,
+        settling,
+        writeback,
+        namespace,
+        vfs,
+        quotas,
+        trust,
+        events,
+        kernel,
     )
 
 

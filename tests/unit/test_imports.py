@@ -44,6 +44,7 @@ events
 vfs
 fileattrs names
 openfiles dirstream
+listahead
 namespace
 writeback
 conflicts deletes claims

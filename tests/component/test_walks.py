@@ -1,0 +1,99 @@
+"""A walk over a tree: folders that come next are listed ahead, each once; what nobody was told of is let go of."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from phfs_fuse.inodes import Node
+from tests.support.fake_store import FakeStore
+from tests.support.world import PREFIX, World, made, running
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    store = FakeStore()
+    for folder in range(8):
+        for file in range(3):
+            store.seed(f"{PREFIX}d{folder}/f{file}")
+    return store
+
+
+@pytest.fixture
+async def world(store: FakeStore, tmp_path: Path) -> AsyncIterator[World]:
+    async with running(made(store, tmp_path)) as world, trio.open_nursery() as nursery:
+        await nursery.start(world.vfs.list_ahead)
+        yield world
+        nursery.cancel_scope.cancel()
+
+
+async def folders(world: World) -> list[Node]:
+    await world.names()
+    return [await world.node(f"d{number}") for number in range(8)]
+
+
+async def test_folders_are_listed_ahead_of_a_walk_and_once_each(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    known = await folders(world)
+    before = store.requests["list"]
+    for node in known[:2]:
+        await world.names(node.ino)
+    await trio.sleep(1)
+    assert store.requests["list"] - before == 2 + 4  # the two that were looked at, and what follows
+    for node in known:
+        assert await world.names(node.ino) == ["f0", "f1", "f2"]
+    assert store.requests["list"] - before == 8
+
+
+async def test_a_single_folder_is_no_walk(world: World, store: FakeStore, autojump_clock: MockClock) -> None:
+    known = await folders(world)
+    before = store.requests["list"]
+    for number in (5, 2, 7):
+        await world.names(known[number].ino)
+    await trio.sleep(1)
+    assert store.requests["list"] - before == 3
+
+
+async def test_a_listing_ahead_that_fails_is_made_again_by_who_wants_it(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    known = await folders(world)
+    await world.names(known[0].ino)
+    await world.names(known[1].ino)
+    store.denied = True
+    await trio.sleep(1)
+    store.denied = False
+    await trio.sleep(10)  # also what had come by then is too old
+    assert await world.names(known[2].ino) == ["f0", "f1", "f2"]
+
+
+async def test_what_a_listing_brought_goes_with_its_folder(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    folder = await world.node("d3")
+    count = len(world.inodes)
+    assert await world.names(folder.ino) == ["f0", "f1", "f2"]
+    assert len(world.inodes) == count + 3
+    world.vfs.forget([(folder.ino, 1)])
+    assert world.inodes.find(folder.ino) is None
+    assert len(world.inodes) == count - 1
+    assert await world.read("d3/f1") == b""  # and comes again when it is asked for
+
+
+async def test_many_names_of_a_folder_asked_for_at_once_cost_one_listing(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    for number in range(50):
+        store.seed(f"{PREFIX}many/f{number}", b"x")
+    folder = await world.node("many")
+    before = store.requests["list"]
+    async with trio.open_nursery() as nursery:
+        for number in range(50):
+            nursery.start_soon(world.vfs.lookup, folder.ino, b"f%d" % number)
+    assert store.requests["list"] - before == 2 + 1  # the first names are asked for one by one
+    assert store.requests["head"] <= 2 + 2
