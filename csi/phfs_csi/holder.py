@@ -39,6 +39,7 @@ class Holder:
         self._path = path
         self._pod_uid = pod_uid
         self._held: dict[str, Held] = {}
+        self._channels: set[socket.socket] = set()
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._ending = False
@@ -72,6 +73,9 @@ class Holder:
             signal.set_wakeup_fd(-1)
         for name in list(self._held):
             self._drop(name)
+        self._listener.close()
+        for channel in list(self._channels):  # who had one asks the next holder
+            channel.close()
         log.info("ended path=%s succeeded=%s", self._path, self._succeeded)
         return self._succeeded and not self._ending  # asked to end: it was only waiting for that
 
@@ -104,6 +108,7 @@ class Holder:
             channel.close()
             return
         channel.setblocking(False)
+        self._channels.add(channel)
         self._watch(channel.fileno(), select.POLLIN, lambda: self._serve(channel))
 
     def _serve(self, channel: socket.socket) -> None:
@@ -117,6 +122,7 @@ class Holder:
             socket.send_fds(channel, [json.dumps(answer).encode()], given)
         except OSError:  # gone, or takes no answer: it will ask again
             self._forget(channel.fileno())
+            self._channels.discard(channel)
             channel.close()
         finally:
             for fd in fds:
