@@ -12,6 +12,7 @@ dropped, which must not happen to a directory in use.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import queue
 import re
@@ -23,6 +24,8 @@ from typing import Final
 
 FUSE_NOTIFY_INVAL_ENTRY: Final = 3
 FUSE_EXPIRE_ONLY: Final = 1
+CLONE_FILES: Final = 0x400  # Source: clone(2)
+FDS_MAX: Final = 1 << 20
 _NOTIFICATION: Final = struct.Struct("<IiQQII")  # length, code, 0; parent, length of the name, flags
 
 Name = tuple[int, bytes]
@@ -36,18 +39,37 @@ def can_expire() -> bool:
 
 
 class Expiry:
-    """Of the connection `device`."""
+    """Of the connection `device`. `fileno` is readable when `answer` is to be called.
+
+    The thread has a descriptor table of its own, with the connection and a pipe alone: a process that is to be gone
+    but cannot, because this thread waits, then holds no lock and no socket that the next one needs.
+    """
 
     def __init__(self, device: int) -> None:
         self._device = device
+        self._told, self._tell = os.pipe()
         self._work: queue.SimpleQueue[tuple[Sequence[Name], socket.socket, bytes]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[socket.socket, bytes]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="expiry", daemon=True).start()
 
+    def fileno(self) -> int:
+        return self._told
+
     def expire(self, names: Sequence[Name], link: socket.socket, answer: bytes) -> None:
-        """Does not wait: `answer` is sent to `link` when the kernel was told."""
+        """Does not wait: `answer` is for `link` when the kernel was told."""
         self._work.put((names, link, answer))
 
+    def answer(self) -> None:
+        """Send the answers of what is done."""
+        os.read(self._told, 4096)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                link, answer = self._done.get_nowait()
+                with contextlib.suppress(OSError):
+                    link.send(answer)
+
     def _run(self) -> None:
+        _have_only(self._device, self._tell)
         flags = FUSE_EXPIRE_ONLY if can_expire() else 0
         while True:
             names, link, answer = self._work.get()
@@ -56,5 +78,16 @@ class Expiry:
                 head = _NOTIFICATION.pack(length, FUSE_NOTIFY_INVAL_ENTRY, 0, ino, len(name), flags)
                 with contextlib.suppress(OSError):  # not known to the kernel, or the mount has ended
                     os.write(self._device, head + name + b"\0")
-            with contextlib.suppress(OSError):
-                link.send(answer)
+            self._done.put((link, answer))
+            os.write(self._tell, b"x")
+
+
+def _have_only(*fds: int) -> None:
+    """Let this thread have a descriptor table of its own, with these alone. Source: unshare(2)."""
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_FILES):
+        return  # it shares all, as threads do
+    last = -1
+    for fd in sorted(fds):
+        os.closerange(last + 1, fd)
+        last = fd
+    os.closerange(last + 1, FDS_MAX)

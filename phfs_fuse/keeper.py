@@ -260,7 +260,9 @@ class Keeper:
             except MountpointError as exc:
                 self._finish(exc.exit_code, str(exc))
                 return
-        self._send(Message(kind=Kind.DESCRIPTOR, expires=True), [self._device])
+        # Who tells the kernel to look again may have to wait for a program, which may wait for the worker. Where the
+        # mount is to outlive this process, that would be one that cannot be killed, in a container that cannot end.
+        self._send(Message(kind=Kind.DESCRIPTOR, expires=self._held is None), [self._device])
 
     def _on_expire(self, message: Message) -> None:
         assert self._device is not None
@@ -268,6 +270,7 @@ class Keeper:
         names = [(ino, bytes.fromhex(name)) for ino, name in message.names]
         if self._expiry is None:
             self._expiry = Expiry(self._device)
+            self._selector.register(self._expiry, selectors.EVENT_READ, self._expiry.answer)
         self._expiry.expire(names, self._worker.link, messages.encode(Message(kind=Kind.EXPIRED)))
 
     def _on_failed(self, message: Message) -> None:

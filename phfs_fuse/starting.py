@@ -52,14 +52,20 @@ def start(config: MountConfig, config_path: Path, *, foreground: bool, worker: S
         command = [*fusemount.python(), "phfs_fuse.keeper", f"--config={config_path.absolute()}"]
         if foreground:
             _become(command, worker)
-        log_path = config.writeback.directory / "log"
-        with _open_log(log_path) as log_fd:
-            start = partial(_execute_keeper, command, worker, os.environ)
-            _start_in_background(lambda report_fd: start(report_fd, log_fd), str(log_path))
+        start_logged(config, command, worker)
     except BaseException:
         config_path.unlink(missing_ok=True)
         raise
     return 0
+
+
+def start_logged(config: MountConfig, command: Sequence[str], worker: Sequence[str]) -> None:
+    """Run `command` as the keeper, with its log in the state directory; return when the mount is ready.
+    Raises: StartupError."""
+    log_path = config.writeback.directory / "log"
+    with _open_log(log_path) as log_fd:
+        start = partial(_execute_keeper, command, worker, os.environ)
+        _start_in_background(lambda report_fd: start(report_fd, log_fd), str(log_path))
 
 
 class Spawn(Protocol):

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 CHILD_SECONDS: Final = 20.0  # for a program that does one system call on a mount
 END_SECONDS: Final = 30.0  # for keeper and worker to end after uploads were given up
 RELEASE_SECONDS: Final = 15.0
+RELEASE_LOOK_SECONDS: Final = 0.02
 HOLDER_SECONDS: Final = 5.0  # for a holder that is being replaced
 PROGRESS_SECONDS: Final = 5.0
 LAYERS_MAX: Final = 10  # mounts on each other at one path
@@ -267,7 +268,12 @@ class PhfsMounter:
             return False
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR1)
-        return client.wait_for_end(pid, RELEASE_SECONDS)
+        deadline = time.monotonic() + RELEASE_SECONDS
+        while self._keeper(record) is not None:  # its lock, not its process, is what the next one waits for
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(RELEASE_LOOK_SECONDS)
+        return True
 
     # --- targets
 

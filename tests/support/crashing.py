@@ -104,10 +104,7 @@ def command() -> None:
 
     def start(config: MountConfig, path: Path, *, foreground: bool) -> int:
         paths = ["--config", str(path.absolute())]
-        execute = partial(starting._execute_keeper, [*here, "--keeper", *paths], [*here, *paths], os.environ)
-        log_path = config.writeback.directory / "log"
-        with starting._open_log(log_path) as log_fd:
-            starting._start_in_background(lambda report_fd: execute(report_fd, log_fd), str(log_path))
+        starting.start_logged(config, [*here, "--keeper", *paths], [*here, *paths])
         return 0
 
     starting.start = start  # type: ignore[assignment]
