@@ -1,9 +1,11 @@
-"""The state directory of one volume: one mount at a time may use it. Owns the lock."""
+"""The state directory of one volume: one mount at a time may use it. Owns the lock, and names what is put aside."""
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
+import time
 from pathlib import Path
 
 from phfs_fuse.errors import LocalStateError
@@ -35,3 +37,12 @@ class StateLock:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def unused_stamp(directory: Path) -> str:
+    """The time (UTC) for the name of what is put aside in `directory`, with a number if a name there has it already:
+    what was put aside in the same second, or before the clock was set back, is not replaced."""
+    taken = os.listdir(directory)
+    now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    stamps = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(1)))
+    return next(stamp for stamp in stamps if not any(stamp in name for name in taken))
