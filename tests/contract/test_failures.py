@@ -560,10 +560,12 @@ async def test_conditions_are_tried_out_once(kind: type[S3Store], front: Proxy) 
 async def test_what_a_process_before_left_of_its_trial_goes(kind: type[S3Store], front: Proxy) -> None:
     async with through(kind, front) as place:
         assert isinstance(place.store, S3Store)
-        await place.put(".phfs-probe-us", b"")
+        left = ObjectKey(f"{place.store._config.prefix}.phfs-probe-us")
+        await place.store.put(left, b"", {}, expect=None)
         place.store._owner = "us"
         await place.put("x", b"1", expect=Expect(None))
-        assert await place.names() == ["x"]
+        with pytest.raises(NotFound):
+            await place.store.head(left)
 
 
 async def test_probes_that_may_not_be_written(kind: type[S3Store], front: Proxy) -> None:
