@@ -24,6 +24,7 @@ from typing import Final
 
 from phfs_fuse import metrics
 from phfs_fuse.errors import LocalStateError
+from phfs_fuse.localstate import unused_stamp
 from phfs_fuse.reserve import Reserve
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
@@ -179,7 +180,7 @@ class Journal:
 
     def _salvage(self, volume: str) -> sqlite3.Connection:
         """Move a damaged journal aside and carry the rows that can be read over into a new one."""
-        aside = self.path.with_name(f"journal.db.corrupt-{time.strftime('%Y%m%dT%H%M%S')}")
+        aside = self.path.with_name(f"journal.db.corrupt-{unused_stamp(self.path.parent)}")
         for suffix in ("-wal", "-shm", ""):
             source = Path(str(self.path) + suffix)
             if source.exists():

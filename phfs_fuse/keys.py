@@ -35,7 +35,8 @@ def segment_of(name: bytes) -> str:
     if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
         raise IllegalName("name", repr(name), "cannot be the name of an object")
     try:
-        return _ENCODE.sub(QUOTE * 2, name.decode())
+        text = name.decode()
+        return _ENCODE.sub(QUOTE * 2, text) if QUOTE in text else text
     except UnicodeDecodeError:
         pass
     text = name.decode("utf-8", "surrogateescape")

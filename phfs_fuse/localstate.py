@@ -1,4 +1,4 @@
-"""The state directory of one volume: one mount at a time may use it. Owns the locks.
+"""The state directory of one volume: one mount at a time may use it. Owns the locks, and names what is put aside.
 
 Standard library only: the keeper imports this.
 """
@@ -6,7 +6,9 @@ Standard library only: the keeper imports this.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
+import time
 from pathlib import Path
 
 from phfs_fuse.errors import LocalStateError
@@ -58,3 +60,12 @@ def keeper_of(config_path: Path) -> int | None:
 
 def keeper_lock(config_path: Path) -> Path:
     return config_path.with_suffix(".lock")
+
+
+def unused_stamp(directory: Path) -> str:
+    """The time (UTC) for the name of what is put aside in `directory`, with a number if a name there has it already:
+    what was put aside in the same second, or before the clock was set back, is not replaced."""
+    taken = os.listdir(directory)
+    now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    stamps = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(1)))
+    return next(stamp for stamp in stamps if not any(stamp in name for name in taken))

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import hashlib
 import logging
 import os
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -452,7 +454,8 @@ class Worker:
 @asynccontextmanager
 async def opened(config: MountConfig) -> AsyncIterator[Mount]:
     """The objects of a mount, which holds its state directory until the end of the block."""
-    store = open_store(config.store)
+    owner = hashlib.sha256(f"{socket.gethostname()}:{config.writeback.directory}".encode()).hexdigest()
+    store = open_store(config.store, owner[:16])
     try:
         mount = Mount(config, store)
         try:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,8 @@ BYTES_MAX: Final = 16 * MIB
 DISK_PART: Final = 16  # of a small disk no more than this part
 RESUME_BYTES: Final = 256 * KIB  # for the journal's index and the first transactions
 LOOK_SECONDS: Final = 0.5
+PLENTY_BYTES: Final = 1 << 30  # so much is not written in
+PLENTY_SECONDS: Final = 0.05  # so little time: the disk is not looked at again for each change
 MARGIN_PART: Final = 8  # of the reserve: with less free than this the disk counts as full
 
 
@@ -56,6 +59,7 @@ class Reserve:
         self._path = directory / NAME
         found = os.statvfs(directory)
         self._bytes = min(BYTES_MAX, found.f_blocks * found.f_frsize // DISK_PART)
+        self._plenty_until = 0.0
         self._margin = self._bytes // MARGIN_PART
         self.is_held = self._path.exists()
         self.review()
@@ -63,7 +67,11 @@ class Reserve:
     def review(self, size: int = 0) -> int:
         """Give the space up, or take it again, as the disk has less or more free than `size` and the margin; the
         bytes that are free then."""
+        now = time.monotonic()
+        if self.is_held and now < self._plenty_until and size < PLENTY_BYTES // 4:
+            return PLENTY_BYTES
         free = _free(self._directory)
+        self._plenty_until = now + PLENTY_SECONDS if free >= PLENTY_BYTES else 0.0
         if self.is_held and free < self._margin + size:
             self.give_up()
             return _free(self._directory)

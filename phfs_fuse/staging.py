@@ -13,7 +13,6 @@ import contextlib
 import errno
 import os
 import struct
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Final
 from cachetools import LRUCache
 
 from phfs_fuse.extents import Extents
+from phfs_fuse.localstate import unused_stamp
 
 _RECORD: Final = struct.Struct("<QQI")
 _CLIP: Final = (1 << 64) - 1  # as `end`: the file was truncated to `start`
@@ -268,7 +268,7 @@ class StagingArea:
         if not path.exists():
             return None
         self._aside.mkdir(mode=0o700, exist_ok=True)
-        target = self._aside / f"{time.strftime('%Y%m%dT%H%M%S')}-{path.name}"
+        target = self._aside / f"{unused_stamp(self._aside)}-{path.name}"
         for suffix in (".ext", ".data"):
             self._close(path.with_suffix(suffix))
             with contextlib.suppress(FileNotFoundError):

@@ -43,8 +43,8 @@ from phfs_fuse.uploadqueue import UploadQueue
 log = logging.getLogger(__name__)
 
 BURST_SECONDS = 0.1  # since a file was made: more are on their way
-BURST_UPLOADS = 1  # at a time meanwhile
-BURST_WAIT_SECONDS = 2.0  # what is due for longer goes up all the same
+BURST_WAIT_SECONDS = 2.0  # for so long what is due waits for the end of it
+BURST_PART = 4  # what is due for longer goes up all the same, but fewer at a time
 
 
 class Writeback:
@@ -101,9 +101,9 @@ class Writeback:
         """While a program makes one file after the other it has the machine, but for what is waited for (due 0) or
         has waited for long."""
         due = self._queue.next_due
-        is_burst = now < self._changes.made_at + BURST_SECONDS
-        can_wait = due > 0.0 and now < due + BURST_WAIT_SECONDS
-        return BURST_UPLOADS if is_burst and can_wait else self._config.uploads_max
+        if due == 0.0 or now >= self._changes.made_at + BURST_SECONDS:
+            return self._config.uploads_max
+        return 0 if now < due + BURST_WAIT_SECONDS else max(1, self._config.uploads_max // BURST_PART)
 
     def _next_look(self, now: float) -> float:
         if self._running >= self._config.uploads_max:
@@ -111,7 +111,8 @@ class Writeback:
         due = self._queue.next_due
         if self._running < self._uploads_max(now):
             return due
-        return min(self._changes.made_at + BURST_SECONDS, due + BURST_WAIT_SECONDS)
+        late = due + BURST_WAIT_SECONDS
+        return min(self._changes.made_at + BURST_SECONDS, late if now < late else math.inf)
 
     def _start_due(self) -> None:
         now = trio.current_time()

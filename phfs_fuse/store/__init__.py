@@ -17,8 +17,11 @@ def warm() -> None:
     session.warm()
 
 
-def open_store(config: StoreConfig) -> ObjectStore:
+def open_store(config: StoreConfig, owner: str = "") -> ObjectStore:
     """The fastest store that works here. Does no I/O: the first call, `check_bucket`, opens it.
+
+    `owner` names the object that conditions are tried out on, if it is the same for each process that goes on for
+    another: what a crash leaves of it is then removed by the next one.
 
     Imported late: boto3 and awscrt take longer to load than the commands that need no store.
     """
@@ -28,5 +31,5 @@ def open_store(config: StoreConfig) -> ObjectStore:
         from phfs_fuse.store.crt import CrtStore
     except ImportError as exc:  # no build of awscrt for this machine
         log.info("boto3 does all requests: %s", exc)
-        return S3Store(config)
-    return CrtStore(config)
+        return S3Store(config, owner=owner)
+    return CrtStore(config, owner)

@@ -285,8 +285,8 @@ class CrtCalls(BotoCalls):
 class CrtStore(S3Store):
     """An `S3Store` whose data path is awscrt."""
 
-    def __init__(self, config: StoreConfig) -> None:
-        super().__init__(config, CrtCalls(config))
+    def __init__(self, config: StoreConfig, owner: str = "") -> None:
+        super().__init__(config, CrtCalls(config), owner)
 
 
 def _read_and_hash(crt: _Signed, body: Body) -> tuple[bytes, str]:

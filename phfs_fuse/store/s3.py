@@ -51,8 +51,9 @@ CLEANUP_SECONDS: Final = 30.0
 class S3Store:
     """See `ObjectStore`. Opened by the first call, which should be `check_bucket`."""
 
-    def __init__(self, config: StoreConfig, calls: BotoCalls | None = None) -> None:
+    def __init__(self, config: StoreConfig, calls: BotoCalls | None = None, owner: str = "") -> None:
         self._config = config
+        self._owner = owner
         self._calls = calls or BotoCalls(config)
         self._lists_metadata: bool | None = False  # None: to be seen at the first page that has an object
         self._conditions: Conditions | None = None
@@ -438,7 +439,9 @@ class S3Store:
             return NONE_KEPT
 
     async def _probe_once(self) -> Conditions:
-        key = ObjectKey(f"{self._config.prefix}.phfs-probe-{secrets.token_hex(8)}")
+        key = ObjectKey(f"{self._config.prefix}.phfs-probe-{self._owner or secrets.token_hex(8)}")
+        if self._owner:  # a process before may have left it
+            await self._quietly(lambda: self.delete(key))
         try:
             return await probe_conditions(_ProbeObject(self._calls, key))
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -212,3 +213,32 @@ def test_an_idle_journal(tmp_path: Path) -> None:
         assert not Journal.is_idle(tmp_path)
     (tmp_path / "journal.db").write_bytes(b"no database" * 100)
     assert not Journal.is_idle(tmp_path)
+
+
+@pytest.fixture
+def standing_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock as it is when it is set back again and again."""
+    monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((2026, 3, 29, 1, 59, 59, 6, 88, 0)))
+
+
+@pytest.mark.usefixtures("standing_clock")
+def test_what_is_put_aside_replaces_nothing_whatever_the_clock_says(tmp_path: Path) -> None:
+    directory = tmp_path / "staging"
+    for data in (b"first", b"second", b"third"):  # each after a restart: numbers of layers come again
+        area = StagingArea(directory, first_id=1)
+        layer = area.new(seen=0, size=0)
+        os.pwrite(layer.fd, data, 0)
+        area.save_aside(layer.path)
+        area.close()
+    kept = {path.read_bytes() for path in (tmp_path / "saved").glob("*.data")}
+    assert kept == {b"first", b"second", b"third"}
+
+
+@pytest.mark.usefixtures("standing_clock")
+def test_damaged_journals_are_all_kept(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    for number in range(3):
+        path.write_bytes(b"damage %d" % number * 1000)
+        Journal(tmp_path, "v").close()
+    kept = {found.read_bytes()[:8] for found in tmp_path.glob("journal.db.corrupt-*")}
+    assert kept == {b"damage 0", b"damage 1", b"damage 2"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -254,6 +256,27 @@ async def test_conflict_keeps_both(world: World, autojump_clock: MockClock, capl
     (kept,) = [key for key in keys(world) if ".conflict-" in key]
     assert content(world, kept) == b"ours"
     assert len(world.journal.conflicts()) == 1
+    caplog.clear()
+
+
+async def test_conflicts_of_one_name_while_the_clock_stands(
+    world: World, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does when it is set back. The first copy was made by another mount on a host of the same name."""
+    monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((2026, 3, 29, 1, 59, 59, 6, 88, 0)))
+    taken = ObjectKey(f"{PREFIX}f.conflict-{socket.gethostname()}-20260329T015959Z")
+    await world.store.put(taken, b"ours 0", {}, expect=None)
+    await world.write("f", b"base")
+    await world.settle()
+    for number in (1, 2):
+        fh = world.vfs.open((await world.node("f")).ino, os.O_RDWR)
+        await world.vfs.write(fh, 0, b"ours, longer %d" % number)
+        await world.store.put(ObjectKey(PREFIX + "f"), b"theirs %d" % number, {}, expect=None)
+        world.vfs.release(fh)
+        await world.settle()
+        await trio.sleep(100)
+    kept = {content(world, key) for key in keys(world) if ".conflict-" in key}
+    assert kept == {b"ours 0", b"ours, longer 1", b"ours, longer 2"}
     caplog.clear()
 
 

@@ -557,6 +557,15 @@ async def test_conditions_are_tried_out_once(kind: type[S3Store], front: Proxy) 
     assert len(sent(front, "DELETE", ".phfs-probe")) == 2  # with a condition, and at the end
 
 
+async def test_what_a_process_before_left_of_its_trial_goes(kind: type[S3Store], front: Proxy) -> None:
+    async with through(kind, front) as place:
+        assert isinstance(place.store, S3Store)
+        await place.put(".phfs-probe-us", b"")
+        place.store._owner = "us"
+        await place.put("x", b"1", expect=Expect(None))
+        assert await place.names() == ["x"]
+
+
 async def test_probes_that_may_not_be_written(kind: type[S3Store], front: Proxy) -> None:
     async with through(kind, front) as place:
         front.script = lambda request: DENIED if ".phfs-probe" in request.path else Forward()

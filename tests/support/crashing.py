@@ -36,18 +36,17 @@ WRITES = ("INSERT", "UPDATE", "DELETE")
 class Steps:
     def __init__(self, directory: Path) -> None:
         self._armed, self._log = directory / "crash-at", directory / "steps"
-        self._count = 0
 
     def __call__(self, name: str) -> None:
         try:
             target = int(self._armed.read_text())
         except FileNotFoundError:
-            self._count = 0
             return
-        self._count += 1
-        with self._log.open("a") as log:
-            print(name, file=log)
-        if self._count == target:
+        with self._log.open("a+") as log:
+            print(name, file=log, flush=True)
+            log.seek(0)
+            count = len(log.readlines())
+        if count == target:
             self._armed.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -88,7 +87,7 @@ def worker() -> int:
     config = load_config(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
     step = Steps(config.writeback.directory)
     crash_at_commits(step)
-    mount.open_store = lambda config: CrashingStore(config, step)  # type: ignore[assignment, return-value]
+    mount.open_store = lambda config, _owner: CrashingStore(config, step)  # type: ignore[assignment, return-value]
     return mount.main()
 
 

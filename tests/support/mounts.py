@@ -27,7 +27,8 @@ from typing import Any
 import boto3
 from botocore.config import Config
 
-from phfs_fuse import registry
+from phfs_fuse import client, registry
+from phfs_fuse.errors import StartupError
 from phfs_fuse.mountpoint import mount_table
 from phfs_fuse.registry import MountRecord
 from tests.support.servers import Server, minio, minio_binary, moto
@@ -109,13 +110,19 @@ class TestMount:
         self.unmount()
         self.mount(*flags)
 
+    # asked for so often that the start of a command each time would be a good part of a run
+
     def sync(self, path: str | Path | None = None) -> None:
-        """Wait until everything, or one path of the mount, is in the store."""
-        self.must("sync", self.path / path if path else self.path)
+        """As `phfs sync`: wait until everything, or one path of the mount, is in the store."""
+        try:
+            for _ in client.sync(self.record(), str(path) if path else None, COMMAND_SECONDS):
+                pass
+        except StartupError as exc:
+            raise AssertionError(f"{exc}\n{self.log()}") from exc
 
     def status(self) -> Mapping[str, Any]:
-        status: Mapping[str, Any] = json.loads(self.must("status", self.path, "--json"))
-        return status
+        """As `phfs status --json`. Raises: StartupError between two workers."""
+        return client.status(self.record())
 
     # --- its processes
 
@@ -141,8 +148,8 @@ class TestMount:
         os.kill(old, signal.SIGKILL)
         deadline = time.monotonic() + COMMAND_SECONDS
         while time.monotonic() < deadline:
-            with suppress(ValueError, LookupError):
-                pid = int(json.loads(self.phfs("status", self.path, "--json").stdout)["pid"])
+            with suppress(StartupError):
+                pid = int(self.status()["pid"])
                 if pid != old:
                     return pid
             time.sleep(0.1)  # the next worker announces itself to the keeper only
