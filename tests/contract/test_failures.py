@@ -26,7 +26,7 @@ from phfs_fuse.errors import (
 )
 from phfs_fuse.store.base import Expect
 from phfs_fuse.store.s3 import S3Store
-from phfs_fuse.types import MIB, S3_PART_BYTES_MIN, ETag
+from phfs_fuse.types import MIB, S3_PART_BYTES_MIN, ETag, ObjectKey
 from tests.contract.conftest import BUCKET, KINDS
 from tests.contract.place import Place, read
 from tests.support.proxy import Answer, Forward, Proxy, Request, Script, proxy
