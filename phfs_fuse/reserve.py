@@ -62,6 +62,7 @@ class Reserve:
         self._plenty_until = 0.0
         self._margin = self._bytes // MARGIN_PART
         self.is_held = self._path.exists()
+        self._is_awaited = False
         self.review()
 
     def review(self, size: int = 0) -> int:
@@ -92,15 +93,17 @@ class Reserve:
 
     async def some(self) -> None:
         """Returns when `require_some` finds room: what was done in the store has to be noted, sooner or later."""
-        waits = False
         while True:
             try:
-                return self.require_some()
+                self.require_some()
             except OSError as exc:
-                if not waits:
-                    log.error("%s: %s; uploads wait until it has room", self._directory, exc.strerror)
-                waits = True
+                if not self._is_awaited:
+                    log.error("%s: %s; uploads wait until there is room", self._directory, exc.strerror)
+                self._is_awaited = True
                 await trio.sleep(LOOK_SECONDS)
+            else:
+                self._is_awaited = False
+                return
 
     def give_up(self) -> None:
         with contextlib.suppress(FileNotFoundError):
