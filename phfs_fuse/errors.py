@@ -55,6 +55,10 @@ class AccessDenied(PhfsError):
     errno = errno.EACCES
 
 
+class ClockOff(AccessDenied):
+    """The store refuses what is signed with the time of this machine, for as long as that is too far from its own."""
+
+
 class InvalidArgument(PhfsError):
     errno = errno.EINVAL
 
@@ -176,6 +180,8 @@ def store_startup_error(exc: PhfsError, url: str) -> StoreStartupError:
     match exc:
         case BucketNotFound():
             line = f"{url}: there is no such bucket; --create-bucket makes it"
+        case ClockOff():
+            line = f"{url}: the clock of this machine is too far from the store's ({exc.reason}); set it (NTP)"
         case AccessDenied():
             line = f"{url}: access denied ({exc.reason}); check the credentials and their rights"
         case StoreUnavailable():

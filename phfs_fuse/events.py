@@ -19,7 +19,7 @@ import trio
 
 from phfs_fuse.attrs import to_metadata
 from phfs_fuse.changes import Changes
-from phfs_fuse.errors import AccessDenied, InvalidArgument, NotFound, NotSupported, PhfsError
+from phfs_fuse.errors import AccessDenied, ClockOff, InvalidArgument, NotFound, NotSupported, PhfsError
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.namespace import Namespace
 from phfs_fuse.store.base import ObjectStore, StoreEvent
@@ -92,7 +92,7 @@ class Events:
             except PhfsError as exc:
                 if self.opened_count:
                     self._lost(exc)
-                elif isinstance(exc, NONE_HERE):
+                elif isinstance(exc, NONE_HERE) and not isinstance(exc, ClockOff):
                     log.info("changes of others show after a while: %s", exc)
                     return
                 elif not self._failures:

@@ -85,6 +85,12 @@ class Exchange:
     def is_good(self) -> bool:
         return 200 <= self.status < 300
 
+    @property
+    def leaves_open(self) -> bool:
+        """Whether the store goes on with the connection. MinIO closes it after a 412 without saying so; who is
+        quick sends the next request into the void."""
+        return self.is_good or self.status == 404
+
     def on_response(self, status_code: int, headers: Sequence[tuple[str, str]], **_: object) -> None:
         self.progress += 1
         self.status = status_code
@@ -142,8 +148,10 @@ class HttpClient:
         if exchange.failure is not None:
             connection.close()
             raise exchange.failure
-        if connection.is_open():
+        if exchange.leaves_open and connection.is_open():
             self._idle.append(connection)
+        else:
+            connection.close()
         return exchange
 
     async def aclose(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -20,13 +21,14 @@ from pathlib import Path
 import pytest
 
 from phfs_fuse.types import MIB
-from tests.mount.place import MountPlace, a_mount, script
+from tests.mount.place import MountPlace, a_mount, saved, script
 from tests.support.mounts import s3_client, shared_server
 from tests.support.proxy import Answer, Forward, Proxy, Request, forward_all, proxy
 from tests.support.servers import minio_binary
 
 pytestmark = [pytest.mark.fuse, pytest.mark.minio]
 DATA = random.Random(4).randbytes(3 * MIB + 5)
+AWAY_SECONDS = int(os.environ.get("PHFS_AWAY_SECONDS", "6"))
 EXPECTED = [
     r"upload of key=|delete of key=|failed: |: the store |the worker ended with SIGKILL|the keeper is gone",
 ]
@@ -186,6 +188,84 @@ def test_what_is_known_goes_on_and_all_is_stored_afterwards(behind: Behind, how:
     assert [behind.stored(f"{folder}/{name}") for name in ("moved", "removed")] == [None, None]
     digest = 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())'
     assert script(digest, behind.path / folder / "cold").strip() == hashlib.sha256(DATA).hexdigest()
+
+
+# The same changes below the mount and in a local folder, of few names, so that most are of one that was made, moved
+# or removed before. Prints how many of each there were, and how many the mount could not do for want of the store.
+CHANGES = """
+import collections, errno, json, os, random, sys, time
+roots, rounds, rng = sys.argv[1:3], int(sys.argv[3]), random.Random(int(sys.argv[4]))
+names = ["a", "b", "d", "e", "d/a", "d/b", "e/a", "d/d", "d/d/a", "e/d"]
+done = collections.Counter()
+def write(root, name, text):
+    with open(f"{root}/{name}", "w") as file:
+        file.write(text)
+calls = {
+    "write": lambda root, one, other, text: write(root, one, text),
+    "rename": lambda root, one, other, text: os.rename(f"{root}/{one}", f"{root}/{other}"),
+    "unlink": lambda root, one, other, text: os.unlink(f"{root}/{one}"),
+    "mkdir": lambda root, one, other, text: os.mkdir(f"{root}/{one}"),
+    "rmdir": lambda root, one, other, text: os.rmdir(f"{root}/{one}"),
+}
+def outcome(call, *arguments):
+    try:
+        call(*arguments)
+        return "done"
+    except OSError as exc:
+        return errno.errorcode[exc.errno]
+for folder, _, _ in os.walk(roots[0]):
+    pass
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(rounds):
+    for _ in range(30):
+        op = rng.choice(["write", "write", "write", "rename", "rename", "unlink", "mkdir", "rmdir"])
+        one, other = rng.choices(names, k=2)
+        arguments = one, other, f"{op} {sum(done.values())}"
+        said = outcome(calls[op], roots[0], *arguments)
+        if said == "EIO":
+            done["refused"] += 1
+            continue
+        wanted = outcome(calls[op], roots[1], *arguments)
+        assert said == wanted, (op, one, other, said, wanted)
+        done[op if said == "done" else "fails"] += 1
+    time.sleep(1)  # longer than the quiet time: what there is is tried
+print(json.dumps(done))
+"""
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_names_that_changed_again_and_again_while_the_store_was_away(
+    behind: Behind, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When it is back it gets the last state of each name and nothing else, whatever the order of the changes."""
+    folder, local = f"away-{seed}", tmp_path / "local"
+    for name in ["a", "d/a", "d/d/a", "e/a"]:
+        behind.put(f"{folder}/{name}")
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).write_bytes(body_of(name))
+    with subprocess.Popen(
+        [sys.executable, "-c", CHANGES, behind.path / folder, local, str(AWAY_SECONDS), str(seed)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        with behind.failing(refused(503, "SlowDown")):
+            said = json.loads(program.communicate("go on\n", timeout=AWAY_SECONDS + 120)[0])
+    assert program.returncode == 0
+    behind.place.sync()
+    with capsys.disabled():
+        print(f"\naway for {AWAY_SECONDS} s: {said}")
+    stored = saved(behind.place, behind.path / folder, tmp_path / "stored")
+    assert contents(stored) == contents(local)
+    assert min(said[op] for op in ("write", "rename", "unlink", "mkdir", "rmdir")) > 0
+
+
+def contents(root: Path) -> dict[str, bytes | None]:
+    """Files with their bytes, and folders."""
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
 @pytest.mark.parametrize("cut", [0, 1, 70_000])

@@ -5,8 +5,8 @@ steps, before and after.
     python -m tests.support.crashing --keeper...                 a keeper that does not give up
     python -m tests.support.crashing --config FILE --fd N...     a worker, as the keeper starts it
 
-The file `crash-at` in the state directory arms it with a number; the steps from then on are appended to `steps`, and
-the worker dies (SIGKILL) at the one of that number, which disarms it.
+The file `crash-at` in the state directory arms it with a number and a step ("2 after put"); the steps from then on
+are appended to `steps`, and the worker dies (SIGKILL) at that one, which disarms it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Steps:
 
     def __call__(self, name: str) -> None:
         try:
-            target = int(self._armed.read_text())
+            number, _, target = self._armed.read_text().partition(" ")
         except FileNotFoundError:
             return
         with self._log.open("a+") as log:
             print(name, file=log, flush=True)
             log.seek(0)
-            count = len(log.readlines())
-        if count == target:
+            count = log.read().splitlines().count(name)
+        if name == target and count == int(number):
             self._armed.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
 

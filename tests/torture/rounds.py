@@ -40,7 +40,8 @@ json.dump(found, sys.stdout)
 """
 EXPLAINED = re.compile(
     r"the worker ended with SIGKILL|upload of key=|delete of key=|: the store |store does not answer"
-    r"|failed: (head|list|get) |requests that were in work|the keeper is gone|disk failed|disk is full|disk of the local state is full"
+    r"|failed: (head|list|get) |requests that were in work|the keeper is gone|disk failed|disk is full"
+    r"|disk of the local state is full"
     r"|conflict: |was stored anew by somebody else|was deleted by somebody else|cannot be stored: somebody else"
     r"|cannot be fetched yet|attributes of key=|No space left|database or disk is full"
 )
