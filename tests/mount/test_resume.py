@@ -164,7 +164,7 @@ def test_again_and_again_under_load(place: MountPlace, how: str) -> None:
         for at in range(3)
     ]
     for _ in range(4):
-        time.sleep(1.5)
+        time.sleep(0.7)
         if how == "killed":
             place.mount.kill_worker()
         else:
