@@ -221,10 +221,14 @@ async def test_delete_many(place: Place) -> None:
     assert await place.names() == ["stays"]
 
 
-@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.fixture(params=ODD_NAMES)
+def name(place: Place, request: pytest.FixtureRequest) -> str:
+    if "moto" in place.store_name and "\n" in request.param:
+        pytest.skip("moto routes no path with a line feed")  # within the async test the reason would be lost
+    return str(request.param)
+
+
 async def test_odd_names(place: Place, name: str) -> None:
-    if "moto" in place.store_name and "\n" in name:
-        pytest.skip("moto routes no path with a line feed")
     data = name.encode()
     put = await place.put(name, data, {"mode": "0100644"}, Expect(None))
     assert (await place.head(name)).etag == put.etag
