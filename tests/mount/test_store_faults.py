@@ -253,7 +253,7 @@ def test_names_that_changed_again_and_again_while_the_store_was_away(
         assert program.stdout is not None
         assert program.stdout.readline() == "ready\n"
         with behind.failing(refused(503, "SlowDown")):
-            said = json.loads(program.communicate("go on\n", timeout=AWAY_SECONDS + 120)[0])
+            said = json.loads(program.communicate("go on\n", timeout=3 * AWAY_SECONDS + 120)[0])
     assert program.returncode == 0
     behind.place.sync()
     with capsys.disabled():
