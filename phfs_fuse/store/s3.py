@@ -198,7 +198,7 @@ class S3Store:
             if expect is not None and not conditions.delete:
                 found = await self._etag_now(key)
                 if found is None:
-                    return
+                    return await self._require_bucket(key)
                 if found != expect.etag:
                     raise VersionChanged("delete", key, f"the store has version {found}")
             await self._calls.delete(key, expect if conditions.delete else None)
@@ -419,7 +419,14 @@ class S3Store:
     async def _confirm(self, op: str, key: ObjectKey, expect: Expect | None) -> None:
         """Raises: VersionChanged if `expect` does not hold now."""
         if expect is not None and (found := await self._etag_now(key)) != expect.etag:
+            if found is None:
+                await self._require_bucket(key)
             raise VersionChanged(op, key, f"the store has version {found}, not {expect.etag}")
+
+    async def _require_bucket(self, key: ObjectKey) -> None:
+        """Raises: BucketNotFound. A HEAD has no body to say which of the two is missing."""
+        with suppress(AccessDenied):
+            await self._calls.list_page(key, 1, {}, metadata=False)
 
     async def _kept(self) -> Conditions:
         """Which conditions the store keeps; tried out before the first write that has one."""

@@ -29,7 +29,7 @@ from phfs_fuse.store.s3 import S3Store
 from phfs_fuse.types import MIB, S3_PART_BYTES_MIN, ETag, ObjectKey
 from tests.contract.conftest import BUCKET, KINDS
 from tests.contract.place import Place, read
-from tests.support.proxy import Answer, Forward, Proxy, Request, Script, proxy
+from tests.support.proxy import Answer, Forward, Proxy, Request, Script, forward_all, proxy
 from tests.support.servers import ACCESS_KEY, SECRET_KEY, Server, minio_binary, silent, unreachable
 
 OTHER = ETag("0123456789abcdef0123456789abcdef")
@@ -485,6 +485,22 @@ async def test_a_delete_whose_answer_was_lost(kind: type[S3Store], front: Proxy)
         lose_first(front, "DELETE")
         await place.store.delete(place.key("x"), expect=Expect(etag))
         assert await place.names() == []
+
+
+async def test_a_bucket_that_is_away_is_no_object_that_is_gone(kind: type[S3Store], front: Proxy) -> None:
+    """HEAD is answered by a bare 404 in both cases."""
+    body = b"<Error><Code>NoSuchBucket</Code></Error>"
+    async with through(kind, front) as place:
+        info = await place.put("x", SMALL)
+        await place.put("y", SMALL, expect=Expect(None))  # which conditions are kept is known now
+        front.script = lambda _: Answer(404, {"Content-Type": "application/xml"}, body)
+        x, metadata = place.key("x"), {"mode": "0100600"}
+        with pytest.raises(BucketNotFound):
+            await place.store.delete(x, expect=Expect(info.etag))
+        with pytest.raises(BucketNotFound):
+            await place.store.copy(x, info.etag, x, info.size, metadata, expect=Expect(info.etag))
+        front.script = forward_all
+        assert await place.names() == ["x", "y"]
 
 
 # -- stores that do not keep conditions
