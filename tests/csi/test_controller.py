@@ -19,7 +19,7 @@ from phfs_csi.errors import Aborted, AlreadyExists, CsiError, DeadlineExceeded, 
 from phfs_csi.params import Credentials, VolumeParams
 from phfs_csi.proto import csi_pb2
 from phfs_csi.volumeid import parse_volume_id
-from phfs_fuse.errors import BucketNotFound
+from phfs_fuse.errors import AccessDenied, BucketNotFound
 from phfs_fuse.store.s3 import S3Store
 from tests.support import servers
 from tests.support.servers import Server
