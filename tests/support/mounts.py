@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -140,12 +140,13 @@ class TestMount:
             return int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()[0])
         return None
 
-    def kill_worker(self) -> int:
-        """kill -9 the worker; returns the pid of the next one when it serves."""
+    def kill_worker(self, then: Callable[[], None] = lambda: None) -> int:
+        """kill -9 the worker; returns the pid of the next one when it serves, `then` is called in between."""
         old = self.worker_pid
         assert old is not None, self.log()
         self.expected.append(r"the worker ended with SIGKILL")
         os.kill(old, signal.SIGKILL)
+        then()
         deadline = time.monotonic() + COMMAND_SECONDS
         while time.monotonic() < deadline:
             with suppress(StartupError):

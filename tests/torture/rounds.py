@@ -15,9 +15,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tests.support.mounts import TestMount, ended
@@ -163,9 +164,9 @@ class Torture:
         elif what in ("state full", "cache full"):
             self._fill(place, what.split()[0])
 
-    def _kill(self, place: Place) -> None:
+    def _kill(self, place: Place, then: Callable[[], None] = lambda: None) -> None:
         place.killed = time.monotonic()
-        place.mount.kill_worker()
+        place.mount.kill_worker(then)
 
     def _away(self, places: Sequence[Place]) -> None:
         for place in places:
@@ -180,9 +181,13 @@ class Torture:
             time.sleep(self.random.uniform(0.1, 3.0))
             if place.may_kill and self.random.random() < 0.3:
                 self.done[f"kill, {disk} full"] += 1
-                self._kill(place)
+                self._kill(place, partial(self._free_soon, place, disk))  # without any room it is not replaced
         finally:
             place.mount.free(disk)
+
+    def _free_soon(self, place: Place, disk: str) -> None:
+        time.sleep(self.random.uniform(0.0, 3.0))
+        place.mount.free(disk)
 
     def _kill_keeper(self, place: Place) -> None:
         """The mount breaks; the next one takes up the state."""
