@@ -229,7 +229,7 @@ def _enter(plan: Spec) -> None:
     _run("mount", "-t", "proc", "proc", root / "proc")
     for source, place, how in plan["mounts"]:
         _mount(source, root / place.lstrip("/"), how)
-    for code in {str(ROOT), sys.prefix}:  # in place of the image's; perhaps below a volume
+    for code in {str(ROOT), sys.prefix, sys.base_prefix}:  # in place of the image's; perhaps below a volume
         _mount(code, root / code.lstrip("/"), "")
         for parent in Path(code).parents[:-1]:
             (root / str(parent).lstrip("/")).chmod(0o755)  # the image's is open to all users
