@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import stat
 import time
 from collections import defaultdict
@@ -65,7 +67,7 @@ class Recovery:
             for layer in rows:
                 self._save_aside(self._area.path(layer.id))
         for path in self._area.orphans(known.__contains__):
-            if path.suffix == ".data" and path.stat().st_blocks:
+            if path.suffix == ".data" and _has_bytes(path):
                 self._save_aside(path)
             else:
                 path.unlink(missing_ok=True)  # no byte was written, or its log went with the data
@@ -169,3 +171,13 @@ class Recovery:
 
     def gone(self) -> list[tuple[ObjectKey, str | None]]:
         return list(self._journal.gone())
+
+
+def _has_bytes(path: Path) -> bool:
+    """Whether anything was written to a sparse file; where its file system does not tell, yes."""
+    with path.open("rb") as file:
+        try:
+            os.lseek(file.fileno(), 0, os.SEEK_DATA)
+        except OSError as exc:
+            return exc.errno != errno.ENXIO  # Source: lseek(2)
+    return True
