@@ -17,6 +17,7 @@ _ENCODE: Final = re.compile(QUOTE + "(?=" + QUOTE + "|[89A-F][0-9A-F])")
 _DECODE: Final = re.compile(QUOTE + "(" + QUOTE + "|[89A-F][0-9A-F])")
 
 RCLONE_LINK: Final = ".rclonelink"  # a symlink as rclone's --links stores it: the target is the body
+TRIAL: Final = ".phfs-probe-"  # begins the name of an object on which a mount tries out its store: never shown
 OBJECT_BESIDE: Final = ".phfs-file"  # shows the object `x` where `x/y` makes `x` a directory
 
 
@@ -34,6 +35,8 @@ def segment_of(name: bytes) -> str:
         raise NameTooLong("name", repr(name[:40]), f"longer than {NAME_BYTES_MAX} bytes")
     if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
         raise IllegalName("name", repr(name), "cannot be the name of an object")
+    if name.startswith(TRIAL.encode()):
+        raise IllegalName("name", repr(name), f"names that begin with {TRIAL} are for trials of the store")
     try:
         text = name.decode()
         return _ENCODE.sub(QUOTE * 2, text) if QUOTE in text else text
@@ -55,7 +58,7 @@ def new_segment(name: bytes) -> str:
 
 def name_of(segment: str) -> bytes:
     """The name that shows a segment found in the store. Raises: IllegalName if there is none: the segment is
-    empty, `.`, `..`, too long, or not what `segment_of` would make of that name."""
+    empty, `.`, `..`, too long, that of a trial, or not what `segment_of` would make of that name."""
     if QUOTE in segment:
         name = _DECODE.sub(lambda m: m[1] if m[1] == QUOTE else chr(0xDC00 + int(m[1], 16)), segment).encode(
             "utf-8", "surrogateescape"

@@ -26,6 +26,7 @@ from phfs_fuse.errors import (
     PhfsError,
     VersionChanged,
 )
+from phfs_fuse.keys import TRIAL
 from phfs_fuse.store.answers import NO_SUCH_KEY, NO_SUCH_UPLOAD, check_key, check_metadata, check_text
 from phfs_fuse.store.base import Body, Expect, Listener, Listing, ObjectInfo, Part, Sink, Upload
 from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
@@ -446,7 +447,7 @@ class S3Store:
             return NONE_KEPT
 
     async def _probe_once(self) -> Conditions:
-        key = ObjectKey(f"{self._config.prefix}.phfs-probe-{self._owner or secrets.token_hex(8)}")
+        key = ObjectKey(f"{self._config.prefix}{TRIAL}{self._owner or secrets.token_hex(8)}")
         if self._owner:  # a process before may have left it
             await self._quietly(lambda: self.delete(key))
         try:

@@ -43,7 +43,7 @@ def test_segments(name: bytes, segment: str) -> None:
     assert keys.name_of(segment) == name
 
 
-@pytest.mark.parametrize("segment", ["", ".", "..", "a\0b", "x" * 256])
+@pytest.mark.parametrize("segment", ["", ".", "..", "a\0b", "x" * 256, ".phfs-probe-0f369c1b999c36a7"])
 def test_illegal_segments(segment: str) -> None:
     with pytest.raises(IllegalName):
         keys.name_of(segment)
