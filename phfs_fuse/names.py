@@ -368,7 +368,8 @@ class Names:
                 over = self._changes.replaced(target, target_key)
             self._inodes.move(source, target_dir, to_name)
             source.ctime_ns = time.time_ns()
-            for node, key in zip(moved, old, strict=True):
+            # Children first: a folder whose marker is not wanted any more is let go of, with all in it that is clean.
+            for node, key in reversed(list(zip(moved, old, strict=True))):
                 self._changes.renamed(node, key, over if node is source else None)
             self._namespace.appeared(target_dir, to_name)
             self._child_changed(source_dir)

@@ -103,3 +103,19 @@ async def test_a_new_version_is_stored_and_forgotten_while_its_directory_is_list
     assert names[0] == "f"
     assert await world.read("f") == b"written meanwhile"
     assert await world.read("g") == b"new"
+
+
+async def test_a_file_that_is_not_known_moves_with_a_folder_whose_marker_is_not_wanted_any_more(
+    world: World, autojump_clock: MockClock
+) -> None:
+    seed(world, "d/sub/unknown", "d/sub/known")
+    sub = await world.node("d/sub")
+    known = await world.node("d/sub/known")
+    await world.vfs.unlink(sub.ino, b"known")  # as far as known the folder is empty: its marker is to be stored
+    assert sub.dirty is not None
+    forget(world, known)
+    forget(world, sub)
+    await world.vfs.rename(1, b"d", 1, b"e", 0)  # finds the other file, and no use for the marker
+    assert await world.read("e/sub/unknown") == b"stored"
+    await world.settle()
+    assert world.store.inner.keys == [PREFIX + "e/sub/unknown"]  # type: ignore[attr-defined]
