@@ -18,7 +18,7 @@ import trio
 from phfs_fuse import adoption
 from phfs_fuse.cachedir import CacheDirectory, file_name, unlink_all
 from phfs_fuse.cachedisk import FILES_OPEN_MAX, CacheDisk, RunSync, on_thread
-from phfs_fuse.cachefile import CRC32, Buffer, Checksum, Layout
+from phfs_fuse.cachefile import CRC32C, Buffer, Checksum, Layout
 from phfs_fuse.config import CacheConfig
 from phfs_fuse.extents import Extents
 from phfs_fuse.fills import Fetching
@@ -63,7 +63,7 @@ class BlockCache:
         store: ObjectStore,
         config: CacheConfig,
         *,
-        checksum: Checksum = CRC32,
+        checksum: Checksum = CRC32C,
         run_sync: RunSync = on_thread,
         files_max: int = FILES_OPEN_MAX,
     ) -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from errno import EINVAL, EIO, ENOSYS, EOPNOTSUPP, EXDEV
 from typing import Final
+
+from awscrt import checksums
 
 from phfs_fuse.extents import Extent, Extents, split
 from phfs_fuse.types import MIB
@@ -43,7 +44,7 @@ class Checksum:
         return self.update(data, 0) or 1
 
 
-CRC32: Final = Checksum("crc32", zlib.crc32)
+CRC32C: Final = Checksum("crc32c", checksums.crc32c)  # an instruction of the CPU: ten times as fast as zlib's CRC-32
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class BlockWriter:
     """Takes the bytes of a range of whole blocks in order, as a store's sink, on any thread.
 
     Never raises: after an error of the disk (then in `error`), or once `revoke` returned, it writes nothing.
-    `done` is where the next block to be completed starts; `notify` is called after each one.
+    `done` is where the next block to be completed starts; `notify` is called after a chunk that completed some.
     """
 
     def __init__(self, fd: int, layout: Layout, checksum: Checksum, start: int, notify: Callable[[], None]) -> None:
@@ -112,33 +113,34 @@ class BlockWriter:
         self._lock = threading.Lock()
 
     def __call__(self, offset: int, chunk: bytes | memoryview) -> None:
-        view = memoryview(chunk)
-        for start, end in split(offset, offset + len(view), self._layout.block_bytes):
-            with self._lock:
-                if self._revoked:
-                    return
-                try:
-                    completed = self._write(view[start - offset : end - offset], start, end)
-                except OSError as exc:
-                    self.error, self._revoked, completed = exc, True, True
-            if completed:
-                self._notify()
+        with self._lock:
+            if self._revoked:
+                return
+            done = self.done
+            try:
+                self._write(offset, memoryview(chunk))
+            except OSError as exc:
+                self.error, self._revoked = exc, True
+        if self.done != done or self.error is not None:
+            self._notify()
 
     def revoke(self) -> None:
-        """After this the file descriptor is not used any more. Waits for the block that is being written."""
+        """After this the file descriptor is not used any more. Waits for the chunk that is being written."""
         with self._lock:
             self._revoked = True
 
-    def _write(self, piece: memoryview, start: int, end: int) -> bool:
-        """Write within one block; whether it is complete now."""
-        write_all(self._fd, piece, start)
-        self._running = self._checksum.update(piece, self._running)
-        layout = self._layout
-        if end % layout.block_bytes and end != layout.size:
-            return False
-        write_all(self._fd, _entry(self._running or 1), layout.entry_offset(self.done))
-        self._running, self.done = 0, end
-        return True
+    def _write(self, offset: int, view: memoryview) -> None:
+        """The bytes, then the checksums of the blocks that they complete."""
+        write_all(self._fd, view, offset)
+        layout, sums = self._layout, bytearray()
+        for start, end in split(offset, offset + len(view), layout.block_bytes):
+            self._running = self._checksum.update(view[start - offset : end - offset], self._running)
+            if end % layout.block_bytes == 0 or end == layout.size:
+                sums += _entry(self._running or 1)
+                self._running, done = 0, end
+        if sums:
+            write_all(self._fd, sums, layout.entry_offset(self.done))
+            self.done = done
 
 
 def verify(fd: int, layout: Layout, checksum: Checksum, start: int, end: int) -> tuple[Extents, int]:

@@ -217,7 +217,7 @@ SETTINGS: Final = (
         "cache.window_bytes_max",
         SIZE,
         "Largest read-ahead of one sequential reader.",
-        "16M",
+        "32M",
     ),
     _tuning(
         "read-requests",
@@ -225,7 +225,7 @@ SETTINGS: Final = (
         "cache.requests_max",
         COUNT,
         "Requests of one reader at a time.",
-        "8",
+        "4",
     ),
     _tuning(
         "events-ttl",

@@ -29,7 +29,7 @@ from phfs_fuse.store.headers import (
 )
 from phfs_fuse.store.session import DEFAULT_REGION, PAGE, Clients, open_clients, translated
 from phfs_fuse.store.transfer import FileBody, Receiver, body_length
-from phfs_fuse.types import ETag, ObjectKey
+from phfs_fuse.types import MIB, ETag, ObjectKey
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CONTROL_MAX: Final = 16  # calls that move no data, at a time
-CHUNK_BYTES: Final = 256 * 1024
+CHUNK_BYTES: Final = MIB  # per hand-over of the interpreter's lock
 XML_ILLEGAL: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # Source: XML 1.0, 2.2 Characters
 
 

@@ -109,7 +109,7 @@ FRONT_SEES = FRONT | {
 }  # fmt: skip
 
 USERS = {
-    "awscrt": "store",
+    "awscrt": "store cachefile",
     "boto3": "store demo bench",
     "botocore": "store bench",
     "matplotlib": "bench",
