@@ -271,13 +271,14 @@ def _pip(t: Trial) -> None:
 @_workload(
     "remove",
     {
-        "remove": "rm -r of {listed} files in one folder",
+        "remove": "rm -rf of {listed} files in one folder",
         "remove-stored": "the same until they are gone from the store",
     },
     seed=lambda sizes: small_files(sizes.listed, 100),
 )
 def _remove(t: Trial) -> None:
-    done = t.do("run", command=["rm", "-r", "files"], cwd=t.path())
+    # -f: a folder without an object of its own may end with its last file, before rm comes to it
+    done = t.do("run", command=["rm", "-rf", "files"], cwd=t.path())
     t.take("remove", done)
     t.take_stored("remove-stored", done, {})
 
