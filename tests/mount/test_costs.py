@@ -147,7 +147,9 @@ def test_a_sequential_read_asks_in_large_pieces(place: MountPlace) -> None:
     with counted(place) as cost:
         script(READ, place.path / "big")
     assert cost["store_received_bytes"]["get"] == 64 * MIB  # every byte once
-    assert cost.store("get") <= 64 // 4 + 8  # 4 MiB each, after a start with smaller ones
+    assert cost.store("get") <= 64 // 8 + 8  # 8 MiB each, after a start with smaller ones
+    assert cost["thread_hops"].get("store", 0) <= cost.store("get")
+    assert cost["thread_hops"].get("disk", 0) <= 4  # pages are read where they were just written: in memory
     assert cost["fuse_requests"]["read"] <= 64 + 8  # 1 MiB each
     with counted(place) as cost:
         script(READ, place.path / "big")
