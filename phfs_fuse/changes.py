@@ -59,6 +59,7 @@ class Changes:
         self.made_at = -math.inf  # when a file was made last
         self._waiters: dict[Ino, trio.Event] = {}
         self.on_met: Callable[[ObjectKey], None] | None = None
+        self.on_displaced: Callable[[Node], None] | None = None  # one that was displaced is about to be changed
         self.settled = trio.Event()  # set, and replaced, when something has reached the store or failed
 
     def users(self, key: ObjectKey) -> Collection[Node]:
@@ -136,6 +137,8 @@ class Changes:
 
     def stage(self, node: Node) -> Layer:
         """The layer that takes the next write to `node`; the caller then calls `written`. Raises: OSError."""
+        if self.on_displaced is not None and self._inodes.is_displaced(node):
+            self.on_displaced(node)
         staged = node.staged
         if staged is not None and not staged.needs_layer:
             return staged.top
@@ -293,6 +296,16 @@ class Changes:
             self._quotas.changed(key, node.stored_size, winner_size)
         if not node.detached:
             self._quotas.changed(self._inodes.key(node), 0, node.stored_size)
+
+    def reappeared(self, node: Node) -> None:
+        """`node`, which others had displaced, has a name again, where the store is not known to have anything."""
+        self._quotas.changed(self._inodes.key(node), 0, node.stored_size)
+        dirty = node.dirty or self._make_dirty(node, None)
+        dirty.over = None
+        self.track(node)
+        self.save(node)
+        self._moved(node)
+        self._changed(node, dirty)
 
     def spared(self, gone: Gone, size: int) -> None:
         """Somebody else has stored `size` bytes under a key that was to be deleted: it stays."""

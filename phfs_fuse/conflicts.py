@@ -17,7 +17,7 @@ from phfs_fuse import metrics
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import OnConflict
 from phfs_fuse.dirty import DirtyFile
-from phfs_fuse.errors import NameTooLong, NotFound, PhfsError, StaleVersion
+from phfs_fuse.errors import NameTooLong, NoSpace, NotFound, PhfsError, StaleVersion
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Journal
 from phfs_fuse.sources import Sources
@@ -33,6 +33,14 @@ log = logging.getLogger(__name__)
 def local_error(key: str, exc: OSError) -> PhfsError:
     """An error of the local disk, as one of the upload."""
     return PhfsError("upload", key, f"staging file: {exc.strerror or exc}")
+
+
+def _log_conflict(path: bytes, name: bytes) -> None:
+    log.warning(
+        "conflict: %s was changed by somebody else, ours is kept as %s",
+        path.decode(errors="replace"),
+        name.decode(errors="replace"),
+    )
 
 
 class Conflicts:
@@ -56,6 +64,7 @@ class Conflicts:
         self._queue = queue
         self._sources = sources
         self._on_conflict = on_conflict
+        changes.on_displaced = self.give_name
 
     async def lost_race(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, exc: PhfsError) -> None:
         """The store moved on under our bytes (or our own earlier try did reach it). Nothing is overwritten."""
@@ -118,7 +127,7 @@ class Conflicts:
         key = self._inodes.key(node)
         if node.parent is not None:
             self._inodes.incomplete(node.parent)
-        self._inodes.detach(node)
+        self._inodes.displace(node)
         self._changes.displaced(node, key, None)
         self._changes.abandon(node)
 
@@ -161,11 +170,29 @@ class Conflicts:
         with self._journal.batch():
             self._journal.put_conflict(path, self._inodes.raw_path(node), outside=False)
             self._changes.save(node)
-        log.warning(
-            "conflict: %s was changed by somebody else, ours is kept as %s",
-            path.decode(errors="replace"),
-            name.decode(errors="replace"),
-        )
+        _log_conflict(path, name)
+
+    def give_name(self, node: Node) -> None:
+        """Somebody is about to write to a file that was open while others took its name: the bytes go on under that
+        name if it is free again, else beside the winner."""
+        parent = node.parent
+        while parent is not None and parent.detached:
+            parent = parent.parent
+        assert parent is not None
+        assert parent.kids is not None
+        path = self._inodes.raw_path(node)
+        is_free = node.name not in parent.kids
+        name = node.name if is_free else self._conflict_name(parent, node.name)
+        if name is None:
+            raise NoSpace("write", self._inodes.path(node), "others have replaced it, and there is no second name")
+        with self._journal.batch():
+            self._inodes.attach(parent, name, node)
+            self._changes.reappeared(node)
+            if not is_free:
+                self._journal.put_conflict(path, self._inodes.raw_path(node), outside=False)
+        if not is_free:
+            metrics.CONFLICTS.add()
+            _log_conflict(path, name)
 
     def _conflict_name(self, parent: Node, name: bytes) -> bytes | None:
         """A free name `NAME.conflict-HOST-TIME`, with NAME cut off where it would be too long; None if all are."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import PosixAttrs, TreeConfig
-from phfs_fuse.errors import NoAttribute, NoSpace, NotSupported
+from phfs_fuse.errors import NoAttribute, NoSpace, NotSupported, StaleVersion
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.namespace import Namespace
 from phfs_fuse.openfiles import OpenFiles
@@ -40,9 +40,11 @@ class FileAttrs:
         self._config = config
 
     async def setattr(self, ino: int, change: Change) -> Node:
-        """Raises: ReadOnly, TooLarge, NoSpace, OSError."""
+        """Raises: ReadOnly, TooLarge, NoSpace, StaleVersion, OSError."""
         self._namespace.require_writable()
         node = self._inodes.get(ino)
+        if node.detached and not node.opens:  # the kernel looks the name up again
+            raise StaleVersion("setattr", self._inodes.path(node), "others have replaced it")
         if change.size is not None and change.size != node.size:
             if change.size > node.size:
                 self._namespace.require_room()

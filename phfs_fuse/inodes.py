@@ -199,6 +199,7 @@ class Inodes:
         self._next = first_ino
         self._nodes: dict[int, Node] = {}
         self._questions: dict[Ino, list[Question]] = {}  # by directory, those under way
+        self._displaced: set[Ino] = set()  # open files whose names others have taken or removed
         self.on_changed: Callable[[Node], None] | None = None  # a node got another name, or lost it
         self.root: Node = Folder(ROOT_INO, root_attrs, ctime_ns=now_ns)
         self.root.lookups = 1  # never forgotten
@@ -241,8 +242,22 @@ class Inodes:
         node.set_name(name, keys.segment_of(name) if segment is None else segment)
         node.detached = False
         parent.kids[name] = node
+        self._displaced.discard(node.ino)
         if node.is_dir:
             parent.subdirs += 1
+
+    def displace(self, node: Node) -> None:
+        """Others have stored something else under the name of `node`, or removed it. It is detached; should somebody
+        write to it, who has it open, it gets a name again."""
+        self.mark_displaced(node)
+        self.detach(node)
+
+    def mark_displaced(self, node: Node) -> None:
+        if node.opens and not node.is_dir:
+            self._displaced.add(node.ino)
+
+    def is_displaced(self, node: Node) -> bool:
+        return node.ino in self._displaced
 
     def detach(self, node: Node) -> None:
         """Take `node` out of the tree; it keeps its number while it is referred to."""
@@ -315,6 +330,7 @@ class Inodes:
             if at.kids:
                 return
             self._nodes.pop(at.ino, None)
+            self._displaced.discard(at.ino)
             if at.version is not None:
                 at.version.close()
                 at.version = None

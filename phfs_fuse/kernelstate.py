@@ -65,6 +65,7 @@ class NodeRecord(NamedTuple):
     base: tuple[ObjectKey, ETag, int] | None
     marker: ETag | None
     own_attrs: bool
+    displaced: bool = False  # detached because others have taken the name
 
 
 class Known(NamedTuple):
@@ -75,7 +76,7 @@ class Known(NamedTuple):
     positions: dict[int, tuple[int, bytes]]  # by handle of the directory stream
 
 
-def _record(node: Node) -> NodeRecord:
+def _record(node: Node, displaced: bool) -> NodeRecord:
     base = node.base
     return NodeRecord(
         ino=node.ino,
@@ -96,16 +97,13 @@ def _record(node: Node) -> NodeRecord:
         base=(base.key, base.etag, base.size) if base else None,
         marker=node.marker,
         own_attrs=node.own_attrs,
+        displaced=displaced,
     )
 
 
 def _packed(kind: int, *fields: Any) -> bytes:
     body = marshal.dumps((kind, *fields), _MARSHAL)
     return _HEAD.pack(len(body), zlib.crc32(body)) + body
-
-
-def _node(node: Node) -> bytes:
-    return _packed(_NODE, *_record(node))
 
 
 def _refs(node: Node) -> bytes:
@@ -125,6 +123,9 @@ class KernelState:
         self._bytes = self._needed_bytes = 0
         self._is_torn = False
         self._positions: dict[int, tuple[int, bytes]] = {}
+
+    def _node(self, node: Node) -> bytes:
+        return _packed(_NODE, *_record(node, self._inodes.is_displaced(node)))
 
     @staticmethod
     def check(path: Path) -> None:
@@ -189,7 +190,7 @@ class KernelState:
         if node.noted:
             self._append(_refs(node))
         else:
-            self._append(_node(node) + _refs(node))
+            self._append(self._node(node) + _refs(node))
             node.noted = True
 
     def told_all(self, nodes: Iterable[Node], fh: int, cookie: int, after: bytes) -> None:
@@ -198,7 +199,7 @@ class KernelState:
         for node in nodes:
             node.lookups += 1
             if not node.noted:
-                out += _node(node)
+                out += self._node(node)
                 node.noted = True
             out += _refs(node)
         self._positions[fh] = (cookie, after)
@@ -214,7 +215,7 @@ class KernelState:
     def changed(self, node: Node) -> None:
         """What the kernel may know of `node` (its name, its version) is otherwise now."""
         if node.noted:
-            self._append(_node(node))
+            self._append(self._node(node))
 
     # ---- the file ----
 
@@ -271,7 +272,7 @@ class KernelState:
         if not (node.noted or node.lookups or node.opens):
             return b""
         node.noted = True
-        return _node(node) + _refs(node)
+        return self._node(node) + _refs(node)
 
     def _next_file(self) -> int:
         path = self._path.with_suffix(".new")

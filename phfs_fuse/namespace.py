@@ -284,7 +284,7 @@ class Namespace:
         node = (parent.kids or {}).get(name)
         if node is None or node.dirty is not None or node.seq > seq or self._holds_local(node):
             return
-        self._inodes.detach(node)
+        self._inodes.displace(node)
 
     def _holds_local(self, node: Node) -> bool:
         """Whether a directory has something in it that exists only here."""
@@ -306,7 +306,7 @@ class Namespace:
                 return node
             if node.is_dir and self._holds_local(node):
                 return node
-            self._inodes.detach(node)
+            self._inodes.displace(node)
         return self._new_file(parent, segment, name, info, question)
 
     def _shows(self, node: Node, segment: str, name: bytes, info: ObjectInfo) -> bool:
@@ -355,7 +355,7 @@ class Namespace:
         if node is not None and not node.is_dir:
             if node.dirty is not None or node.seq > question.seq:
                 return node
-            self._inodes.detach(node)  # from now on shown as name + OBJECT_BESIDE
+            self._inodes.displace(node)  # from now on shown as name + OBJECT_BESIDE
             node = None
         if node is None:
             node = self._inodes.new(self.default_directory(), ctime_ns=time.time_ns())

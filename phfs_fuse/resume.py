@@ -102,5 +102,7 @@ def _place(inodes: Inodes, parent: Node, node: Node, record: NodeRecord) -> None
     if record.detached or parent.kids is None or record.name in parent.kids:
         node.parent, node.detached = parent, True
         node.set_name(record.name, record.segment)
+        if record.displaced:
+            inodes.mark_displaced(node)
     else:
         inodes.attach(parent, record.name, node, record.segment)

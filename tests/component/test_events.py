@@ -12,6 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from phfs_fuse.errors import NotFound, StaleVersion
 from phfs_fuse.events import Name, StreamState
+from phfs_fuse.fileattrs import Change
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, made, running
@@ -273,3 +274,66 @@ async def test_foreign_changes_are_passed_on(world: World, store: FakeStore, aut
     store.remove(PREFIX + "theirs")
     store.seed(PREFIX + "folder/")
     assert seen == [(PREFIX + "theirs", None, 2), (PREFIX + "theirs", 2, 0)]
+
+
+async def test_bytes_written_to_a_file_that_others_have_replaced_are_kept_beside_it(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    store.seed(PREFIX + "f", b"old")
+    node = await world.node("f")
+    fh = world.vfs.open(node.ino, os.O_RDWR)
+    await world.vfs.read(fh, 0, 10)
+    store.seed(PREFIX + "f", b"theirs")
+    assert await world.read("f") == b"theirs"
+    await world.vfs.write(fh, 0, b"ours")
+    await world.vfs.flush(fh)
+    world.vfs.release(fh)
+    await world.settle()
+    assert store.data(PREFIX + "f") == b"theirs"
+    (kept,) = [key for key in store.keys if ".conflict-" in key]
+    assert store.data(kept) == b"ours"
+    assert [conflict.path for conflict in world.journal.conflicts()] == [b"f"]
+    assert sorted(await world.names()) == ["f", kept.removeprefix(PREFIX)]
+
+
+async def test_bytes_written_to_a_file_that_others_have_removed_are_stored_again(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    store.seed(PREFIX + "f", b"old")
+    node = await world.node("f")
+    fh = world.vfs.open(node.ino, os.O_RDWR)
+    await world.vfs.read(fh, 0, 10)
+    store.remove(PREFIX + "f")
+    with pytest.raises(NotFound):
+        await world.node("f")
+    await world.vfs.write(fh, 0, b"ours")
+    world.vfs.release(fh)
+    await world.settle()
+    assert {key: store.data(key) for key in store.keys} == {PREFIX + "f": b"ours"}
+
+
+async def test_a_file_that_a_program_here_has_removed_stays_so(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    store.seed(PREFIX + "f", b"old")
+    node = await world.node("f")
+    fh = world.vfs.open(node.ino, os.O_RDWR)
+    await world.vfs.unlink(1, b"f")
+    await world.vfs.write(fh, 0, b"scratch")
+    world.vfs.release(fh)
+    await world.settle()
+    assert store.keys == [PREFIX]  # the folder is empty
+
+
+async def test_nothing_is_changed_by_a_name_that_others_have_replaced(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    store.seed(PREFIX + "f", b"old")
+    node = await world.node("f")
+    store.seed(PREFIX + "f", b"theirs")
+    assert await world.read("f") == b"theirs"
+    for change in (Change(size=1), Change(mode=0o600)):  # the kernel looks the name up again
+        with pytest.raises(StaleVersion):
+            await world.vfs.setattr(node.ino, change)
+    await world.settle()
+    assert store.data(PREFIX + "f") == b"theirs"

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -209,3 +210,11 @@ def saved(place: Place, folder: Path, to: Path) -> Path:
     lines = [f"{name!r}: stored {stored.get(name)}, shown {shown.get(name)}" for name in differ]
     assert not lines, "\n".join(lines)
     return copy
+
+
+def within(seconds: float, answer: Callable[[], object], wanted: object) -> None:
+    """Ask until the answer is the one that is wanted."""
+    deadline = time.monotonic() + seconds
+    while (got := answer()) != wanted:
+        assert time.monotonic() < deadline, f"still {got!r} instead of {wanted!r}"
+        time.sleep(0.05)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from phfs_fuse.kernelstate import _FORMAT, FORMAT, _packed
-from tests.mount.place import MountPlace, a_mount, attempt, run
+from tests.mount.place import MountPlace, a_mount, attempt, run, within
 
 pytestmark = [pytest.mark.fuse, pytest.mark.minio]
 
@@ -73,6 +73,28 @@ def test_unlinked_and_replaced_files_stay_open(place: MountPlace) -> None:
     place.sync()
     listed = place.mount.s3.list_objects_v2(Bucket=place.mount.bucket)["Contents"]
     assert [entry["Key"] for entry in listed] == ["groups/test/replaced"]
+
+
+def test_bytes_for_a_file_that_others_have_replaced_are_kept_beside_it(place: MountPlace) -> None:
+    path = place.path
+    place.mount.expected.append("conflict: .* was changed by somebody else")
+    for name in ("before", "after"):
+        (path / name).write_bytes(b"base")
+    place.sync()
+    with (path / "before").open("r+b", buffering=0) as before, (path / "after").open("r+b", buffering=0) as after:
+        before.read()
+        after.read()
+        for name in ("before", "after"):
+            place.foreign_put(path / name, b"theirs")
+            within(20, (path / name).read_bytes, b"theirs")
+        before.write(b" and ours")
+        place.mount.kill_worker()
+        after.write(b" and ours")
+    place.sync()
+    for name in ("before", "after"):
+        (beside,) = path.glob(f"{name}.conflict-*")
+        assert beside.read_bytes() == b"base and ours"
+        assert (path / name).read_bytes() == b"theirs"
 
 
 def test_working_directories_and_renamed_folders(place: MountPlace) -> None:

@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pytest
 from botocore.exceptions import ClientError
 
-from tests.mount.place import MountPlace, a_mount, attempt, run, saved
+from tests.mount.place import MountPlace, a_mount, attempt, run, saved, within
 from tests.mount.trees import tree
 from tests.support.mounts import mounted, shared_server
 from tests.support.proxy import Answer, Forward, Request, proxy
@@ -79,14 +79,6 @@ def keys(place: MountPlace, folder: Path) -> list[str]:
 def metadata(place: MountPlace, path: Path) -> dict[str, str]:
     found: dict[str, str] = place.mount.s3.head_object(Bucket=place.mount.bucket, Key=place.key(path))["Metadata"]
     return found
-
-
-def within(seconds: float, answer: Callable[[], object], wanted: object) -> None:
-    """Ask until the answer is the one that is wanted."""
-    deadline = time.monotonic() + seconds
-    while (got := answer()) != wanted:
-        assert time.monotonic() < deadline, f"still {got!r} instead of {wanted!r}"
-        time.sleep(0.05)
 
 
 # --- what others wrote

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from tests.torture.writer import again, get
 
@@ -69,7 +70,7 @@ class Editor:
         self.random = random.Random(seed)
         self.name = name
         self.count = 0
-        self.committed: list[str] = []
+        self.committed: dict[str, str] = {}  # line -> where and when
         self.done: Counter[str] = Counter()
         self.torn: list[str] = []
 
@@ -98,13 +99,18 @@ class Editor:
             with suppress(OSError):  # an edit that was refused says so twice
                 os.close(second)
 
+    def commit(self, name: str, file: str, at: int, data: bytes) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.committed[name] = f"{file} {at}+{len(data)} {now}"
+
     # ---- operations
 
     def create(self) -> None:
-        fd = os.open(self.path(self.random.choice(NAMES)), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        file = self.random.choice(NAMES)
+        fd = os.open(self.path(file), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         name, data = self.line(parse(b""))
         self.write(fd, data, 0)
-        self.committed.append(name)
+        self.commit(name, file, 0, data)
 
     def append(self) -> None:
         file = self.random.choice(NAMES)
@@ -116,7 +122,7 @@ class Editor:
             raise
         name, data = self.line(content)
         self.write(fd, data, content.good_bytes)
-        self.committed.append(name)
+        self.commit(name, file, content.good_bytes, data)
         if len(content.names) > LINES_MAX:
             os.rename(self.path(file), self.path(f"full-{name}"))
 
@@ -132,7 +138,7 @@ class Editor:
         name, data = self.line(content)
         fd = os.open(self.path(file), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self.write(fd, old[: content.good_bytes] + data, 0)
-        self.committed.append(name)
+        self.commit(name, f"{file} from {aside}", content.good_bytes, data)
         again(os.unlink, self.path(aside))
 
     def read(self) -> None:

@@ -70,7 +70,7 @@ class Round:
     files: dict[str, str] = field(default_factory=dict)  # path -> hash, of the folders of one program each
     folders: list[str] = field(default_factory=list)
     shared: str = ""  # folder that all mounts work in
-    committed: dict[str, str] = field(default_factory=dict)  # line there -> who wrote it
+    committed: dict[str, str] = field(default_factory=dict)  # line there -> where and when it was written
     refused: int = 0
 
 
@@ -137,7 +137,7 @@ class Torture:
         now.refused += model["refused"]
         if "committed" in model:
             self.done["shared edits"] += len(model["committed"])
-            now.committed |= dict.fromkeys(model["committed"], name)
+            now.committed |= model["committed"]
             for text in model["torn"]:
                 self._find(f"{name} read a mixed version: {text}")
         else:
@@ -240,7 +240,7 @@ class Torture:
         saved = {name for place in self.places for name in names_within(_saved(place.mount))}
         self.done["edits saved aside"] += len(missing & saved)
         for name in sorted(missing - saved):
-            self._find(f"{when}, lost edit: {name}")
+            self._find(f"{when}, lost edit: {name} {now.committed[name]}")
 
     def _objects(self) -> dict[str, bytes]:
         mount, found = self.places[0].mount, {}
