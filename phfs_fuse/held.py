@@ -1,6 +1,6 @@
 """The keeper's care for the duplicate of its connection that a holder has (see `holding`). Standard library only.
 
-State: the connection to the holder, and whether it has the duplicate.
+State: the link to the holder, and whether it has the duplicate.
 """
 
 from __future__ import annotations
@@ -9,22 +9,28 @@ import contextlib
 import logging
 import os
 from pathlib import Path
+from typing import Final
 
 from phfs_fuse import fusemount
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.holding import HolderLink
+from phfs_fuse.loop import Loop
 
 log = logging.getLogger(__name__)
+
+HOLDER_SECONDS: Final = 1.0  # between two tries to reach the holder
 
 
 class HeldConnection:
     """Named after its mount point. Nothing here raises: a mount without a holder is as good as one that has none."""
 
-    def __init__(self, holder: Path, mountpoint: Path) -> None:
+    def __init__(self, loop: Loop, holder: Path, mountpoint: Path) -> None:
+        self._loop = loop
         self._holder = holder
         self._mountpoint = mountpoint
         self._has_complained = False
-        self.link: HolderLink | None = None
+        self._link: HolderLink | None = None
+        self._device_fd: int | None = None
         self.is_held = False
 
     def adopt(self) -> int | None:
@@ -33,7 +39,7 @@ class HeldConnection:
             held = self._connected().take(str(self._mountpoint))
         except LocalStateError as exc:
             log.warning("%s", exc)
-            self.close()
+            self._close()
             return None
         if held is None:
             return None
@@ -43,36 +49,48 @@ class HeldConnection:
         os.close(held.fd)
         return None
 
-    def keep(self, device_fd: int) -> HolderLink | None:
-        """Have the holder hold it; returns the link, which is readable when the holder is gone. None: it is gone."""
+    def keep(self, device_fd: int) -> None:
+        """Have the holder hold it, now and each time that the holder is a new one."""
+        self._device_fd = device_fd
+        self._keep()
+
+    def drop(self) -> None:
+        """Have the holder let go of it: nobody is to take it up."""
+        self._loop.cancel(self._keep)
+        if self._link is not None:
+            with contextlib.suppress(LocalStateError):
+                self._link.drop(str(self._mountpoint))
+
+    def _keep(self) -> None:
+        assert self._device_fd is not None
         try:
             if (device := fusemount.device_of(self._mountpoint)) is not None:  # None: on its way out
-                self._connected().keep(str(self._mountpoint), device, device_fd)
+                self._connected().keep(str(self._mountpoint), device, self._device_fd)
                 self.is_held = True
+            self._has_complained = False
         except LocalStateError as exc:
             if not self._has_complained:
                 log.warning("not held, the mount would end with this process: %s", exc)
             self._has_complained = True
-            self.close()
-            return None
-        self._has_complained = False
-        return self.link
+            self._close()
+        if self._link is None:
+            self._loop.call_later(HOLDER_SECONDS, self._keep)
+        else:  # readable when the holder is gone
+            self._loop.watch(self._link, self._on_gone)
 
-    def drop(self) -> None:
-        """Have the holder let go of it: nobody is to take it up."""
-        if self.link is not None:
-            with contextlib.suppress(LocalStateError):
-                self.link.drop(str(self._mountpoint))
-
-    def close(self) -> None:
-        """The holder is gone."""
-        self.is_held = False
-        if self.link is not None:
-            self.link.close()
-            self.link = None
+    def _on_gone(self) -> None:
+        self._close()
+        self._loop.call_later(HOLDER_SECONDS, self._keep)
 
     def _connected(self) -> HolderLink:
         """Raises: LocalStateError."""
-        if self.link is None:
-            self.link = HolderLink(self._holder)
-        return self.link
+        if self._link is None:
+            self._link = HolderLink(self._holder)
+        return self._link
+
+    def _close(self) -> None:
+        self.is_held = False
+        if self._link is not None:
+            self._loop.forget(self._link)
+            self._link.close()
+            self._link = None

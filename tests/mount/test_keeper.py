@@ -49,8 +49,8 @@ except StartupError as exc:
 # The keeper without its waits before a restart.
 IMPATIENT = """
 import sys
-from phfs_fuse import keeper
-keeper.RESTART_DELAYS = (0.0, 0.0)
+from phfs_fuse import keeper, workers
+workers.RESTART_DELAYS = (0.0, 0.0)
 sys.exit(keeper.main(sys.argv[1:]))
 """
 UNMOUNT = """

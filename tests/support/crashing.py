@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phfs_fuse import cli, keeper, mount, starting
+from phfs_fuse import cli, keeper, mount, starting, workers
 from phfs_fuse.config import MountConfig, StoreConfig
 from phfs_fuse.journal import Journal
 from phfs_fuse.settings import load_config
@@ -93,7 +93,7 @@ def worker() -> int:
 
 def patient_keeper() -> int:
     """A keeper that replaces every worker, and at once."""
-    keeper.RESTART_DELAYS = (0.0,) * 1000  # type: ignore[misc, assignment]
+    workers.RESTART_DELAYS = (0.0,) * 1000  # type: ignore[misc, assignment]
     return keeper.main(sys.argv[2:])
 
 

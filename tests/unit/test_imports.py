@@ -34,7 +34,8 @@ client prepare
 spawner
 starting
 keeper
-held
+held standby unmounting
+workers
 fusemount
 drain
 mount
@@ -74,7 +75,7 @@ store.base
 attrs dirty
 extents keys
 messages
-expiry
+expiry loop
 settings
 options
 values
@@ -100,10 +101,13 @@ FRONT = BENCH | {
     "starting",
     "keeper",
     "held",
+    "standby",
+    "unmounting",
+    "workers",
     "fusemount",
 }
 FRONT_SEES = FRONT | {
-    "messages", "expiry", "settings", "options", "holding", "localstate", "values", "registry", "mountpoint",
+    "messages", "expiry", "loop", "settings", "options", "holding", "localstate", "values", "registry", "mountpoint",
     "dirs", "logs",
     "config", "errors", "types",
 }  # fmt: skip
