@@ -17,11 +17,13 @@ from typing import Final, NoReturn
 import trio
 
 from phfs_fuse import logs, metrics
+from phfs_fuse.answers import Answers
 from phfs_fuse.config import MountConfig
 from phfs_fuse.control import ControlServer
 from phfs_fuse.errors import MountpointError, NotDrained, StartupError
-from phfs_fuse.mount import Mount, first_startup_error, opened, prepare_process
+from phfs_fuse.mount import first_startup_error, prepare_process
 from phfs_fuse.settings import load_config
+from phfs_fuse.wiring import Mount, opened
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ async def upload_left(config: MountConfig) -> None:
         async with trio.open_nursery() as services:
             await services.start(mount.blocks.run)
             await services.start(mount.writeback.run)
-            await services.start(ControlServer(config.control_socket, mount, _NoMount()).run)
+            await services.start(ControlServer(config.control_socket, Answers(mount), _NoMount()).run)
             services.start_soon(_report, mount)
             done = await mount.settling.drain()
             await mount.writeback.abort_stale_uploads()

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phfs_fuse import cli, keeper, mount, starting, workers
+from phfs_fuse import cli, keeper, mount, starting, wiring, workers
 from phfs_fuse.config import MountConfig, StoreConfig
 from phfs_fuse.journal import Journal
 from phfs_fuse.settings import load_config
@@ -87,7 +87,7 @@ def worker() -> int:
     config = load_config(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
     step = Steps(config.writeback.directory)
     crash_at_commits(step)
-    mount.open_store = lambda config, _owner: CrashingStore(config, step)  # type: ignore[assignment, return-value]
+    wiring.open_store = lambda config, _owner: CrashingStore(config, step)  # type: ignore[assignment, return-value]
     return mount.main()
 
 

@@ -39,6 +39,8 @@ workers
 fusemount
 drain
 mount
+answers services
+wiring
 control quotakeeper
 ops session
 events
@@ -118,7 +120,7 @@ USERS = {
     "botocore": "store bench",
     "matplotlib": "bench",
     "moto": "demo bench",
-    "pyfuse3": "ops session mount",
+    "pyfuse3": "ops session",
     "rich": "display cli bench",
     "typer": "cli",
 }

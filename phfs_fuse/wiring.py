@@ -1,0 +1,207 @@
+"""Builds every object of one mount, and does with all of them what comes before and after the services.
+
+State: the objects, one of each. The local state is locked from the first to the last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import resource
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+
+from phfs_fuse.blocks import BlockCache
+from phfs_fuse.changes import Changes
+from phfs_fuse.claims import Claims
+from phfs_fuse.config import MountConfig
+from phfs_fuse.errors import NotFound, PhfsError, store_startup_error
+from phfs_fuse.events import Events
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.journal import Journal
+from phfs_fuse.kernelstate import KernelState
+from phfs_fuse.localstate import StateLock
+from phfs_fuse.namespace import Namespace
+from phfs_fuse.quota import Quotas
+from phfs_fuse.quotakeeper import QuotaKeeper
+from phfs_fuse.recovery import Recovery
+from phfs_fuse.resume import last_change, restore
+from phfs_fuse.settling import Settling
+from phfs_fuse.staging import StagingArea
+from phfs_fuse.store import open_store
+from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.trust import Trust
+from phfs_fuse.uploadqueue import UploadQueue
+from phfs_fuse.vfs import Vfs
+from phfs_fuse.writeback import Writeback
+
+log = logging.getLogger(__name__)
+
+KERNEL_LOG: Final = "kernel.log"
+DESCRIPTORS_PART: Final = 6  # of them, at most, for files of the staging area, and as many for those of the cache
+EPOCH_INODES: Final = 1 << 28  # numbers of one process: none is given out twice over restarts
+FLUSH_SECONDS: Final = 60.0  # for the kernel to hand over what it caches
+
+
+class Mount:
+    """All objects of one mount, wired. First `check` (or `resume`), then `recover`."""
+
+    def __init__(self, config: MountConfig, store: ObjectStore) -> None:
+        directory = config.writeback.directory
+        self.config = config
+        self.store = store
+        self.started = time.monotonic()
+        self.lock = StateLock(directory, f"{config.kernel.mountpoint} (pid {os.getpid()})")
+        self.journal = Journal(directory, f"{config.store.endpoint_url or 'aws'} {config.store.url}")
+        if self.journal.saved_aside:
+            log.error(
+                "the journal was damaged; it is kept as %s, what was readable goes on", self.journal.saved_aside
+            )
+        epoch = self.journal.number("epoch", 0)
+        self.starts = epoch + 1  # processes that this local state has had
+        self.journal.set_number("epoch", self.starts)
+        files_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // DESCRIPTORS_PART
+        self.area = StagingArea(directory / "staging", first_id=1, files_max=min(512, files_max))
+        self.blocks = BlockCache(store, config.cache, files_max=files_max)
+        self.inodes = Inodes(
+            config.store.prefix,
+            Namespace.root_attrs(config.tree),
+            now_ns=time.time_ns(),
+            first_ino=epoch * EPOCH_INODES + 2,
+        )
+        self.kernel = KernelState(directory / KERNEL_LOG, self.inodes, self.journal.reserve.give_up)
+        queue = UploadQueue(config.writeback)
+        quotas = Quotas()
+        self.changes = Changes(
+            inodes=self.inodes,
+            journal=self.journal,
+            area=self.area,
+            queue=queue,
+            kernel=self.kernel,
+            quotas=quotas,
+        )
+        self.quotas = QuotaKeeper(
+            quotas=quotas,
+            store=store,
+            changes=self.changes,
+            journal=self.journal,
+            config=config.quota,
+            prefix=config.store.prefix,
+        )
+        self.settling = Settling(
+            inodes=self.inodes, area=self.area, changes=self.changes, queue=queue, config=config.writeback
+        )
+        self.writeback = Writeback(
+            store=store,
+            inodes=self.inodes,
+            blocks=self.blocks,
+            journal=self.journal,
+            area=self.area,
+            changes=self.changes,
+            queue=queue,
+            config=config.writeback,
+        )
+        self.trust = Trust(config.tree)
+        self.namespace = Namespace(
+            store=store, inodes=self.inodes, changes=self.changes, config=config.tree, trust=self.trust
+        )
+        self.events = Events(
+            store=store,
+            inodes=self.inodes,
+            changes=self.changes,
+            queue=queue,
+            namespace=self.namespace,
+            trust=self.trust,
+        )
+        self.events.on_foreign = quotas.foreign
+        self.vfs = Vfs(
+            inodes=self.inodes,
+            namespace=self.namespace,
+            blocks=self.blocks,
+            changes=self.changes,
+            settling=self.settling,
+            kernel=self.kernel,
+            quotas=quotas,
+            claims=Claims(store=store, changes=self.changes, queue=queue),
+            config=config.tree,
+            write_through=config.writeback.write_through,
+        )
+
+    async def check(self) -> None:
+        """Ask the store for the bucket and the root's attributes. Raises: StartupError."""
+        config = self.config.store
+        try:
+            await self.store.check_bucket(create=config.create_bucket)
+            if config.prefix and self.inodes.root.dirty is None:
+                with contextlib.suppress(NotFound):
+                    self.namespace.set_root(await self.store.head(self.inodes.key(self.inodes.root)))
+        except PhfsError as exc:
+            raise store_startup_error(exc, config.url) from exc
+
+    def resume(self) -> None:
+        """Put the tree back as the kernel knows it, before `recover`."""
+        known, done = self.kernel.load(), self.journal.acts()
+        restore(self.inodes, known, done)
+        self.changes.go_on(last_change(known, done))
+        self.kernel.go_on()
+        for _, ino, _ in done:  # `recover` ends their rows
+            if (node := self.inodes.find(ino)) is not None:
+                self.kernel.changed(node)
+        self.vfs.resume(known.positions, {act.pid: (act, ino) for act, ino, _ in done})
+
+    def recover(self) -> None:
+        """Take up what an earlier process left in the journal. Says so."""
+        recovery = Recovery(self.journal, self.area, self.inodes, self.namespace.default_directory)
+        found = recovery.nodes()
+        self.changes.recover(found)
+        for node in self.inodes.all():
+            if node.detached and node.opens and not node.is_dir:
+                self.changes.track(node)
+        self.journal.drop_acts()
+        for path in recovery.saved:
+            log.error("bytes that no file could be found for are saved as %s", path)
+        pending = self.settling.pending()
+        if pending.files or pending.deletes:
+            log.info("found from before: files=%d deletes=%d bytes=%d", pending.files, pending.deletes, pending.bytes)
+
+    async def flush_kernel(self) -> None:
+        """Have the kernel hand over what programs wrote and it still caches. By another process: this one serves the
+        mount, and a process that waits for itself waits forever."""
+        with trio.move_on_after(FLUSH_SECONDS):
+            await trio.run_process(
+                ["sync", "--file-system", str(self.config.kernel.mountpoint)],
+                check=False,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
+    def close(self) -> None:
+        self.kernel.close()
+        self.blocks.close()
+        self.area.close()
+        self.journal.close()
+        self.lock.close()
+
+
+@asynccontextmanager
+async def opened(config: MountConfig) -> AsyncIterator[Mount]:
+    """The objects of a mount, which holds its state directory until the end of the block."""
+    owner = hashlib.sha256(f"{socket.gethostname()}:{config.writeback.directory}".encode()).hexdigest()
+    store = open_store(config.store, owner[:16])
+    try:
+        mount = Mount(config, store)
+        try:
+            yield mount
+        finally:
+            mount.close()
+    finally:
+        with trio.CancelScope(shield=True), trio.move_on_after(5):
+            await store.aclose()
