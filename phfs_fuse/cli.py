@@ -15,8 +15,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from phfs_fuse import __version__, client, logs, prepare, registry, settings
-from phfs_fuse.errors import MountpointError, StartupError, UsageError
+from phfs_fuse import client, logs, prepare, registry, settings
+from phfs_fuse.entry import guarded, program, say
+from phfs_fuse.errors import MountpointError, UsageError
 from phfs_fuse.mountpoint import locate, mount_table
 from phfs_fuse.options import SETTINGS, Setting
 from phfs_fuse.registry import MountRecord
@@ -24,15 +25,8 @@ from phfs_fuse.settings import Given, Layer
 from phfs_fuse.values import Raw
 
 log = logging.getLogger(__name__)
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Mount a prefix of an S3 bucket as a POSIX tree.",
-)
-_PARSE_ERROR: Any = typer.BadParameter.__bases__[0]  # UsageError of click, wherever this typer keeps it
+app = program("phfs", "Mount a prefix of an S3 bucket as a POSIX tree.")
 END_SECONDS = 10.0  # for the processes of a mount to end after it
-INTERRUPTED = 130  # Source: bash(1), exit status of a command that SIGINT ended
 
 
 # --- mount
@@ -160,7 +154,7 @@ def umount(
     record = registry.find(place)
     if record is None or not record.alive:
         starting.unmount(Path(place), lazy=True)
-        _say(f"{place}: removed a dead mount; what was not uploaded goes up with the next mount of the volume")
+        say(f"{place}: removed a dead mount; what was not uploaded goes up with the next mount of the volume")
         return 0
     display.follow(place, client.umount(record, seconds, lazy=lazy))
     if not lazy:  # what is in use lives on detached
@@ -336,19 +330,6 @@ def _seconds(flag: str, raw: str | None) -> float | None:
 # --- entry points
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
-) -> None:
-    if version:
-        print(f"phfs {__version__}")
-        raise typer.Exit(0)
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-        raise typer.Exit(UsageError.exit_code)
-
-
 def main() -> None:
     """The `phfs` command."""
     sys.exit(_guarded("phfs", lambda: app(prog_name="phfs", standalone_mode=False)))
@@ -378,25 +359,6 @@ def _help_mount(argv: Sequence[str]) -> int:
     return mount(arguments, options, {}, foreground=False, fake="-f" in names)
 
 
-def _guarded(program: str, call: Callable[[], int | None]) -> int:
-    """The exit code of `call`; each error is one line on standard error."""
+def _guarded(name: str, call: Callable[[], int | None]) -> int:
     logs.setup(os.environ.get("PHFS_LOG_LEVEL", "warning"), "text")
-    try:
-        return call() or 0
-    except StartupError as exc:
-        _say(str(exc), program)
-        return exc.exit_code
-    except _PARSE_ERROR as exc:
-        _say(exc.format_message(), program)
-        return int(exc.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted", program)
-        return INTERRUPTED
-    except Exception as exc:
-        _say(f"unexpected {type(exc).__name__}: {exc} (PHFS_LOG_LEVEL=debug shows where)", program)
-        log.debug("unexpected", exc_info=True)
-        return 1
-
-
-def _say(line: str, program: str = "phfs") -> None:
-    print(f"{program}: {logs.redacted(line)}", file=sys.stderr)
+    return guarded(name, call, debug="PHFS_LOG_LEVEL=debug")

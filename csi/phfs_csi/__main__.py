@@ -14,29 +14,22 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from phfs_csi.config import DRIVER_NAME, NodeConfig
-from phfs_fuse import logs, values
-from phfs_fuse.errors import ConfigError, LocalStateError, StartupError, UsageError
+from phfs_fuse import __version__, logs, values
+from phfs_fuse.entry import guarded, program
+from phfs_fuse.errors import ConfigError, LocalStateError, StartupError
 
 if TYPE_CHECKING:  # gRPC is loaded by the roles that need it, the holder stays small
     from phfs_csi.server import Node
 
 log = logging.getLogger(__name__)
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="CSI plugin of phfs: mounts prefixes of a bucket into pods.",
-)
-_PARSE_ERROR: Any = typer.BadParameter.__bases__[0]  # UsageError of click, wherever this typer keeps it
+app = program("phfs-csi", "CSI plugin of phfs: mounts prefixes of a bucket into pods.")
 PROBE_SECONDS: Final = 10.0
-INTERRUPTED: Final = 130  # Source: bash(1), exit status of a command that SIGINT ended
 UNIX: Final = "unix://"
 
 
@@ -243,7 +236,7 @@ def _serve(outer: Outer, node: Node | None, *, controller: bool, secrets_dir: st
     with ExitStack() as stack:
         if outer.metrics_address:
             stack.enter_context(metrics.serving(outer.metrics_address, counted, ready))
-        log.info("phfs-csi %s driver=%s", package_version("phfs-fuse"), outer.driver_name)
+        log.info("phfs-csi %s driver=%s", __version__, outer.driver_name)
         if node is not None:
             stack.callback(node.stop)
         stack.callback(door.stop)
@@ -312,49 +305,18 @@ def _set_up_logs(level: str, form: str) -> None:
 # --- entry point
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
-) -> None:
-    if version:
-        print(f"phfs-csi {package_version('phfs-fuse')}")
-        raise typer.Exit(0)
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-        raise typer.Exit(UsageError.exit_code)
-
-
 def main() -> None:
     """The `phfs-csi` command."""
-    sys.exit(_guarded(lambda: app(prog_name="phfs-csi", standalone_mode=False)))
+    sys.exit(guarded("phfs-csi", _run, debug="--log-level=debug"))
 
 
-def _guarded(call: Callable[[], int | None]) -> int:
+def _run() -> int:
     try:
-        return call() or 0
-    except StartupError as exc:
-        _say(str(exc))
-        return exc.exit_code
-    except _PARSE_ERROR as exc:
-        _say(exc.format_message())
-        return int(exc.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
+        return app(prog_name="phfs-csi", standalone_mode=False) or 0
     except ModuleNotFoundError as exc:
-        _say(f"{exc.name} is missing: pip install 'phfs-fuse[csi]'")
-        return 1
+        raise StartupError(f"{exc.name} is missing: pip install 'phfs-fuse[csi]'") from exc
     except OSError as exc:
-        _say(str(exc))
-        return LocalStateError.exit_code
-    except Exception as exc:
-        _say(f"unexpected {type(exc).__name__}: {exc} (--log-level=debug shows where)")
-        log.debug("unexpected", exc_info=True)
-        return 1
-
-
-def _say(line: str) -> None:
-    print(f"phfs-csi: {logs.redacted(line)}", file=sys.stderr)
+        raise LocalStateError(str(exc)) from exc
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ bench.systems bench.figures bench.usage bench.store bench.sizes
 bench.loads
 bench
 demo settle
-display
+display entry
 client prepare
 spawner
 starting
@@ -97,6 +97,7 @@ FRONT = BENCH | {
     "cli",
     "demo",
     "display",
+    "entry",
     "settle",
     "client",
     "prepare",
@@ -122,7 +123,7 @@ USERS = {
     "moto": "demo bench",
     "pyfuse3": "ops session",
     "rich": "display cli bench",
-    "typer": "cli",
+    "typer": "cli entry",
 }
 PURE = ("dirty", "quota", "extents", "keys", "attrs", "config", "errors", "types")
 FORBIDDEN = {"phfs_csi", "tests"}
