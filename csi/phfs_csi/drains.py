@@ -72,6 +72,10 @@ class Drains:
             if (drain := self._drains.pop(record.key, None)) is not None:
                 _end(drain)
 
+    def has_leftovers(self, record: VolumeRecord) -> bool:
+        """Whether a volume that is not mounted may have something to upload. Raises: CsiError."""
+        return self._configs.has_leftovers(record)
+
     def _run(self) -> None:
         while not self._stopping.wait(LOOK_SECONDS):
             for record in self._records.volumes():
@@ -93,7 +97,7 @@ class Drains:
             if drain.process is not None:
                 if (code := drain.process.poll()) is not None:
                     self._on_end(record, drain, code)
-            elif not self._configs.has_leftovers(record):
+            elif not self.has_leftovers(record):
                 self._forget(record)
             elif time.monotonic() >= drain.due and self._running() < AT_A_TIME:
                 drain.process = self._spawn(record)

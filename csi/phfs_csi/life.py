@@ -14,7 +14,7 @@ from phfs_csi.handover import HandoverServer, ask
 from phfs_csi.server import Door
 from phfs_csi.spawning import Spawner
 from phfs_csi.succession import Marks, wait_until_alone
-from phfs_csi.volumes import Volumes
+from phfs_csi.upkeep import Upkeep
 from phfs_fuse.errors import LocalStateError
 
 log = logging.getLogger(__name__)
@@ -23,9 +23,9 @@ ROLE: Final = "plugin"
 
 
 class Life:
-    def __init__(self, config: NodeConfig, volumes: Volumes, spawner: Spawner) -> None:
+    def __init__(self, config: NodeConfig, upkeep: Upkeep, spawner: Spawner) -> None:
         self._config = config
-        self._volumes = volumes
+        self._upkeep = upkeep
         self._spawner = spawner
         self._door: Door | None = None
         self._handover: HandoverServer | None = None
@@ -62,8 +62,8 @@ class Life:
         assert path is not None
         self._spawner.wait()  # so that mounts wait for no program to load
         if (inheritance := ask(path, self._config.pod_uid)) is not None:
-            if failed := self._volumes.take_up(inheritance.released):
-                self._volumes.release()
+            if failed := self._upkeep.take_up(inheritance.released):
+                self._upkeep.release()
                 inheritance.give_back()
                 raise LocalStateError(f"not taken over, the plugin before goes on: {'; '.join(failed)}")
             self._marks.set(inheritance.pod_uid, but=self._config.pod_uid)
@@ -75,7 +75,7 @@ class Life:
 
     def _begin(self) -> None:
         self._spawner.start()
-        self._volumes.start()
+        self._upkeep.start()
         self._problem = ""
         self.is_succeeded = False
 
@@ -100,16 +100,16 @@ class Life:
             is_serving = is_serving and not self._handover.is_succeeded
             self._handover.stop()
         if is_serving:
-            self._volumes.stop()
+            self._upkeep.stop()
             if self._config.holder_socket is not None:
-                self._volumes.release()
+                self._upkeep.release()
         self._spawner.stop()
 
     def ready(self) -> str:
         """Why not; "" when ready."""
         if self._problem:
             return self._problem
-        return "" if self._volumes.is_settled else "mounts of the plugin before are being taken up"
+        return "" if self._upkeep.is_settled else "mounts of the plugin before are being taken up"
 
     # --- what a successor asks (see `handover.Going`)
 
@@ -118,8 +118,8 @@ class Life:
         self._problem = "another pod takes over"
         self.is_succeeded = True
         self._door.close_door()
-        self._volumes.stop()
-        return self._volumes.release()
+        self._upkeep.stop()
+        return self._upkeep.release()
 
     def go_on(self) -> None:
         assert self._door is not None

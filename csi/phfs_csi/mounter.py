@@ -1,8 +1,7 @@
 """Mounts of volumes, made, looked at and ended without ever waiting for one of them in this process.
 
 State: none of its own: what is mounted is in the mount table, who serves it in the lock of its keeper (whose place is
-noted, since it is looked at every other second). Programs that may hang on a mount (mount, umount, stat) are children
-with a deadline.
+noted, since it is looked at every other second).
 """
 
 from __future__ import annotations
@@ -10,33 +9,31 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from phfs_csi.config import NodeConfig
 from phfs_csi.errors import CsiError, DeadlineExceeded, FailedPrecondition, Internal, Unavailable
-from phfs_csi.records import Records, VolumeRecord
+from phfs_csi.mountconfigs import MountConfigs
+from phfs_csi.programs import run
+from phfs_csi.records import VolumeRecord
 from phfs_csi.shares import Shares
-from phfs_fuse import client, fusemount, prepare, settings, starting, values
+from phfs_fuse import client, fusemount, prepare, starting
 from phfs_fuse.config import MountConfig
 from phfs_fuse.errors import LocalStateError, StartupError, StoreStartupError
 from phfs_fuse.holding import HolderLink
-from phfs_fuse.journal import Journal
 from phfs_fuse.localstate import keeper_of
 from phfs_fuse.mountpoint import MountEntry, mount_table
 from phfs_fuse.registry import MountRecord
-from phfs_fuse.settings import Given
 
 log = logging.getLogger(__name__)
 
-CHILD_SECONDS: Final = 20.0  # for a program that does one system call on a mount
 END_SECONDS: Final = 30.0  # for keeper and worker to end after uploads were given up
 RELEASE_SECONDS: Final = 15.0
 RELEASE_LOOK_SECONDS: Final = 0.02
@@ -95,9 +92,6 @@ class Mounter(Protocol):
     def release(self, record: VolumeRecord) -> bool:
         """Have keeper and worker end without unmounting, where the holder keeps the connection."""
 
-    def has_leftovers(self, record: VolumeRecord) -> bool:
-        """Whether the local state of a volume that is not mounted may have something to upload."""
-
     def usage(self, path: Path) -> Usage:
         """Asks the file system; raises DeadlineExceeded when it does not answer."""
 
@@ -117,12 +111,12 @@ class Mounter(Protocol):
 class PhfsMounter:
     """The one that mounts."""
 
-    def __init__(self, config: NodeConfig, records: Records, shares: Shares, spawn: starting.Spawn) -> None:
+    def __init__(self, config: NodeConfig, configs: MountConfigs, shares: Shares, spawn: starting.Spawn) -> None:
+        self._config = config
+        self._configs = configs
+        self._shares = shares
         self._spawn = spawn
         self._config_paths: dict[tuple[str, Path], Path] = {}
-        self._config = config
-        self._records = records
-        self._shares = shares
 
     # --- what is there
 
@@ -139,7 +133,7 @@ class PhfsMounter:
     def _keeper(self, record: VolumeRecord) -> int | None:
         name = (record.key, record.path)
         if name not in self._config_paths:
-            self._config_paths[name] = prepare.config_path(self._resolve(record).config)
+            self._config_paths[name] = prepare.config_path(self._configs.config(record))
         return keeper_of(self._config_paths[name])
 
     # --- the mount
@@ -153,7 +147,7 @@ class PhfsMounter:
             self._take_off(record.path)
         if entry is None:
             _make_directory(record.path)
-        config, variables = prepare.with_credentials(self._resolve(record))
+        config, environ = self._configs.with_credentials(record)
         try:
             for directory in (config.writeback.directory, config.cache.directory):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -161,7 +155,7 @@ class PhfsMounter:
                 config,
                 prepare.write_config(config),
                 holder=self._config.holder_socket,
-                environ={**os.environ, **self._variables(record), **variables},
+                environ=environ,
                 seconds=max(1.0, deadline - time.monotonic()),
                 spawn=self._spawn,
                 log_fd=sys.stderr.fileno(),
@@ -182,42 +176,16 @@ class PhfsMounter:
         deadline = time.monotonic() + HOLDER_SECONDS
         while True:
             try:
-                held = _take(self._config.holder_socket, str(record.path))
+                with closing(HolderLink(self._config.holder_socket)) as link:
+                    held = link.take(str(record.path))
             except LocalStateError as exc:
                 if time.monotonic() > deadline:
                     raise Unavailable(str(exc)) from exc
                 time.sleep(0.2)  # it is being started, or replaced
             else:
-                return held is not None and held == entry.device
-
-    def _resolve(self, record: VolumeRecord) -> settings.Resolved:
-        """Raises: FailedPrecondition, the recorded settings are not valid."""
-        share = self._shares.of(record)
-        given = {name: Given(raw, name) for name, raw in record.settings.items()}
-        given |= _ownership(record.mount_group, given)
-        ours: dict[str, str | bool] = {
-            "state-dir": str(self._records.directory(record)),
-            "cache-dir": str(self._config.cache_dir / record.key),
-            "cache-size": str(share.cache_bytes),
-            "dirty-max": str(share.dirty_bytes),
-            "allow-other": True,
-            "read-only": record.read_only,
-            "fs-name": record.source,
-            "log-level": self._config.log_level,
-            "log-format": self._config.log_format,
-        }
-        if (credentials := self._records.credentials_file(record)) is not None:
-            ours["credentials-file"] = str(credentials)
-        given = {**settings.from_aws(os.environ), **given, **{name: Given(raw, name) for name, raw in ours.items()}}
-        try:
-            found = settings.resolve(record.source, record.path, given)
-        except StartupError as exc:
-            raise FailedPrecondition(f"{record.volume_id}: {exc}") from exc
-        return replace(found, config=replace(found.config, log_name=record.volume_id))
-
-    def _variables(self, record: VolumeRecord) -> dict[str, str]:
-        bundle = self._records.ca_file(record)
-        return {"AWS_CA_BUNDLE": str(bundle)} if bundle else {}
+                if held is not None:
+                    os.close(held.fd)
+                return held is not None and held.device == entry.device
 
     # --- its end
 
@@ -250,15 +218,6 @@ class PhfsMounter:
             *(pending.get(name, "?") for name in ("files", "deletes", "bytes")),
         )
 
-    def has_leftovers(self, record: VolumeRecord) -> bool:
-        return not Journal.is_idle(self._resolve(record).config.writeback.directory)
-
-    def drain_config(self, record: VolumeRecord) -> tuple[MountConfig, dict[str, str]]:
-        """For a process of `phfs_fuse.drain`, with its environment."""
-        config, variables = prepare.with_credentials(self._resolve(record))
-        config = replace(config, kernel=replace(config.kernel, mountpoint=config.writeback.directory))
-        return config, fusemount.environment({**os.environ, **self._variables(record), **variables})
-
     def abandon(self, record: VolumeRecord) -> None:
         if self._keeper(record) is None:
             self._take_off(record.path)
@@ -280,10 +239,10 @@ class PhfsMounter:
     def bind(self, record: VolumeRecord, target: Path, *, read_only: bool) -> None:
         self.clear(target)
         _make_directory(target)
-        _run(["mount", "--bind", str(record.path), str(target)])
+        run(["mount", "--bind", str(record.path), str(target)])
         if read_only:
             try:
-                _run(["mount", "-o", "remount,bind,ro", str(target)])
+                run(["mount", "-o", "remount,bind,ro", str(target)])
             except CsiError:
                 self.unbind(target)
                 raise
@@ -307,18 +266,18 @@ class PhfsMounter:
     def _take_off(self, path: Path) -> None:
         """Unmount all that lies at `path`, dead or alive: who is in it keeps it, nobody else finds it."""
         if self._config.holder_socket is not None:
-            with suppress(LocalStateError):
-                _drop(self._config.holder_socket, str(path))  # else the kernel waits for somebody to serve it
+            with suppress(LocalStateError), closing(HolderLink(self._config.holder_socket)) as link:
+                link.drop(str(path))  # else the kernel waits for somebody to serve it
         for _ in range(LAYERS_MAX):
             if str(path) not in mount_table():
                 return
-            _run(["umount", "-l", "-i", "-c", str(path)])
+            run(["umount", "-l", "-i", "-c", str(path)])
         raise Internal(f"{path}: still mounted after {LAYERS_MAX} unmounts")
 
     # --- what is asked of a running mount
 
     def usage(self, path: Path) -> Usage:
-        fields = _run(["stat", "--file-system", "--format=%S %b %f %a %c %d", str(path)]).split()
+        fields = run(["stat", "--file-system", "--format=%S %b %f %a %c %d", str(path)]).split()
         size, blocks, free, available, inodes, inodes_free = map(int, fields)
         return Usage(
             total=blocks * size,
@@ -331,17 +290,17 @@ class PhfsMounter:
 
     def status(self, record: VolumeRecord) -> Mapping[str, Any] | None:
         with suppress(StartupError, TimeoutError):
-            return client.status(self._link(record, self._resolve(record).config))
+            return client.status(_control(record, self._configs.config(record)))
         return None
 
     def limit(self, record: VolumeRecord) -> None:
         try:
-            config, _variables = prepare.with_credentials(self._resolve(record))
+            config, _environ = self._configs.with_credentials(record)
             if prepare.config_path(config).exists():
                 prepare.write_config(config)
             limits = {"cache_bytes": config.cache.size_max, "dirty_bytes": config.writeback.dirty_bytes_max}
             request = {"op": "limits", **limits}
-            next(client.ask(self._link(record, config), request, client.STATUS_SECONDS))
+            next(client.ask(_control(record, config), request, client.STATUS_SECONDS))
         except (CsiError, StartupError, TimeoutError, OSError) as exc:  # it reads the file when it starts again
             log.info("volume=%s: limits are told later: %s", record.volume_id, exc)
 
@@ -349,54 +308,18 @@ class PhfsMounter:
         self._shares.tidy_up()
 
     def set_quota(self, record: VolumeRecord) -> None:
-        config, _variables = prepare.with_credentials(self._resolve(record))
+        config, _environ = self._configs.with_credentials(record)
         prepare.write_config(config)
         try:
-            client.set_quota(self._link(record, config), "", config.quota.limits.get(""))
+            client.set_quota(_control(record, config), "", config.quota.limits.get(""))
         except (StartupError, TimeoutError) as exc:
             raise Unavailable(f"{record.volume_id}: {exc}") from exc
 
-    def _link(self, record: VolumeRecord, config: MountConfig) -> MountRecord:
-        return MountRecord(
-            mountpoint=str(record.path), control_socket=str(config.control_socket), keeper_pid=0, url=record.source
-        )
 
-
-def _ownership(group: int | None, given: Mapping[str, Given]) -> dict[str, Given]:
-    """fsGroup as settings: the group owns what names none, and may write. Nothing is changed in the store."""
-    if group is None:
-        return {}
-    umask = _mode("umask", given, 0o022)
-    modes = {"file-mode": (0o666 & ~umask, 0o060), "dir-mode": (0o777 & ~umask, 0o2070)}
-    found = {"gid": Given(str(group), "gid")}
-    for name, (default, more) in modes.items():
-        found[name] = Given(f"{_mode(name, given, default) | more:o}", name)
-    return found
-
-
-def _mode(name: str, given: Mapping[str, Given], default: int) -> int:
-    return values.mode(given[name].raw) if name in given else default
-
-
-def _take(socket: Path, name: str) -> str | None:
-    """The device of what the holder has of this name. Raises: LocalStateError."""
-    link = HolderLink(socket)
-    try:
-        if (held := link.take(name)) is None:
-            return None
-        os.close(held.fd)
-        return held.device
-    finally:
-        link.close()
-
-
-def _drop(socket: Path, name: str) -> None:
-    """Raises: LocalStateError."""
-    link = HolderLink(socket)
-    try:
-        link.drop(name)
-    finally:
-        link.close()
+def _control(record: VolumeRecord, config: MountConfig) -> MountRecord:
+    return MountRecord(
+        mountpoint=str(record.path), control_socket=str(config.control_socket), keeper_pid=0, url=record.source
+    )
 
 
 def _make_directory(path: Path) -> None:
@@ -405,21 +328,3 @@ def _make_directory(path: Path) -> None:
         path.mkdir(mode=0o750, parents=True, exist_ok=True)
     except OSError as exc:
         raise Internal(f"{path}: cannot be made: {exc.strerror}") from exc
-
-
-def _run(command: Sequence[str], seconds: float = CHILD_SECONDS) -> str:
-    """The output. A child that hangs is left behind: even SIGKILL may not end it. Raises: CsiError."""
-    try:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/"
-        )
-    except OSError as exc:
-        raise Internal(f"{command[0]}: {exc.strerror}") from exc
-    try:
-        output, reason = child.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        raise DeadlineExceeded(f"{' '.join(command)}: no answer in {seconds:.0f} s") from None
-    if child.returncode:
-        raise Internal(f"{' '.join(command)}: {' '.join(reason.split())}")
-    return output

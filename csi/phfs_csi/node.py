@@ -12,6 +12,7 @@ from phfs_csi.drains import Drains
 from phfs_csi.errors import NotFound
 from phfs_csi.life import Life
 from phfs_csi.metrics import VolumeState, VolumeStatus
+from phfs_csi.mountconfigs import MountConfigs
 from phfs_csi.mounter import Mounter, PhfsMounter, State
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc
 from phfs_csi.records import Records, VolumeRecord
@@ -19,6 +20,7 @@ from phfs_csi.requests import Requests
 from phfs_csi.server import Door
 from phfs_csi.shares import Shares
 from phfs_csi.spawning import Spawner
+from phfs_csi.upkeep import Upkeep
 from phfs_csi.volumes import Volumes
 
 log = logging.getLogger(__name__)
@@ -161,9 +163,13 @@ class NodeService(csi_pb2_grpc.NodeServicer):
 def open_node(config: NodeConfig, requests: Requests) -> NodeService:
     records = Records(config.state_dir / "volumes")
     spawner = Spawner()
-    mounter = PhfsMounter(config, records, Shares(config, records), spawner)
-    volumes = Volumes(records, mounter, Drains(records, mounter))
-    return NodeService(config, requests, records, mounter, volumes, Life(config, volumes, spawner))
+    shares = Shares(config, records)
+    configs = MountConfigs(config, records, shares)
+    mounter = PhfsMounter(config, configs, shares, spawner)
+    drains = Drains(records, configs)
+    volumes = Volumes(records, mounter, drains)
+    life = Life(config, Upkeep(records, mounter, drains, volumes), spawner)
+    return NodeService(config, requests, records, mounter, volumes, life)
 
 
 def _seconds(context: grpc.ServicerContext) -> float:

@@ -1,7 +1,6 @@
-"""The volumes of this node: what a call of the kubelet does to them, and what keeps them after it.
+"""The volumes of this node: what a call does to one of them, of the kubelet or of `upkeep`.
 
-State: the records, the background uploads, the thread that looks after dead mounts. A call holds its volume; what is
-on its way is in the records before it is done.
+State: the records. A call holds its volume; what is on its way is in the records before it is done.
 """
 
 from __future__ import annotations
@@ -9,32 +8,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from phfs_csi.drains import Drains
-from phfs_csi.errors import Aborted, AlreadyExists, CsiError, FailedPrecondition
+from phfs_csi.errors import AlreadyExists, CsiError, FailedPrecondition
 from phfs_csi.mounter import Mounter, State
 from phfs_csi.params import AccessMode, PublishParams, StageParams, VolumeParams
 from phfs_csi.records import Records, TargetRecord, VolumeRecord
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS: Final = 2.0
 REVIVE_SECONDS: Final = 60.0  # for one mount to be served again
-PAUSES: Final = (0.0, 2.0, 5.0, 15.0, 60.0)  # before the n-th try to revive a mount
-AT_A_TIME: Final = 4
-ADOPTIONS_MAX: Final = 4  # tries, and then the mount is made anew
-
-
-@dataclass(slots=True)
-class _Revival:
-    tries: int = 0
-    due: float = 0.0
 
 
 class Volumes:
@@ -44,11 +32,7 @@ class Volumes:
         self._records = records
         self._mounter = mounter
         self._drains = drains
-        self._revivals: dict[str, _Revival] = {}
-        self._stopping = threading.Event()
-        self._shares_due = threading.Event()
-        self._threads: list[threading.Thread] = []
-        self.is_settled = False  # each mount was looked at once
+        self.changed = threading.Event()  # their number; who reacts to that clears it
 
     # --- what the kubelet asks
 
@@ -98,6 +82,34 @@ class Volumes:
                 self._records.save(record)
                 self._mounter.set_quota(record)
 
+    # --- what is done without a call, see `upkeep`
+
+    @property
+    def mounted(self) -> list[VolumeRecord]:
+        return [record for record in self._records.volumes() if not record.is_ended]
+
+    def take_up(self, record: VolumeRecord, patience_seconds: float = 0) -> None:
+        """Have a mount served that is recorded, whatever became of it. Raises: Aborted, a call is at work."""
+        with self._records.hold(record.volume_id, patience_seconds):
+            now = self._records.current(record)
+            if now is None or now.is_ended:
+                return
+            state = self._mounter.state(now)
+            if state is State.SERVED:
+                self._bind_again(now)
+            elif state is State.ABSENT and not now.path.is_dir():
+                log.warning("volume=%s: is not staged any more, %s is gone", now.volume_id, now.path)
+                self._forget(replace(now, is_ended=True))
+            else:
+                log.warning("not served, taken up again: volume=%s", now.volume_id)
+                self._revive(now, REVIVE_SECONDS)
+
+    def abandon(self, record: VolumeRecord) -> None:
+        """Nobody can take up its connection, for which programs wait: they get an error, and a new mount is made."""
+        with suppress(CsiError), self._records.hold(record.volume_id, 0):
+            self._mounter.abandon(record)
+            log.error("volume=%s: given up, to be mounted anew", record.volume_id)
+
     # --- how
 
     def _stage(self, record: VolumeRecord, volume: VolumeParams, seconds: float) -> None:
@@ -119,11 +131,11 @@ class Volumes:
             if before is None:
                 self._forget(replace(left or record, is_ended=True))
             raise
-        self._shares_due.set()
+        self.changed.set()
 
     def _forget(self, record: VolumeRecord) -> None:
         """A volume that is not mounted: what is left of it is uploaded in the background."""
-        if self._mounter.has_leftovers(record):
+        if self._drains.has_leftovers(record):
             self._records.save(record)
         else:
             self._records.remove(record)
@@ -183,123 +195,7 @@ class Volumes:
         self._mounter.clear(record.path)
         self._forget(replace(record, is_ended=True))
         log.info("unmounted volume=%s path=%s", record.volume_id, record.path)
-        self._shares_due.set()
-
-    # --- what goes on without a call
-
-    def start(self) -> None:
-        """Take up what is recorded, and look after it, in the background. Raises: OSError."""
-        self._records.read()
-        self._stopping.clear()
-        self._shares_due.set()
-        self._threads = [
-            threading.Thread(target=self._look_after, name="mounts", daemon=True),
-            threading.Thread(target=self._share, name="shares", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
-        self._drains.start()
-
-    def stop(self) -> None:
-        """Leave the mounts as they are."""
-        self._stopping.set()
-        self._shares_due.set()
-        for thread in self._threads:
-            thread.join()
-        self._drains.stop()
-
-    def release(self) -> list[str]:
-        """Have all processes of mounts end that the holder can keep without them. After `stop`. Returns the ids of
-        the volumes that now wait for others."""
-        released: list[str] = []
-
-        def release(record: VolumeRecord) -> None:
-            if self._mounter.release(record):
-                released.append(record.volume_id)
-
-        self._for_all(self._mounted(), release)
-        return released
-
-    def take_up(self, volume_ids: Collection[str]) -> list[str]:
-        """Have these volumes served, before `start`; returns what could not be done, for people. Raises: OSError."""
-        self._records.read()
-        failed: list[str] = []
-
-        def take_up(record: VolumeRecord) -> None:
-            try:
-                self._take_up(record, patience_seconds=REVIVE_SECONDS)
-            except CsiError as exc:
-                failed.append(f"{record.volume_id}: {exc}")
-
-        self._for_all((record for record in self._mounted() if record.volume_id in volume_ids), take_up)
-        return failed
-
-    def _mounted(self) -> list[VolumeRecord]:
-        return [record for record in self._records.volumes() if not record.is_ended]
-
-    def _take_up(self, record: VolumeRecord, patience_seconds: float = 0) -> None:
-        with self._records.hold(record.volume_id, patience_seconds):
-            now = self._records.current(record)
-            if now is None or now.is_ended:
-                return
-            state = self._mounter.state(now)
-            if state is State.SERVED:
-                self._bind_again(now)
-            elif state is State.ABSENT and not now.path.is_dir():
-                log.warning("volume=%s: is not staged any more, %s is gone", now.volume_id, now.path)
-                self._forget(replace(now, is_ended=True))
-            else:
-                log.warning("not served, taken up again: volume=%s", now.volume_id)
-                self._revive(now, REVIVE_SECONDS)
-
-    def _look_after(self) -> None:
-        while True:
-            self._for_all((record for record in self._mounted() if self._is_due(record)), self._try_to_take_up)
-            self.is_settled = True
-            if self._stopping.wait(LOOK_SECONDS):
-                return
-
-    def _is_due(self, record: VolumeRecord) -> bool:
-        if self._mounter.state(record) is State.SERVED:
-            self._revivals.pop(record.key, None)
-            return False
-        return time.monotonic() >= self._revivals.setdefault(record.key, _Revival()).due
-
-    def _try_to_take_up(self, record: VolumeRecord) -> None:
-        revival = self._revivals.setdefault(record.key, _Revival())
-        try:
-            self._take_up(record)
-        except Aborted:
-            return  # a call is at work
-        except CsiError as exc:
-            revival.tries += 1
-            log.error("volume=%s: not served: %s", record.volume_id, exc)
-            if revival.tries == ADOPTIONS_MAX:
-                self._abandon(record)
-        except Exception:
-            revival.tries += 1
-            log.exception("volume=%s: not served", record.volume_id)
-        revival.due = time.monotonic() + PAUSES[min(revival.tries, len(PAUSES) - 1)]
-
-    def _abandon(self, record: VolumeRecord) -> None:
-        """Nobody can take up its connection, for which programs wait: they get an error, and a new mount is made."""
-        with suppress(CsiError), self._records.hold(record.volume_id, 0):
-            self._mounter.abandon(record)
-            log.error("volume=%s: given up, to be mounted anew", record.volume_id)
-
-    def _for_all(self, records: Iterable[VolumeRecord], call: Callable[[VolumeRecord], object]) -> None:
-        with ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="volume") as pool:
-            for done in [pool.submit(call, record) for record in records]:
-                with suppress(CsiError):
-                    done.result()
-
-    def _share(self) -> None:
-        """Tell the mounts their limits when the number of volumes has changed."""
-        while self._shares_due.wait() and not self._stopping.is_set():
-            self._shares_due.clear()
-            for record in self._mounted():
-                self._mounter.limit(record)
-            self._mounter.tidy_up()
+        self.changed.set()
 
 
 def _record(

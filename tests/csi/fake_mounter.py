@@ -49,12 +49,6 @@ class FakeMounter:
     def release(self, record: VolumeRecord) -> bool:
         return True
 
-    def has_leftovers(self, record: VolumeRecord) -> bool:
-        return False
-
-    def drain_config(self, record: VolumeRecord) -> Any:
-        raise AssertionError("nothing is left here")
-
     def usage(self, path: Path) -> Usage:
         return Usage(total=100, used=30, available=70, inodes=10, inodes_used=3, inodes_free=7)
 
@@ -70,3 +64,13 @@ class FakeMounter:
 
     def set_quota(self, record: VolumeRecord) -> None:
         self.mounted[record.path] = record
+
+
+class NothingLeft:
+    """The `DrainConfigs` of volumes that have uploaded everything."""
+
+    def has_leftovers(self, record: VolumeRecord) -> bool:
+        return False
+
+    def drain_config(self, record: VolumeRecord) -> Any:
+        raise AssertionError("nothing is left here")

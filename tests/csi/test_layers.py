@@ -24,9 +24,11 @@ __main__
 node controller
 life
 handover
+upkeep
 volumes
 drains
 mounter spawning
+mountconfigs programs
 shares
 caches
 records

@@ -8,10 +8,10 @@ from typing import cast
 from phfs_csi.config import NodeConfig
 from phfs_csi.life import Life
 from phfs_csi.spawning import Spawner
-from phfs_csi.volumes import Volumes
+from phfs_csi.upkeep import Upkeep
 
 
-class FakeVolumes:
+class FakeUpkeep:
     is_settled = True
 
     def start(self) -> None: ...
@@ -41,7 +41,7 @@ class FakeDoor:
 def test_a_plugin_that_lets_go_was_succeeded_until_it_goes_on(tmp_path: Path) -> None:
     config = NodeConfig(node_id="n", state_dir=tmp_path)
     door = FakeDoor()
-    life = Life(config, cast("Volumes", FakeVolumes()), cast("Spawner", FakeSpawner()))
+    life = Life(config, cast("Upkeep", FakeUpkeep()), cast("Spawner", FakeSpawner()))
     assert life.start(door)
     assert (life.ready(), life.is_succeeded) == ("", False)
     assert life.let_go() == ["vol"]

@@ -24,8 +24,9 @@ from phfs_csi.records import Records
 from phfs_csi.requests import EPHEMERAL, Requests
 from phfs_csi.server import PluginServer
 from phfs_csi.spawning import Spawner
+from phfs_csi.upkeep import Upkeep
 from phfs_csi.volumes import Volumes
-from tests.csi.fake_mounter import FakeMounter
+from tests.csi.fake_mounter import FakeMounter, NothingLeft
 
 SECONDS = 60.0
 SECRET = "s3cr3t-that-nobody-may-see"
@@ -99,9 +100,11 @@ def serving(root: Path, mounter: FakeMounter) -> Iterator[NodeService]:
     config.kubelet_dir.mkdir(exist_ok=True)
     records = Records(config.state_dir / "volumes")
     records.read()
-    volumes = Volumes(records, mounter, Drains(records, mounter))
+    drains = Drains(records, NothingLeft())
+    volumes = Volumes(records, mounter, drains)
+    upkeep = Upkeep(records, mounter, drains, volumes)
     requests = Requests(kubelet_dir=config.kubelet_dir)
-    node = NodeService(config, requests, records, mounter, volumes, Life(config, volumes, Spawner()))
+    node = NodeService(config, requests, records, mounter, volumes, Life(config, upkeep, Spawner()))
     server = PluginServer(
         root / "csi.sock", [lambda to: csi_pb2_grpc.add_NodeServicer_to_server(node, to)], Metrics(node)
     )
