@@ -17,7 +17,8 @@ from phfs_fuse.store.crt import CrtStore
 from phfs_fuse.store.s3 import S3Store
 from tests.contract.place import Place
 from tests.support.fake_store import FakeStore
-from tests.support.servers import Server, credentials_env, minio, moto
+from tests.support.proxy import Proxy, proxy
+from tests.support.servers import Server, credentials_env, minio, minio_binary, moto
 
 BUCKET = "contract"
 KINDS: Mapping[str, type[S3Store]] = {"boto": S3Store, "crt": CrtStore}
@@ -76,3 +77,16 @@ def store(request: pytest.FixtureRequest) -> Iterator[ObjectStore]:
 def place(store: ObjectStore, request: pytest.FixtureRequest) -> Place:
     name = request.node.callspec.params["store"]
     return Place(store, f"t{next(numbers)}/", name)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> type[S3Store]:
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def front(request: pytest.FixtureRequest) -> Iterator[Proxy]:
+    """A proxy before a store: MinIO if there is one, it is faster than moto."""
+    server: Server = request.getfixturevalue("minio_server" if minio_binary() else "moto_server")
+    with proxy(server.endpoint_url) as running:
+        yield running

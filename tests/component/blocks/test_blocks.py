@@ -19,18 +19,9 @@ from phfs_fuse.errors import BadAnswer, NotFound, PhfsError, StaleVersion, Store
 from phfs_fuse.extents import Extent
 from phfs_fuse.store.base import Sink
 from phfs_fuse.types import KIB, MIB, ETag, ObjectKey
+from tests.component.blocks.samples import DATA, SIZE, StepStore
 from tests.support.caches import BLOCK, KEY, RangeStore, content, running
 from tests.support.fault_store import FaultStore
-
-SIZE = 10 * BLOCK + 100
-DATA = content(SIZE)
-
-
-@pytest.fixture
-def store() -> RangeStore:
-    store = RangeStore()
-    store.seed(KEY, DATA)
-    return store
 
 
 @pytest.mark.parametrize(
@@ -106,21 +97,6 @@ async def test_many_readers_share_one_request(tmp_path: Path, store: RangeStore)
         assert got == [DATA[:BLOCK]] * 10
         assert store.requests["get"] == 1
         version.close()
-
-
-class StepStore(RangeStore):
-    """Passes on one block for each call of `step`, on a thread as real stores do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.send, self._steps = trio.open_memory_channel[bool](100)
-
-    async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
-        self.asked.append((start, end))
-        for at in range(start, end, BLOCK):
-            await self._steps.receive()
-            chunk = self.data(key)[at : min(at + BLOCK, end)]
-            await trio.to_thread.run_sync(sink, at, chunk)
 
 
 async def test_the_first_bytes_do_not_wait_for_the_rest(tmp_path: Path) -> None:

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.component.blocks.samples import DATA
+from tests.support.caches import KEY, RangeStore
+
+
+@pytest.fixture
+def store() -> RangeStore:
+    """With one object, KEY."""
+    store = RangeStore()
+    store.seed(KEY, DATA)
+    return store
