@@ -19,6 +19,7 @@ from phfs_csi.errors import Aborted, CsiError
 from phfs_csi.records import Records, VolumeRecord
 from phfs_fuse import fusemount, prepare
 from phfs_fuse.config import MountConfig
+from phfs_fuse.errors import StartupError
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Drains:
                             self._look_after(record)
                     except Aborted:
                         pass
-                    except (CsiError, OSError):
+                    except (CsiError, StartupError, OSError):
                         log.exception("volume=%s: not uploaded in the background", record.volume_id)
 
     def _look_after(self, record: VolumeRecord) -> None:
@@ -100,20 +101,29 @@ class Drains:
             elif not self.has_leftovers(record):
                 self._forget(record)
             elif time.monotonic() >= drain.due and self._running() < AT_A_TIME:
-                drain.process = self._spawn(record)
+                self._start(record, drain)
 
     def _running(self) -> int:
         return sum(drain.process is not None for drain in self._drains.values())
+
+    def _start(self, record: VolumeRecord, drain: _Drain) -> None:
+        try:
+            drain.process = self._spawn(record)
+        except (CsiError, StartupError, OSError) as exc:  # a full disk, perhaps
+            self._put_off(record, drain, str(exc))
 
     def _on_end(self, record: VolumeRecord, drain: _Drain, code: int) -> None:
         drain.process = None
         if code == 0:
             self._forget(record)
-            return
+        else:
+            self._put_off(record, drain, "not everything is uploaded")
+
+    def _put_off(self, record: VolumeRecord, drain: _Drain, reason: str) -> None:
         pause = RETRY_SECONDS[min(drain.tries, len(RETRY_SECONDS) - 1)]
         drain.tries += 1
         drain.due = time.monotonic() + pause
-        log.error("volume=%s: not everything is uploaded; tried again in %.0f s", record.volume_id, pause)
+        log.error("volume=%s: %s; tried again in %.0f s", record.volume_id, reason, pause)
 
     def _forget(self, record: VolumeRecord) -> None:
         self._drains.pop(record.key, None)
