@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from phfs_fuse import client, logs, prepare, registry, settings
+from phfs_fuse import client, logs, prepare, registry, settings, waiting
 from phfs_fuse.entry import guarded, program, say
 from phfs_fuse.errors import MountpointError, UsageError
 from phfs_fuse.mountpoint import locate, mount_table
@@ -158,7 +158,7 @@ def umount(
         return 0
     display.follow(place, client.umount(record, seconds, lazy=lazy))
     if not lazy:  # what is in use lives on detached
-        client.wait_for_end(record.keeper_pid, END_SECONDS)
+        waiting.ended(record.keeper_pid, END_SECONDS)
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -165,18 +164,6 @@ def ask(record: MountRecord, request: Mapping[str, object], timeout: float | Non
             if "progress" not in answer:
                 return
     raise _Ended(f"{record.mountpoint}: the mount ended before it had answered")
-
-
-def wait_for_end(pid: int, timeout: float | None) -> bool:
-    """Whether the process ended in time."""
-    try:
-        watch = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([watch], [], [], timeout)[0])
-    finally:
-        os.close(watch)
 
 
 def _connect(record: MountRecord) -> socket.socket:

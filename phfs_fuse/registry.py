@@ -10,12 +10,12 @@ import contextlib
 import hashlib
 import json
 import os
-import select
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from phfs_fuse.dirs import runtime_dir
+from phfs_fuse.waiting import ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +28,10 @@ class MountRecord:
     @property
     def alive(self) -> bool:
         """Whether the keeper's process is there. A process of another user counts."""
-        try:
-            watch = os.pidfd_open(self.keeper_pid)
+        try:  # one that has ended may stay as a zombie where nobody reaps, as in a container without an init
+            return not ended(self.keeper_pid, 0)
         except OSError:
             return False
-        try:  # one that has ended may stay as a zombie where nobody reaps, as in a container without an init
-            return not select.select([watch], [], [], 0)[0]
-        finally:
-            os.close(watch)
 
 
 def path_of(mountpoint: str) -> Path:

@@ -23,8 +23,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
 from phfs_fuse import keeper, mount
-from phfs_fuse.starting import wait_readable
 from phfs_fuse.store import warm
+from phfs_fuse.waiting import ended
 
 PACKET_BYTES_MAX: Final = 1 << 20  # an environment has at most some 100 KiB
 CLOSED_MAX: Final = 1 << 20
@@ -47,10 +47,8 @@ class Fork:
     def wait(self, timeout: float | None = None) -> int:
         """Raises: TimeoutError."""
         if self.returncode is None:
-            if not wait_readable(pidfd := os.pidfd_open(self.pid), timeout):
-                os.close(pidfd)
+            if not ended(self.pid, timeout):
                 raise TimeoutError
-            os.close(pidfd)
             _pid, status = os.waitpid(self.pid, 0)
             self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode

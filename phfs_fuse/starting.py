@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from phfs_fuse.errors import LocalStateError, StartupError, startup_error
 from phfs_fuse.fusemount import UNMOUNT_SECONDS
 from phfs_fuse.mountpoint import mount_table, require_free
 from phfs_fuse.types import MIB
+from phfs_fuse.waiting import readable
 
 log = logging.getLogger(__name__)
 
@@ -137,19 +137,12 @@ def _start_in_background(start: Callable[[int], int], log_place: str, deadline: 
         raise startup_error(report["exit_code"], report["reason"])
 
 
-def wait_readable(fd: int, timeout: float | None) -> bool:
-    """poll(2) in place of select(2): a plugin may have many descriptors."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(None if timeout is None else timeout * 1000))
-
-
 def _read_until(pipe: BinaryIO, deadline: float | None) -> bytes | None:
     """All that is written until the pipe's other end is closed; None: that takes too long."""
     found = b""
     while True:
         wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not wait_readable(pipe.fileno(), wait):
+        if not readable(pipe.fileno(), wait):
             return None
         if not (chunk := pipe.read(REPORT_BYTES_MAX)):
             return found

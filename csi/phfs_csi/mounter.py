@@ -31,6 +31,7 @@ from phfs_fuse.holding import HolderLink
 from phfs_fuse.localstate import keeper_of
 from phfs_fuse.mountpoint import MountEntry, mount_table
 from phfs_fuse.registry import MountRecord
+from phfs_fuse.waiting import ended
 
 log = logging.getLogger(__name__)
 
@@ -202,13 +203,13 @@ class PhfsMounter:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
             while (left := end - time.monotonic()) > 0:
-                if client.wait_for_end(pid, min(left, PROGRESS_SECONDS)):
+                if ended(pid, min(left, PROGRESS_SECONDS)):
                     return
                 self._log_progress(record)
         log.error("volume=%s: its processes do not end: killed", record.volume_id)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        client.wait_for_end(pid, END_SECONDS)
+        ended(pid, END_SECONDS)
 
     def _log_progress(self, record: VolumeRecord) -> None:
         pending = (self.status(record) or {}).get("pending", {})

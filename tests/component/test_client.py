@@ -116,13 +116,6 @@ def test_nobody_listens() -> None:
         client.status(gone)
 
 
-def test_the_end_of_a_process_is_waited_for() -> None:
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert not client.wait_for_end(child.pid, 0)
-    child.communicate(b"\n")
-    assert client.wait_for_end(child.pid, 0)
-
-
 def test_the_mount_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHFS_RUNTIME_DIR", str(tmp_path))
     table = mount_table("1 0 0:1 / /mnt/a rw - fuse.phfs s rw\n2 0 0:2 / /mnt/b rw - fuse.sshfs s rw")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from phfs_fuse.expiry import Expiry
-from phfs_fuse.starting import wait_readable
+from phfs_fuse.waiting import readable
 
 SECONDS = 30.0
 
@@ -20,7 +20,7 @@ def test_names_are_told_and_then_answered() -> None:
     with ours, theirs:
         for number in range(3):
             expiry.expire([(7, b"name"), (8, b"other")], ours, b"answer %d" % number)
-            assert wait_readable(expiry.fileno(), SECONDS)
+            assert readable(expiry.fileno(), SECONDS)
             expiry.answer()
             theirs.settimeout(SECONDS)
             assert theirs.recv(100) == b"answer %d" % number

@@ -23,7 +23,8 @@ import grpc
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc
 from phfs_fuse.localstate import keeper_of
 from phfs_fuse.mountpoint import mount_table
-from tests.support.mounts import ended, s3_client, shared_server
+from phfs_fuse.waiting import ended
+from tests.support.mounts import s3_client, shared_server
 from tests.support.servers import Server
 
 SECONDS = 60.0

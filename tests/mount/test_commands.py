@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from phfs_fuse.mountpoint import mount_table
-from tests.support.mounts import ended
+from phfs_fuse.waiting import ended
 from tests.support.servers import Server, credentials_env, minio, minio_binary, moto, unreachable
 
 pytestmark = [pytest.mark.fuse, pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="no /dev/fuse")]

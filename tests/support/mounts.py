@@ -10,7 +10,6 @@ import atexit
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -31,6 +30,7 @@ from phfs_fuse import client, registry
 from phfs_fuse.errors import StartupError
 from phfs_fuse.mountpoint import mount_table
 from phfs_fuse.registry import MountRecord
+from phfs_fuse.waiting import ended
 from tests.support.servers import Server, minio, minio_binary, moto
 
 COMMAND_SECONDS = 120.0
@@ -262,18 +262,6 @@ def _variable(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def ended(pid: int, seconds: float) -> bool:
-    """Whether the process, which need not be a child, ended in time."""
-    try:
-        watch = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([watch], [], [], seconds)[0])
-    finally:
-        os.close(watch)
 
 
 def _run_briefly(command: list[str]) -> None:

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tests.support.mounts import TestMount, ended
+from phfs_fuse.waiting import ended
+from tests.support.mounts import TestMount
 from tests.torture.editor import names_within, parse
 from tests.torture.faults import Faults
 

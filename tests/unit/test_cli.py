@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse import cli, client, logs, prepare, registry, starting
+from phfs_fuse import cli, client, logs, prepare, registry, starting, waiting
 from phfs_fuse.client import Progress
 from phfs_fuse.config import MountConfig
 from phfs_fuse.errors import MountpointError, NotDrained, StartupError, StoreStartupError
@@ -282,7 +282,7 @@ class Mounted:
             raise self.failure
         yield Progress(files_pending=1, bytes_pending=10, bytes_done=0)
 
-    def wait_for_end(self, pid: int, timeout: float) -> bool:
+    def ended(self, pid: int, timeout: float) -> bool:
         self.waited.append(pid)
         return True
 
@@ -297,7 +297,7 @@ def mounted(phfs: Phfs, monkeypatch: pytest.MonkeyPatch) -> Mounted:
     found = Mounted(record)
     monkeypatch.setattr(client, "sync", found.sync)
     monkeypatch.setattr(client, "umount", found.umount)
-    monkeypatch.setattr(client, "wait_for_end", found.wait_for_end)
+    monkeypatch.setattr(waiting, "ended", found.ended)
     return found
 
 

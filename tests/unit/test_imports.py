@@ -82,7 +82,7 @@ settings
 options
 values
 registry mountpoint localstate holding reserve statfsino
-dirs logs
+dirs logs waiting
 metrics
 config
 errors
@@ -111,7 +111,7 @@ FRONT = BENCH | {
 }
 FRONT_SEES = FRONT | {
     "messages", "expiry", "loop", "settings", "options", "holding", "localstate", "values", "registry", "mountpoint",
-    "dirs", "logs",
+    "dirs", "logs", "waiting",
     "config", "errors", "types",
 }  # fmt: skip
 

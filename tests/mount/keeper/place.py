@@ -22,7 +22,7 @@ import pytest
 from phfs_fuse import registry, settings
 from phfs_fuse.config import CacheConfig, KernelConfig, MountConfig, StoreConfig, TreeConfig, WritebackConfig
 from phfs_fuse.mountpoint import MountEntry, mount_table
-from tests.support.mounts import ended
+from phfs_fuse.waiting import ended
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 SECONDS = 30.0

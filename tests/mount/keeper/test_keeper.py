@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from phfs_fuse import settings
+from phfs_fuse.waiting import ended
 from tests.mount.keeper.place import IMPATIENT, SECONDS, Place, Reader, finish, until
-from tests.support.mounts import ended
 
 pytestmark = pytest.mark.fuse
 

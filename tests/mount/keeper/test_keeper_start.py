@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from phfs_fuse.waiting import ended
 from tests.mount.keeper.place import NOBODY, SECONDS, Place, finish, until
-from tests.support.mounts import ended
 
 pytestmark = pytest.mark.fuse
 
