@@ -286,7 +286,9 @@ def test_crossed_calls(plugin: Plugin, bucket: str, store: Proxy) -> None:
 # --- the end, and what is left
 
 
-def test_what_is_left_goes_up_in_the_background(plugin: Plugin, bucket: str, store: Proxy) -> None:
+@pytest.fixture
+def left(plugin: Plugin, bucket: str, store: Proxy) -> Volume:
+    """Unstaged while the store was away, with a file that the store has not."""
     volume = Volume(plugin, bucket, endpoint=store.endpoint_url, drainTimeout="1s")
     volume.stage()
     target = volume.publish()
@@ -295,48 +297,36 @@ def test_what_is_left_goes_up_in_the_background(plugin: Plugin, bucket: str, sto
     sh('echo precious > "$1/folder/file"', target)
     volume.unpublish()
     volume.unstage()
+    return volume
+
+
+def test_what_is_left_goes_up_in_the_background(plugin: Plugin, left: Volume, store: Proxy) -> None:
     assert mounts_below(plugin.root) == []
     (credentials,) = plugin.state.glob("volumes/*/credentials")
     assert stat.S_IMODE(credentials.stat().st_mode) == 0o600
     store.script = forward_all
     eventually(lambda: is_forgotten(plugin), plugin.log)
-    assert volume.object("folder/file") == b"precious\n"
+    assert left.object("folder/file") == b"precious\n"
     assert not credentials.exists()
 
 
-def test_what_is_left_goes_up_after_a_restart(plugin: Plugin, bucket: str, store: Proxy) -> None:
-    volume = Volume(plugin, bucket, endpoint=store.endpoint_url, drainTimeout="1s")
-    volume.stage()
-    target = volume.publish()
-    sh('mkdir "$1/folder"', target)  # known to be empty: a file in it needs no answer of the store
-    store.script = lambda _request: Answer(503)
-    sh('echo precious > "$1/folder/file"', target)
-    volume.unpublish()
-    volume.unstage()
+def test_what_is_left_goes_up_after_a_restart(plugin: Plugin, left: Volume, store: Proxy) -> None:
     plugin.kill()
     store.script = forward_all
     plugin.start()
     eventually(lambda: is_forgotten(plugin), plugin.log)
-    assert volume.object("folder/file") == b"precious\n"
+    assert left.object("folder/file") == b"precious\n"
 
 
-def test_a_volume_that_is_staged_again_takes_up_what_is_left(plugin: Plugin, bucket: str, store: Proxy) -> None:
-    volume = Volume(plugin, bucket, endpoint=store.endpoint_url, drainTimeout="1s")
-    volume.stage()
-    target = volume.publish()
-    sh('mkdir "$1/folder"', target)  # known to be empty: a file in it needs no answer of the store
-    store.script = lambda _request: Answer(503)
-    sh('echo precious > "$1/folder/file"', target)
-    volume.unpublish()
-    volume.unstage()
+def test_a_volume_that_is_staged_again_takes_up_what_is_left(plugin: Plugin, left: Volume, store: Proxy) -> None:
     eventually(lambda: "uploading what is left" in plugin.log())
     store.script = forward_all
-    volume.stage()
-    target = volume.publish()
+    left.stage()
+    target = left.publish()
     assert sh('cat "$1/folder/file"', target) == "precious\n"
-    volume.unpublish()
-    volume.unstage()
-    assert volume.object("folder/file") == b"precious\n"
+    left.unpublish()
+    left.unstage()
+    assert left.object("folder/file") == b"precious\n"
 
 
 # --- what is told
