@@ -1,8 +1,8 @@
 """The process that holds a mount while its server, the worker, may die or be replaced.
 
 State: the /dev/fuse descriptor, who serves it now, how far the mount has got, the record in the registry. What can
-be said without these has its own module: the event loop (`loop`), a worker and its restarts (`workers`), the one that
-waits to take over (`standby`), the unmount (`unmounting`), the duplicate that a holder has (`held`).
+be said without these has its own module: what is waited for (`loop`), a worker and its restarts (`workers`), the one
+that waits to take over (`standby`), the unmount (`unmounting`), the duplicate that a holder has (`held`).
 
 The worker first checks the store, then the keeper mounts and hands the descriptor over: a mount that cannot
 work never appears. A worker that dies is started again on the same connection, and open files go on. When
@@ -15,7 +15,8 @@ next one adopts the connection. SIGUSR1 makes room for it: the worker answers wh
 the mount stays and its requests wait.
 
 Nothing here touches a file of the mount: the call would wait for a worker that waits for the keeper.
-Standard library only, no event loop, one thread (and that of `expiry`, which may have to wait for the worker).
+Standard library only, one thread that does one thing at a time (and that of `expiry`, which may have to wait for the
+worker).
 """
 
 from __future__ import annotations
