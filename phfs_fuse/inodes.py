@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from sys import intern
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs
@@ -29,12 +29,12 @@ NEVER = float("-inf")
 _MD5 = re.compile("[0-9a-f]{32}")
 # Apart from the classes: a file has no room for what only directories have, and reads the values of the class.
 _OF_ALL = (
-    "_segment", "atime_ns", "base", "checked_at", "ctime_ns", "detached", "direct_writers", "dirty", "doubted_at",
-    "gid", "holds", "ino", "misjudged",
-    "link", "lookups", "mode", "mtime_ns", "name", "noted", "opens", "parent", "rdev", "seq", "size", "staged",
-    "uid", "version", "writers", "xattrs",
+    "_base_etag", "_base_folder", "_base_name", "_base_size", "_few", "atime_ns", "checked_at", "ctime_ns",
+    "detached", "dirty", "gid", "holds", "ino", "lookups", "mode", "mtime_ns", "name", "noted", "opens", "parent",
+    "seq", "size", "uid", "version",
 )  # fmt: skip
 _OF_FOLDERS = ("complete_at", "gaps", "kids", "marker", "misses", "own_attrs", "subdirs", "unseen")
+T = TypeVar("T")
 
 
 @lru_cache(4096)
@@ -53,37 +53,54 @@ class Question:
     heard: set[bytes] = field(default_factory=set)
 
 
-class Base:
-    """Where the stored bytes of a file are: one version of one object. Never changes.
+class Base(NamedTuple):
+    """Where the stored bytes of a file are: one version of one object."""
 
-    There is one for each known file, so it is small: the folder's key is shared, and so is `name`, the end of the
-    key, if the caller has it; an ETag that is an MD5 is kept as its 16 bytes.
-    """
+    key: ObjectKey
+    etag: ETag
+    size: int
 
-    __slots__ = ("_etag", "_folder", "_name", "size")
 
-    def __init__(self, key: ObjectKey, etag: ETag, size: int, name: bytes = b"") -> None:
-        text = name.decode(errors="replace")
-        is_end = name != b"" and key.endswith(text) and text.encode() == name
-        self._folder = intern(key[: -len(text)]) if is_end else key
-        self._name = name if is_end else b""
-        digest = bytes.fromhex(etag) if _MD5.fullmatch(etag) else None
-        self._etag: ETag | bytes = etag if digest is None else digest
-        self.size = size
+class Few(Generic[T]):
+    """An attribute that few nodes have at a time: the others read its default, and have no room for it."""
 
-    @property
-    def key(self) -> ObjectKey:
-        return ObjectKey(self._folder + self._name.decode())
+    def __init__(self, default: T) -> None:
+        self._default = default
 
-    @property
-    def etag(self) -> ETag:
-        return ETag(self._etag.hex()) if isinstance(self._etag, bytes) else self._etag
+    def __set_name__(self, owner: type[Node], name: str) -> None:
+        self._name = name
+
+    def __get__(self, node: Node, owner: type[Node]) -> T:
+        few = node._few
+        return self._default if few is None else few.get(self._name, self._default)
+
+    def __set__(self, node: Node, value: T) -> None:
+        if value == self._default:
+            if node._few is not None and node._few.pop(self._name, None) is not None and not node._few:
+                node._few = None
+        elif node._few is None:
+            node._few = {self._name: value}
+        else:
+            node._few[self._name] = value
 
 
 class Node:
-    """One file, symlink or special file; a directory is a `Folder`. Its methods do not await."""
+    """One file, symlink or special file; a directory is a `Folder`. Its methods do not await.
+
+    There is one for each known name, and there may be a million: what a slot or an object more costs, all pay.
+    """
 
     __slots__ = _OF_ALL
+
+    _segment: Few[str | None] = Few(None)  # None: the name, as text
+    rdev: Few[int] = Few(0)
+    xattrs: Few[Mapping[bytes, bytes] | None] = Few(None)
+    link: Few[bytes | None] = Few(None)
+    staged: Few[Staged | None] = Few(None)
+    writers: Few[int] = Few(0)  # of `opens`, open for writing
+    direct_writers: Few[int] = Few(0)  # of these, past the kernel's cache
+    misjudged: Few[bool] = Few(False)  # the kernel takes it for longer, or older, than it is
+    doubted_at: Few[float] = Few(NEVER)  # when somebody else changed the name: answers from before do not count
 
     # of directories only; a file has these values and cannot be given others
     kids: dict[bytes, Node] | None = None
@@ -99,26 +116,40 @@ class Node:
         self.ino = ino
         self.parent: Node | None = None
         self.name = b""
-        self._segment: str | None = None  # None: the name, as text
+        self._few: dict[str, Any] | None = None  # see `Few`
         self.size = 0
         self.set_attrs(attrs)
         self.ctime_ns = ctime_ns
         self.atime_ns = attrs.mtime_ns
-        self.base: Base | None = None  # None: the store has no bytes of it
+        self.base = None
         self.lookups = 0  # references that the kernel holds
         self.noted = False  # kernel state on disk has it as it is
         self.opens = 0  # open files and directory streams
-        self.writers = 0  # of these, open for writing
-        self.direct_writers = 0  # of these, past the kernel's cache
-        self.misjudged = False  # the kernel takes it for longer, or older, than it is
         self.holds = 0  # directory streams that are about to show it
         self.checked_at = NEVER  # when the store was last asked and said that this is what the name means
-        self.doubted_at = NEVER  # when somebody else changed what the name means: answers from before do not count
         self.seq = 0  # of the last local change: answers that are older say nothing about it
         self.detached = False
         self.dirty: DirtyFile | None = None
-        self.staged: Staged | None = None
         self.version: Version | None = None
+
+    @property
+    def base(self) -> Base | None:
+        """None: the store has no bytes of it."""
+        if (folder := self._base_folder) is None:
+            return None
+        etag = self._base_etag
+        text = f"{etag:032x}" if isinstance(etag, int) else etag
+        return Base(ObjectKey(folder + self._base_name.decode()), ETag(text), self._base_size)
+
+    @base.setter
+    def base(self, base: Base | None) -> None:
+        """Kept small: the key as its folder, one object for all in there, and the name; an MD5 as a number."""
+        key, etag, self._base_size = base or (None, "", 0)
+        text = self.name.decode(errors="replace")
+        is_ours = key is not None and text != "" and key.endswith(text) and text.encode() == self.name
+        self._base_folder: str | None = intern(key[: -len(text)]) if key is not None and is_ours else key
+        self._base_name = self.name if is_ours else b""
+        self._base_etag: int | str = int(etag, 16) if _MD5.fullmatch(etag) else etag
 
     @property
     def segment(self) -> str:
@@ -221,6 +252,10 @@ class Inodes:
 
     def find(self, ino: int) -> Node | None:
         return self._nodes.get(ino)
+
+    def shrink(self) -> None:
+        """Take no more room than what is known now needs: a dict never does so when it loses entries."""
+        self._nodes = dict(self._nodes)
 
     def all(self) -> Iterator[Node]:
         return iter(self._nodes.values())

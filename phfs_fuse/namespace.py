@@ -311,7 +311,7 @@ class Namespace:
 
     def _shows(self, node: Node, segment: str, name: bytes, info: ObjectInfo) -> bool:
         """Whether `node` is that version; takes on attributes that somebody else has given to it."""
-        if node.is_dir or node.base is None or (node.base.key, node.base.etag) != (info.key, info.etag):
+        if node.is_dir or (base := node.base) is None or (base.key, base.etag) != (info.key, info.etag):
             return False
         if info.metadata is None:
             return True
@@ -333,9 +333,9 @@ class Namespace:
     def _new_file(self, parent: Node, segment: str, name: bytes, info: ObjectInfo, question: Question) -> Node:
         attrs = self._object_attrs(segment, name, info)
         node = self._inodes.new(attrs, ctime_ns=info.modified_ns)
-        node.base = Base(info.key, info.etag, info.size, name)
         node.size = info.size if attrs.link is None else len(attrs.link)
         self._attach(parent, name, node, segment, question)
+        node.base = Base(info.key, info.etag, info.size)
         return node
 
     def _attach(self, parent: Node, name: bytes, node: Node, segment: str, question: Question) -> None:
@@ -576,7 +576,7 @@ class Namespace:
             kid = (parent.kids or {}).get(keys.name_of(info.key[len(prefix) :]))
         except IllegalName:
             return True  # left out anyway
-        return kid is not None and kid.base is not None and kid.base.etag == info.etag
+        return kid is not None and (base := kid.base) is not None and base.etag == info.etag
 
     def complete_listing(self, parent: Node) -> list[Node] | None:
         """All children, if they are known and recent enough."""

@@ -65,6 +65,7 @@ def _attrs(record: NodeRecord) -> Attrs:
 
 def _fill(node: Node, record: NodeRecord, refs: Refs) -> None:
     node.noted = True
+    node.set_name(record.name, record.segment)  # before `base`, which shares it
     node.seq = record.seq
     node.size = record.size
     node.base = Base(*record.base) if record.base else None
@@ -101,7 +102,6 @@ def restore(inodes: Inodes, known: Known, done: Done) -> None:
 def _place(inodes: Inodes, parent: Node, node: Node, record: NodeRecord) -> None:
     if record.detached or parent.kids is None or record.name in parent.kids:
         node.parent, node.detached = parent, True
-        node.set_name(record.name, record.segment)
         if record.displaced:
             inodes.mark_displaced(node)
     else:

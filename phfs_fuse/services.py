@@ -17,6 +17,7 @@ from phfs_fuse.config import Events as EventsSetting
 from phfs_fuse.control import ControlServer
 from phfs_fuse.errors import MountpointError, NotDrained, StartupError
 from phfs_fuse.expiry import can_expire
+from phfs_fuse.memory import Memory
 from phfs_fuse.session import KeeperLink, Session
 from phfs_fuse.wiring import Mount
 
@@ -57,6 +58,7 @@ class Services:
                 services.start_soon(self._hear_store)
             services.start_soon(self._announce)
             await services.start(listener.run)
+            services.start_soon(Memory(mount.inodes).run)
             services.start_soon(self._flush_kernel)
             services.start_soon(self._checkpoint)
             await self._session.serve()

@@ -166,7 +166,7 @@ class Writeback:
             task: Callable[..., Awaitable[None]] = self._store_marker
         else:
             unchanged = node.staged is None and not dirty.attrs
-            if unchanged and node.base and (node.base.key, node.base.etag) == (key, dirty.over):
+            if unchanged and (base := node.base) and (base.key, base.etag) == (key, dirty.over):
                 self._changes.clean(node)  # renamed there and back
                 return
             task = self._store_file
@@ -252,7 +252,7 @@ class Writeback:
         dirty.target = None
         self._changes.touch(node)
         metrics.UPLOADED_FILES.add()
-        old_base, node.base = node.base, Base(key, info.etag, info.size, node.name)
+        old_base, node.base = node.base, Base(key, info.etag, info.size)
         self._changes.landed(key, info.etag, except_node=node)
         if not node.detached and self._inodes.key(node) == key:
             dirty.over = info.etag

@@ -55,7 +55,7 @@ sources markers settling
 upload changes
 uploadqueue quota
 recovery resume
-kernelstate
+kernelstate memory
 inodes trust
 blocks staging
 adoption
