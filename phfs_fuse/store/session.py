@@ -1,6 +1,7 @@
-"""boto3 clients for one bucket, and botocore's exceptions to `PhfsError`s. Owns no state.
+"""boto3's clients for one bucket, and botocore's exceptions to `PhfsError`s. Owns no state.
 
-Creating a client reads files and may ask a metadata service: always on a thread.
+They are made by botocore, boto3's core: boto3 itself also loads its file transfers, which nothing here uses. Creating
+a client reads files and may ask a metadata service: always on a thread.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import urlsplit
 
-import boto3
 import botocore.exceptions as bexc
 import botocore.session
 import urllib3.exceptions
@@ -68,7 +68,7 @@ _BY_TYPE: Final[Sequence[tuple[tuple[type[Exception], ...], type[PhfsError], str
 class Clients:
     """`listing` asks for user metadata in listings, `plain` does not. Both may be used by many threads."""
 
-    session: boto3.Session
+    session: Session
     plain: S3Client
     listing: S3Client
     ca_bundle: str | None  # from AWS_CA_BUNDLE or the profile
@@ -123,17 +123,19 @@ def warm() -> None:
 
 
 def _open_clients(config: StoreConfig, name: str, core: Session) -> Clients:
-    session = boto3.Session(profile_name=config.profile, region_name=config.region, botocore_session=core)
-    if session.get_credentials() is None:
+    for variable, given in (("profile", config.profile), ("region", config.region)):
+        if given is not None:
+            core.set_config_variable(variable, given)
+    if core.get_credentials() is None:
         raise AccessDenied("connect", name, _NO_CREDENTIALS)
     style = "auto" if config.path_style is None else "path" if config.path_style else "virtual"
-    plain = _client(session, config, style)
+    plain = _client(core, config, style)
     if config.path_style is None and not _is_aws(plain.meta.endpoint_url):
         style = "path"  # known only now: the endpoint may come from a profile or a variable
-        plain = _client(session, config, style)
-    listing = _client(session, config, style)
+        plain = _client(core, config, style)
+    listing = _client(core, config, style)
     listing.meta.events.register("before-call.s3.ListObjectsV2", _ask_for_metadata)
-    return Clients(session, plain, listing, core.get_config_variable("ca_bundle"))
+    return Clients(core, plain, listing, core.get_config_variable("ca_bundle"))
 
 
 def endpoint_name(config: StoreConfig) -> str:
@@ -147,7 +149,7 @@ def _is_aws(endpoint_url: str) -> bool:
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
 
 
-def _client(session: boto3.Session, config: StoreConfig, style: str) -> S3Client:
+def _client(core: Session, config: StoreConfig, style: str) -> S3Client:
     settings = Config(
         connect_timeout=config.connect_seconds,
         read_timeout=config.read_seconds,
@@ -161,8 +163,9 @@ def _client(session: boto3.Session, config: StoreConfig, style: str) -> S3Client
         tcp_keepalive=True,
         user_agent_extra="phfs-fuse",
     )
-    region = session.region_name or DEFAULT_REGION
-    client = session.client("s3", endpoint_url=config.endpoint_url, region_name=region, config=settings)
+    region = core.get_config_variable("region") or DEFAULT_REGION
+    made = core.create_client("s3", region_name=region, endpoint_url=config.endpoint_url, config=settings)
+    client = cast("S3Client", made)
     client.meta.events.register("before-parse.s3.ListObjectsV2", _parse_listing)
     client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
     return client

@@ -117,7 +117,7 @@ FRONT_SEES = FRONT | {
 
 USERS = {
     "awscrt": "store cachefile",
-    "boto3": "store demo bench",
+    "boto3": "demo bench",
     "botocore": "store bench",
     "matplotlib": "bench",
     "moto": "demo bench",
