@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -135,6 +134,8 @@ def _option(name: str, value: str | None, before: Given | None) -> Given:
 
 def from_file(path: Path) -> Layer:
     """A TOML file of tables. Raises: UsageError when it cannot be read or has a key that is no setting."""
+    import tomllib  # late: keeper and worker read no such file
+
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:

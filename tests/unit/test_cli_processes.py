@@ -52,7 +52,17 @@ def test_debug_shows_where_an_unexpected_error_came_from(tmp_path: Path) -> None
     assert "Traceback" in loud.stderr
 
 
-def test_the_quick_commands_load_nothing_heavy(tmp_path: Path) -> None:
-    script = "import sys; import phfs_fuse.cli; print(*sys.modules)"
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("cli", {"boto3", "botocore", "awscrt", "trio", "pyfuse3", "moto", "rich", "tomllib"}),
+        ("keeper", {"boto3", "botocore", "awscrt", "trio", "pyfuse3", "typer", "tomllib"}),
+        ("mount, phfs_fuse.store.crt", {"boto3", "s3transfer", "multiprocessing", "typer", "rich", "tomllib"}),
+    ],
+)
+def test_each_process_loads_only_what_it_needs(tmp_path: Path, modules: str, heavy: set[str]) -> None:
+    """A mount starts three of them, one after the other."""
+    script = f"import sys; import phfs_fuse.{modules}; print(*sys.modules)"
     loaded = set(run("-c", script, place=tmp_path).stdout.split())
-    assert loaded & {"boto3", "botocore", "awscrt", "trio", "pyfuse3", "moto"} == set()
+    assert loaded & heavy == set()
+    assert "phfs_fuse" in loaded
