@@ -23,15 +23,16 @@ TTL_SECONDS_MIN = 1.0  # what is not believed for so long would be asked for twi
 
 
 class _Walk:
-    """The folders of one folder in the order of their keys, and which of them was looked at last."""
+    """The folders of one folder in the order of their keys, and which of them was looked at last. Their numbers: what
+    is forgotten meanwhile shall go."""
 
     def __init__(self, parent: Node) -> None:
         kids = [kid for kid in (parent.kids or {}).values() if kid.is_dir]
-        self.folders = sorted(kids, key=lambda kid: kid.segment)
-        self.index = {kid.ino: at for at, kid in enumerate(self.folders)}
+        self.folders = [kid.ino for kid in sorted(kids, key=lambda kid: kid.segment)]
+        self.index = {ino: at for at, ino in enumerate(self.folders)}
         self._last = -2
 
-    def next(self, folder: Node) -> list[Node]:
+    def next(self, folder: Node) -> list[Ino]:
         """`folder` is looked at; those that should be listed ahead: none, unless it follows the one before."""
         at = self.index.get(folder.ino, -2)
         is_next = at == self._last + 1 and at > 0
@@ -67,11 +68,14 @@ class ListAhead:
         walk = self._walks.get(parent.ino)
         if walk is None or folder.ino not in walk.index:
             walk = self._walks[parent.ino] = _Walk(parent)
-        for kid in walk.next(folder):
+        for ino in walk.next(folder):
             if len(self._coming) >= AHEAD:
                 break
-            if not kid.detached and kid.ino not in self._coming and self._namespace.complete_listing(kid) is None:
-                self._coming[kid.ino] = trio.Event()
+            kid = self._inodes.find(ino)
+            if kid is None or kid.detached or ino in self._coming:
+                continue
+            if self._namespace.complete_listing(kid) is None:
+                self._coming[ino] = trio.Event()
                 self._nursery.start_soon(self._list, kid)
 
     async def _list(self, folder: Node) -> None:

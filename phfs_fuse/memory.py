@@ -7,6 +7,7 @@ it is done once for many, and not while more are being forgotten.
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable
 from typing import Final
 
@@ -44,4 +45,5 @@ class Memory:
         if count >= before and self._most - count >= FORGOTTEN_MIN:
             self._most = count
             self._inodes.shrink()
+            gc.collect()  # also empties the interpreter's lists of spare objects, each of which keeps 1 MiB in use
             await trio.to_thread.run_sync(self._give_back)

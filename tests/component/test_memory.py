@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import time
 import tracemalloc
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 
 from phfs_fuse import memory
 from phfs_fuse.attrs import Attrs, to_metadata
@@ -54,6 +56,25 @@ async def test_a_listed_file_is_small(tmp_path: Path) -> None:
     count = sum(len(folder.kids or ()) for folder in folders)
     assert count == 3000
     assert used / count <= NODE_BYTES_MAX
+
+
+async def test_a_walk_keeps_nothing_that_was_forgotten(tmp_path: Path) -> None:
+    """Each folder has room for the names it had."""
+    store = FakeStore()
+    for number in range(20):
+        store.seed(f"{PREFIX}walked-{number:02}/file", b"")
+    world = made(store, tmp_path)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(world.vfs.list_ahead)
+        folders = await list_for_kernel(world, world.inodes.root)
+        files = [file for folder in folders for file in await list_for_kernel(world, folder)]
+        assert len(files) == 20
+        world.vfs.forget([(node.ino, node.lookups) for node in files + folders])
+        del files, folders
+        nursery.cancel_scope.cancel()
+    assert len(world.inodes) == 1
+    alive = [found for found in gc.get_objects() if isinstance(found, Node) and found.name.startswith(b"walked-")]
+    assert alive == []
 
 
 def tree(files: int = 0) -> tuple[Inodes, list[Node]]:
