@@ -8,7 +8,6 @@ is in the journal when it returns. It does not upload: it puts the file on the q
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -56,7 +55,6 @@ class Changes:
         self._source_of: dict[Node, ObjectKey] = {}
         self._attempts: dict[ObjectKey, list[tuple[int, str]]] = {}  # (size, metadata) that the store may have
         self._seq = 0
-        self.made_at = -math.inf  # when a file was made last
         self._waiters: dict[Ino, trio.Event] = {}
         self.on_met: Callable[[ObjectKey], None] | None = None
         self.on_displaced: Callable[[Node], None] | None = None  # one that was displaced is about to be changed
@@ -109,7 +107,6 @@ class Changes:
             node.marker = self._take_gone(key)
             self.review_marker(node, changed=True)
             return
-        self.made_at = trio.current_time()
         layer = self._area.new(seen=0, size=0)
         dirty = self._make_dirty(node, self._take_gone(key))
         node.staged = Staged([layer])
@@ -266,8 +263,9 @@ class Changes:
         self.answered(node.base.key)
         return True
 
-    def renamed(self, node: Node, old_key: ObjectKey, over: ETag | None) -> None:
-        """`node` had the name `old_key` and now has another, where the store has version `over` (None: nothing)."""
+    def renamed(self, node: Node, old_key: ObjectKey, over: ETag | None, *, at_once: bool) -> None:
+        """`node` had the name `old_key` and now has another, where the store has version `over` (None: nothing).
+        `at_once`: what the store has of it waits for no quiet time."""
         self.touch(node)
         key = self._inodes.key(node)
         self._quotas.changed(old_key, node.stored_size, 0)
@@ -286,6 +284,8 @@ class Changes:
             self.track(node)
             self.save(node)
         self._changed(node, dirty)
+        if at_once and node.staged is None:
+            self._queue.enqueue(node, dirty, trio.current_time())
 
     def displaced(self, node: Node, key: ObjectKey, winner_size: int | None) -> None:
         """`node` lost its name `key` to what somebody else has stored there (None: of a size that is not known),

@@ -24,7 +24,9 @@ from phfs_fuse.uploadqueue import UploadQueue
 
 log = logging.getLogger(__name__)
 
-BATCH_MAX = 1000  # keys; Source: S3 API reference, DeleteObjects
+# Keys in one request, of 1000 that S3 allows: the fewer, the shorter between look and deletion; MinIO tells of all of
+# them at once, and of more than its queue holds not at all.
+BATCH_MAX = 250
 
 
 class Deletes:

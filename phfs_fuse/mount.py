@@ -47,7 +47,7 @@ async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None
         mount.recover()
         mount.quotas.begin(resumed=resume)
         fd = await link.receive_descriptor()
-        ops = operations(mount.vfs, config.tree)
+        ops = operations(mount.vfs, config.tree, mount.demand)
         session = Session(ops, fd, resume=resume, on_statfs=ops.statfs_for if config.quota.has_folders else None)
         services = Services(mount, link, session, resumed=resume)
         try:

@@ -370,7 +370,7 @@ class Names:
             source.ctime_ns = time.time_ns()
             # Children first: a folder whose marker is not wanted any more is let go of, with all in it that is clean.
             for node, key in reversed(list(zip(moved, old, strict=True))):
-                self._changes.renamed(node, key, over if node is source else None)
+                self._changes.renamed(node, key, over if node is source else None, at_once=source.is_dir)
             self._namespace.appeared(target_dir, to_name)
             self._child_changed(source_dir)
             if target_dir is not source_dir:

@@ -20,6 +20,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from phfs_fuse import metrics
 from phfs_fuse.config import TreeConfig
+from phfs_fuse.demand import Demand
 from phfs_fuse.errors import NotFound, PhfsError
 from phfs_fuse.inodes import Node
 from phfs_fuse.journal import Act
@@ -52,6 +53,7 @@ def _answers(handler: F) -> F:
     @functools.wraps(handler)
     async def wrapped(self: Operations, *args: object) -> object:
         metrics.FUSE_REQUESTS.values[handler.__name__] += 1
+        self._demand.note()
         try:
             return await handler(self, *args)
         except FUSEError:
@@ -79,9 +81,10 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = True
     enable_acl = False
 
-    def __init__(self, vfs: Vfs, config: TreeConfig) -> None:
+    def __init__(self, vfs: Vfs, config: TreeConfig, demand: Demand) -> None:
         super().__init__()
         self._vfs = vfs
+        self._demand = demand
         self._ttl = config.attr_ttl_seconds
         self._statfs_ino: int = ROOT_INO
 
@@ -296,8 +299,9 @@ def _opened(fh: Fh) -> FileInfo:
     return FileInfo(fh=pyfuse3.FileHandleT(fh), direct_io=direct, keep_cache=not direct)
 
 
-def operations(vfs: Vfs, config: TreeConfig) -> Operations:
-    return XattrOperations(vfs, config) if config.xattrs else Operations(vfs, config)
+def operations(vfs: Vfs, config: TreeConfig, demand: Demand) -> Operations:
+    kind = XattrOperations if config.xattrs else Operations
+    return kind(vfs, config, demand)
 
 
 __all__ = ["Operations", "errno_of", "operations"]

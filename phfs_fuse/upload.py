@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
+from math import inf
+from typing import Final
 
 import trio
 
@@ -19,11 +22,14 @@ from phfs_fuse.extents import Extents, PartPlan, plan_parts
 from phfs_fuse.inodes import Base
 from phfs_fuse.journal import Journal
 from phfs_fuse.staging import Layer
-from phfs_fuse.store.base import Expect, FileRange, ObjectInfo, ObjectStore, Part
+from phfs_fuse.store.base import LOOK_SECONDS, Expect, FileRange, ObjectInfo, ObjectStore, Part
 from phfs_fuse.tasks import gather
-from phfs_fuse.types import ObjectKey
+from phfs_fuse.types import ETag, ObjectKey
 
 log = logging.getLogger(__name__)
+
+LOOKS_MAX: Final = 100  # keys that are about to be copied to
+LOOKS_MIN: Final = 8  # for fewer the store looks at each itself, just before its copy
 
 Fill = Callable[[int, int, int], Awaitable[None]]
 """(fd, start, end): put these bytes of the base into the file at the same offsets. Raises: PhfsError, OSError."""
@@ -45,11 +51,59 @@ class Snapshot:
         return self.layer.size if self.layer else self.base.size if self.base else 0
 
 
+class Looks:
+    """Where copies go to, many with one look. A look is good for LOOK_SECONDS, and for one copy to each key.
+
+    Owns the keys of copies that have begun and not been looked at, and what was seen last.
+    """
+
+    def __init__(self, store: ObjectStore, upcoming: Callable[[], Iterable[ObjectKey]]) -> None:
+        self._store = store
+        self._upcoming = upcoming
+        self._begun: set[ObjectKey] = set()
+        self._seen: dict[ObjectKey, ETag | None] = {}
+        self._seen_at = -inf
+        self._lock = trio.Lock()
+
+    def announce(self, key: ObjectKey) -> None:
+        """A copy to `key` begins, and will ask."""
+        self._begun.add(key)
+
+    async def seen_at(self, key: ObjectKey, expect: Expect | None) -> float:
+        """When `expect` was seen to hold; -inf: it was not, or not lately. Raises: PhfsError."""
+        if expect is None:
+            return -inf
+        async with self._lock:
+            if key not in self._seen or trio.current_time() > self._seen_at + LOOK_SECONDS / 2:
+                await self._look(key)
+            self._begun.discard(key)
+            holds = key in self._seen and self._seen.pop(key) == expect.etag
+            return self._seen_at if holds else -inf
+
+    async def _look(self, key: ObjectKey) -> None:
+        """At what has begun, and at what will, as far as that is known. A few are not worth it."""
+        self._seen = {}
+        wanted = {key, *self._begun, *islice(self._upcoming(), LOOKS_MAX)}
+        if len(wanted) < LOOKS_MIN:
+            return
+        at = trio.current_time()
+        found = await self._store.look(list(wanted))
+        self._seen, self._seen_at = {key: found.get(key) for key in wanted}, at
+
+
 class Uploader:
     """Puts snapshots into the store. Cancelling a call aborts what it began."""
 
-    def __init__(self, store: ObjectStore, journal: Journal, config: WritebackConfig) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        journal: Journal,
+        config: WritebackConfig,
+        upcoming: Callable[[], Iterable[ObjectKey]],
+    ) -> None:
+        """`upcoming`: keys that will be copied to soon."""
         self._store = store
+        self.looks = Looks(store, upcoming)
         self._journal = journal
         self._config = config
         self._stale = journal.uploads()  # of the process before
@@ -60,13 +114,23 @@ class Uploader:
         if snap.layer is None:
             if snap.base is None:
                 return await self._store.put(snap.key, b"", snap.metadata, expect=snap.expect)
-            base = snap.base
-            return await self._store.copy(base.key, base.etag, snap.key, base.size, snap.metadata, expect=snap.expect)
+            return await self._copy(snap, snap.base)
         layer = snap.layer
         if layer.size < self._config.multipart_bytes_min:
             await self._fill(snap, layer, 0, layer.size)
             return await self._put(snap, layer)
         return await self._multipart(snap, layer)
+
+    async def _copy(self, snap: Snapshot, base: Base) -> ObjectInfo:
+        return await self._store.copy(
+            base.key,
+            base.etag,
+            snap.key,
+            base.size,
+            snap.metadata,
+            expect=snap.expect,
+            seen_at=await self.looks.seen_at(snap.key, snap.expect),
+        )
 
     async def _put(self, snap: Snapshot, layer: Layer) -> ObjectInfo:
         if layer.size == 0:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from collections import deque
+from collections.abc import Iterator
 
 import trio
 
@@ -24,6 +26,16 @@ Work = Node | Gone
 TOGETHER_SECONDS = 0.25  # deletions that are due within this time go in one request
 
 
+HOLD_SECONDS = 2.0  # for which what is due waits until programs ask for less
+HELD_BYTES_MAX = MIB  # bigger files take the store longer than us: they do not wait
+UPCOMING_MAX = 512
+
+
+def _can_wait(work: Work) -> bool:
+    """Not a file that is open for writing: it has waited for its age."""
+    return isinstance(work, Gone) or (not work.writers and work.size < HELD_BYTES_MAX)
+
+
 def _together(due: float) -> float:
     return math.ceil(due / TOGETHER_SECONDS) * TOGETHER_SECONDS
 
@@ -32,6 +44,7 @@ class UploadQueue:
     def __init__(self, config: WritebackConfig) -> None:
         self._config = config
         self._heap: list[tuple[float, int, Work]] = []
+        self._held: deque[tuple[float, Work]] = deque()  # until when each may wait
         self._busy: set[ObjectKey] = set()
         self._parked: dict[ObjectKey, list[Work]] = {}
         self._ticket = 0
@@ -42,11 +55,36 @@ class UploadQueue:
     def next_due(self) -> float:
         return self._heap[0][0] if self._heap else math.inf
 
-    def pop(self) -> Work:
-        _, _, work = heapq.heappop(self._heap)
+    @property
+    def held_until(self) -> float:
+        """When what is held back may wait no longer."""
+        return self._held[0][0] if self._held else math.inf
+
+    def take(self, now: float, *, is_calm: bool) -> Work | None:
+        """What to look at now. What can wait is held back, for HOLD_SECONDS at most, while it is not calm."""
+        while self.next_due <= now:
+            due, work = self._pop()
+            if is_calm or due == 0.0 or not _can_wait(work):
+                return work
+            self._held.append((due + HOLD_SECONDS, work))
+        return None
+
+    def take_held(self, now: float, *, is_calm: bool) -> Work | None:
+        """What was held back and is not any more."""
+        return self._held.popleft()[1] if self._held and (is_calm or self.held_until <= now) else None
+
+    def _pop(self) -> tuple[float, Work]:
+        due, _, work = heapq.heappop(self._heap)
         if isinstance(work, Node) and work.dirty is not None:
             work.dirty.queued = math.inf
-        return work
+        return due, work
+
+    def upcoming(self, now: float) -> Iterator[Node]:
+        """Files that are to be looked at next, more or less in this order."""
+        yield from (work for _, work in self._held if isinstance(work, Node))
+        for due, _, work in sorted(self._heap[:UPCOMING_MAX]):
+            if due <= now and isinstance(work, Node):
+                yield work
 
     def is_busy(self, key: ObjectKey) -> bool:
         """Whether a request on the key is under way."""

@@ -23,6 +23,7 @@ from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.claims import Claims
 from phfs_fuse.config import MountConfig
+from phfs_fuse.demand import Demand
 from phfs_fuse.errors import NotFound, PhfsError, store_startup_error
 from phfs_fuse.events import Events
 from phfs_fuse.inodes import Inodes
@@ -79,6 +80,7 @@ class Mount:
         )
         self.kernel = KernelState(directory / KERNEL_LOG, self.inodes, self.journal.reserve.give_up)
         queue = UploadQueue(config.writeback)
+        self.demand = Demand()
         quotas = Quotas()
         self.changes = Changes(
             inodes=self.inodes,
@@ -107,6 +109,7 @@ class Mount:
             area=self.area,
             changes=self.changes,
             queue=queue,
+            demand=self.demand,
             config=config.writeback,
         )
         self.trust = Trust(config.tree)

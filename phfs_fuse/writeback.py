@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 
 import trio
@@ -25,6 +25,7 @@ from phfs_fuse.changes import Changes
 from phfs_fuse.config import OnConflict, WritebackConfig
 from phfs_fuse.conflicts import Conflicts, local_error
 from phfs_fuse.deletes import BATCH_MAX, Deletes
+from phfs_fuse.demand import Demand
 from phfs_fuse.dirty import DirtyFile, Event, State
 from phfs_fuse.errors import PhfsError, StaleVersion, VersionChanged
 from phfs_fuse.extents import Extents
@@ -38,13 +39,16 @@ from phfs_fuse.staging import Layer, StagingArea
 from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
 from phfs_fuse.types import ETag, ObjectKey
 from phfs_fuse.upload import Snapshot, Uploader
-from phfs_fuse.uploadqueue import UploadQueue
+from phfs_fuse.uploadqueue import UploadQueue, Work
 
 log = logging.getLogger(__name__)
 
-BURST_SECONDS = 0.1  # since a file was made: more are on their way
-BURST_WAIT_SECONDS = 2.0  # for so long what is due waits for the end of it
-BURST_PART = 4  # what is due for longer goes up all the same, but fewer at a time
+BUSY_PART = 4  # of the uploads at a time: while programs ask for much, what cannot wait any more goes up like that
+
+
+def _is_copy(node: Node) -> bool:
+    """Whether the store has the bytes of the file already."""
+    return node.staged is None and node.base is not None and not node.is_dir
 
 
 class Writeback:
@@ -58,6 +62,7 @@ class Writeback:
         area: StagingArea,
         changes: Changes,
         queue: UploadQueue,
+        demand: Demand,
         config: WritebackConfig,
     ) -> None:
         self._inodes = inodes
@@ -67,7 +72,8 @@ class Writeback:
         self._changes = changes
         self._queue = queue
         self._config = config
-        self._uploader = Uploader(store, journal, config)
+        self._demand = demand
+        self._uploader = Uploader(store, journal, config, self._upcoming)
         self._sources = Sources(inodes=inodes, blocks=blocks, changes=changes, queue=queue)
         self._markers = Markers(store=store, inodes=inodes, changes=changes, queue=queue)
         self._deletes = Deletes(store=store, changes=changes, queue=queue, sources=self._sources, config=config)
@@ -93,32 +99,38 @@ class Writeback:
                 await self._changes.room_to_note()
                 self._start_due()
                 wake = self._queue.wake
-                with trio.move_on_at(self._next_look(trio.current_time())):
+                with trio.move_on_at(self._next_look()):
                     await wake.wait()
                 self._queue.wake = trio.Event()
 
-    def _uploads_max(self, now: float) -> int:
-        """While a program makes one file after the other it has the machine, but for what is waited for (due 0) or
-        has waited for long."""
-        due = self._queue.next_due
-        if due == 0.0 or now >= self._changes.made_at + BURST_SECONDS:
-            return self._config.uploads_max
-        return 0 if now < due + BURST_WAIT_SECONDS else max(1, self._config.uploads_max // BURST_PART)
-
-    def _next_look(self, now: float) -> float:
+    def _next_look(self) -> float:
         if self._running >= self._config.uploads_max:
             return math.inf
-        due = self._queue.next_due
-        if self._running < self._uploads_max(now):
-            return due
-        late = due + BURST_WAIT_SECONDS
-        return min(self._changes.made_at + BURST_SECONDS, late if now < late else math.inf)
+        if (late := self._queue.held_until) == math.inf:
+            return self._queue.next_due
+        return min(
+            self._queue.next_due, self._demand.high_until, late if self._running < self._late_max else math.inf
+        )
+
+    @property
+    def _late_max(self) -> int:
+        return max(1, self._config.uploads_max // BUSY_PART)
+
+    def _next_work(self, now: float) -> Work | None:
+        """While programs ask for much they have the machine, but for what is waited for or cannot wait."""
+        is_calm = self._queue.draining or now >= self._demand.high_until
+        if self._running >= self._config.uploads_max:
+            return None
+        if (work := self._queue.take(now, is_calm=is_calm)) is not None:
+            return work
+        if is_calm or self._running < self._late_max:
+            return self._queue.take_held(now, is_calm=is_calm)
+        return None
 
     def _start_due(self) -> None:
         now = trio.current_time()
         deletes: list[Gone] = []
-        while self._queue.next_due <= now and self._running < self._uploads_max(now):
-            work = self._queue.pop()
+        while (work := self._next_work(now)) is not None:
             if isinstance(work, Gone):
                 if self._deletes.is_ready(work):
                     deletes.append(work)
@@ -135,6 +147,11 @@ class Writeback:
                     self._start(work, dirty)
         if deletes:
             self._spawn(self._delete, deletes)
+
+    def _upcoming(self) -> Iterator[ObjectKey]:
+        for node in self._queue.upcoming(trio.current_time()):
+            if not node.detached and node.dirty is not None and node.dirty.state is State.DIRTY and _is_copy(node):
+                yield self._inodes.key(node)
 
     def _spawn(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
         assert self._nursery is not None
@@ -170,6 +187,8 @@ class Writeback:
                 self._changes.clean(node)  # renamed there and back
                 return
             task = self._store_file
+            if _is_copy(node):
+                self._uploader.looks.announce(key)
         if node.staged is not None and len(node.staged.layers) > 1:  # the snapshot of a failed try, unchanged
             snapshot = dirty.snapshot
             dirty.on(Event.UPLOAD)

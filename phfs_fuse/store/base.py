@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from math import inf
+from typing import Final, Protocol
 
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.types import ETag, ObjectKey
@@ -52,6 +53,8 @@ class FileRange:
 
 
 Body = bytes | FileRange
+
+LOOK_SECONDS: Final = 1.0  # for which a `look` stands in for the look just before a copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,9 @@ class ObjectStore(Protocol):
     ) -> ObjectInfo:
         """Store a whole object. Atomic. `expect` None: whatever is there."""
 
+    async def look(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
+        """The versions of those of `keys` that are there: with one request where many lie close together."""
+
     async def copy(
         self,
         source: ObjectKey,
@@ -143,9 +149,11 @@ class ObjectStore(Protocol):
         metadata: Mapping[str, str],
         *,
         expect: Expect | None,
+        seen_at: float = -inf,
     ) -> ObjectInfo:
         """Server-side copy with new metadata (the source may be `key`). Any size. VersionChanged if the
-        source is not `source_etag` or `expect` fails."""
+        source is not `source_etag` or `expect` fails. `seen_at`: when (trio's clock) a `look` that found `expect` to
+        hold was asked for; within LOOK_SECONDS it does where the store keeps no condition of copies."""
 
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
         """Remove; a key that is not there is a success. VersionChanged if another version is."""

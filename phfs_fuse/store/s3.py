@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from math import inf
 from typing import Any, Final, TypeVar
 
 import trio
@@ -28,7 +29,7 @@ from phfs_fuse.errors import (
 )
 from phfs_fuse.keys import TRIAL
 from phfs_fuse.store.answers import NO_SUCH_KEY, NO_SUCH_UPLOAD, check_key, check_metadata, check_text
-from phfs_fuse.store.base import Body, Expect, Listener, Listing, ObjectInfo, Part, Sink, Upload
+from phfs_fuse.store.base import LOOK_SECONDS, Body, Expect, Listener, Listing, ObjectInfo, Part, Sink, Upload
 from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
 from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
 from phfs_fuse.store.events import EventStream
@@ -45,7 +46,7 @@ CHECK_ATTEMPTS: Final = 2  # a wrong endpoint must show soon
 COPY_BYTES_MAX: Final = 256 * MIB  # in one request: more may take longer than the time without a byte
 COPY_ONTO_ITSELF_BYTES_MAX: Final = 5 * GIB  # Source: S3 API reference, CopyObject
 COPY_PART_BYTES: Final = 128 * MIB
-LISTED_MIN: Final = 20  # versions learned by a page of a listing, which else costs more than it saves
+LISTED_MIN: Final = 8  # versions learned by a page of a listing, which else costs more than it saves
 CLEANUP_SECONDS: Final = 30.0
 
 
@@ -171,6 +172,7 @@ class S3Store:
         metadata: Mapping[str, str],
         *,
         expect: Expect | None,
+        seen_at: float = -inf,
     ) -> ObjectInfo:
         check_key("copy", source)
         check_key("copy", key)
@@ -180,7 +182,10 @@ class S3Store:
             return await self._copy_in_parts(source, source_etag, key, size, metadata, expect)
 
         async def write() -> ObjectInfo:
-            await self._confirm("copy", key, expect)
+            nonlocal seen_at
+            if trio.current_time() > seen_at + LOOK_SECONDS:
+                await self._confirm("copy", key, expect)
+            seen_at = -inf  # a repetition looks again
             if not conditions.copy_source:
                 await self._confirm("copy", source, Expect(source_etag))
             condition = conditions.sends_source(source_etag)
@@ -224,7 +229,7 @@ class S3Store:
     async def _delete_plain(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
         failed: dict[ObjectKey, PhfsError] = {}
         if any(versions.values()) and not (await self._kept()).delete_many:
-            found = await self._etags_now([key for key, etag in versions.items() if etag is not None])
+            found = await self.look([key for key, etag in versions.items() if etag is not None])
             for key, etag in versions.items():
                 if etag is not None and key in found and found[key] != etag:
                     failed[key] = VersionChanged("delete", key, f"the store has version {found[key]}")
@@ -233,26 +238,33 @@ class S3Store:
             failed |= await self._retrying(lambda _: self._calls.delete_many(versions))
         return failed
 
-    async def _etags_now(self, wanted: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
-        """Versions of those that are there: by listing from the first to the last of them, as long as that finds
-        enough of them, the rest one by one."""
-        rest = sorted(wanted, key=str.encode)
+    async def look(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
+        """By listing from the first to the last, as long as that finds enough of them, the rest one by one."""
+        for key in keys:
+            check_key("look", key)
+        rest = sorted(keys, key=str.encode)
         found: dict[ObjectKey, ETag] = {}
-        token: str | None = None
+        after = rest[0][:-1] if rest else ""
         while len(rest) > LISTED_MIN:
-            prefix = _common(rest[0], rest[-1])
-            page = await self.list(prefix, delimiter=False, token=token, start_after=rest[0][:-1])
+            page = await self._versions_behind(after, _common(rest[0], rest[-1]), len(rest) + LISTED_MIN)
             here = {info.key: info.etag for info in page.objects}
             seen = len(rest)
-            if (token := page.next_token) is not None:
-                last = page.objects[-1].key.encode()
-                seen = sum(key.encode() <= last for key in rest)
+            if page.next_token is not None:
+                after = page.objects[-1].key
+                seen = sum(key.encode() <= after.encode() for key in rest)
             found |= {key: here[key] for key in rest[:seen] if key in here}
             rest = rest[seen:]
             if seen < LISTED_MIN:
                 break
         single = await gather([partial(self._etag_now, key) for key in rest])
         return found | {key: etag for key, etag in zip(rest, single, strict=True) if etag is not None}
+
+    async def _versions_behind(self, after: str, prefix: str, count: int) -> Listing:
+        options = {"StartAfter": after}
+        page, _ = await self._retrying(
+            lambda _: self._calls.list_page(prefix, min(count, 1000), options, metadata=False)
+        )
+        return page
 
     # -- in parts
 

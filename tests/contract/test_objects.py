@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import trio
 
 from phfs_fuse.errors import (
     BadAnswer,
@@ -17,7 +18,7 @@ from phfs_fuse.errors import (
     NotFound,
     VersionChanged,
 )
-from phfs_fuse.store.base import Expect, FileRange
+from phfs_fuse.store.base import LOOK_SECONDS, Expect, FileRange
 from phfs_fuse.types import KIB, MIB, ETag
 from tests.contract.place import Place
 
@@ -189,6 +190,36 @@ async def test_copy_onto_itself_changes_metadata_only(place: Place) -> None:
     copied = await place.store.copy(source.key, source.etag, source.key, 5, {"uid": "7"}, expect=Expect(source.etag))
     assert (await place.head("x")).metadata == copied.metadata == {"uid": "7"}
     assert await place.read("x", 0, 5, copied.etag) == b"hello"
+
+
+async def test_copy_to_where_nothing_may_be(place: Place) -> None:
+    source, other = await place.put("source", b"ours"), await place.put("other", b"theirs")
+    expect = Expect(None)
+    with pytest.raises(VersionChanged):
+        await place.store.copy(source.key, source.etag, other.key, 4, {}, expect=expect)
+    with pytest.raises(VersionChanged):  # a look of long ago
+        await place.store.copy(
+            source.key, source.etag, other.key, 4, {}, expect=expect, seen_at=trio.current_time() - LOOK_SECONDS - 0.1
+        )
+    new = place.key("new")
+    seen_at = trio.current_time()
+    assert await place.store.look([new, other.key]) == {other.key: other.etag}
+    copied = await place.store.copy(source.key, source.etag, new, 4, {}, expect=expect, seen_at=seen_at)
+    assert (await place.store.head(new)).etag == copied.etag
+    assert (await place.store.head(other.key)).etag == other.etag
+
+
+async def test_a_look_at_many(place: Place) -> None:
+    """Among others, some of them not there, some far from each other."""
+    there = {
+        f"d{number % 3}/n{number:03}": await place.put(f"d{number % 3}/n{number:03}", b"x") for number in range(60)
+    }
+    for number in range(30):
+        await place.put(f"d1/n{number:03}-beside", b"x")
+    wanted = [place.key(name) for name in there] + [place.key(f"d{number % 5}/never{number}") for number in range(30)]
+    found = await place.store.look(wanted)
+    assert found == {info.key: info.etag for info in there.values()}
+    assert await place.store.look([]) == {}
 
 
 async def test_copy_of_another_version(place: Place) -> None:

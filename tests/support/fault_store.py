@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import TypeVar
 
 import trio
@@ -193,6 +194,9 @@ class FaultStore:
     ) -> ObjectInfo:
         return await self._through("put", key, lambda: self.inner.put(key, body, metadata, expect=expect))
 
+    async def look(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
+        return await self._through("look", keys[0], lambda: self.inner.look(keys))
+
     async def copy(
         self,
         source: ObjectKey,
@@ -202,9 +206,12 @@ class FaultStore:
         metadata: Mapping[str, str],
         *,
         expect: Expect | None,
+        seen_at: float = -inf,
     ) -> ObjectInfo:
         return await self._through(
-            "copy", key, lambda: self.inner.copy(source, source_etag, key, size, metadata, expect=expect)
+            "copy",
+            key,
+            lambda: self.inner.copy(source, source_etag, key, size, metadata, expect=expect, seen_at=seen_at),
         )
 
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:

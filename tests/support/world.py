@@ -16,6 +16,7 @@ from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.claims import Claims
 from phfs_fuse.config import ExclusiveCreate, TreeConfig, WritebackConfig
+from phfs_fuse.demand import Demand
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.events import Events
 from phfs_fuse.inodes import Inodes, Node
@@ -67,6 +68,7 @@ class World:
     trust: Trust
     events: Events
     kernel: KernelState
+    demand: Demand
 
     async def write(self, path: str, data: bytes) -> Node:
         *folders, name = path.split("/")
@@ -136,6 +138,7 @@ def made(
     blocks = FakeBlocks(store)
     inodes = Inodes(PREFIX, Namespace.root_attrs(tree), now_ns=time.time_ns())
     queue = UploadQueue(config)
+    demand = Demand()
     kernel = KernelState(directory / "kernel.log", inodes, journal.reserve.give_up)
     kernel.begin()
     quotas = Quotas()
@@ -149,6 +152,7 @@ def made(
         area=area,
         changes=changes,
         queue=queue,
+        demand=demand,
         config=config,
     )
     trust = Trust(tree)
@@ -182,6 +186,7 @@ def made(
         trust,
         events,
         kernel,
+        demand,
     )
 
 

@@ -65,7 +65,7 @@ blockfile
 cachedisk
 journal readahead cachedir
 cachefile
-gone
+gone demand
 store
 store.crt
 store.s3
