@@ -34,7 +34,8 @@ from phfs_fuse.errors import (
     StoreUnavailable,
 )
 from phfs_fuse.inodes import NEVER, Base, Inodes, Node, Question
-from phfs_fuse.store.base import ObjectInfo, ObjectStore
+from phfs_fuse.namewalks import NameWalks
+from phfs_fuse.store.base import Listing, ObjectInfo, ObjectStore
 from phfs_fuse.tasks import gather
 from phfs_fuse.trust import Trust
 from phfs_fuse.types import NAME_BYTES_MAX, Ino, ObjectKey
@@ -47,6 +48,21 @@ ROWS_BYTES = 4096  # of the journal, for one change
 MISSING_SECONDS = 0.5  # for which a name is known not to be there, without any lifetime: create follows lookup
 REFUSED = (StoreUnavailable, BucketNotFound, AccessDenied)  # answers that say nothing about a name
 HEADS_MAX = 32  # at a time, where a listing does not carry the metadata
+
+
+def _plain(page: Listing, prefix: str) -> list[ObjectInfo]:
+    """The objects of a page from within a folder of which is certain that they show under their own names: what else
+    has a part in that (a folder, a file that is no link) may be on another page."""
+    folders = set(page.prefixes)
+    end = page.objects[-1].key if page.objects and page.next_token is not None else ""
+    return [
+        info
+        for info in page.objects
+        if info.key != prefix
+        and info.key + "/" not in folders
+        and not info.key.endswith(keys.RCLONE_LINK)
+        and not end.startswith(info.key)
+    ]
 
 
 class Namespace:
@@ -62,6 +78,7 @@ class Namespace:
         self._missing: LRUCache[tuple[int, bytes], float] = LRUCache(100_000)
         self._listings: dict[Ino, trio.Event] = {}  # for single names, under way
         self._heads = trio.CapacityLimiter(HEADS_MAX)
+        self._walks = NameWalks()
         self._away_until = -math.inf
         self.illegal_keys = 0
 
@@ -177,7 +194,8 @@ class Namespace:
             with self._inodes.asking(parent, question):
                 if parent.misses < MISSES_MAX or not await self._listed(parent, name):
                     parent.misses += 1
-                    await self._ask(parent, name)
+                    if not await self._listed_on(parent, name):
+                        await self._ask(parent, name)
         except REFUSED as exc:
             self._found_away(exc)
             if (node := self._remembered(parent, name)) is None:
@@ -463,6 +481,21 @@ class Namespace:
         if (whole := self._complete(parent, trio.current_time())) is False:
             parent.misses = -1000  # a big one: asking for single names is cheaper for long
         return whole
+
+    async def _listed_on(self, parent: Node, name: bytes) -> bool:
+        """Whether a page of a listing says what `name` is: of a big folder one is asked for, from `name` on, when
+        names are asked for one after the other."""
+        segment = keys.segment_of(name)
+        if parent.misses >= 0 or not self.ttl or (before := self._walks.before(parent, segment)) is None:
+            return False
+        prefix = self._inodes.key(parent)
+        with self._inodes.asking(parent, self._question()) as question:
+            page = await self._store.list(prefix, delimiter=True, start_after=prefix + before)
+            await self._merge_page(parent, prefix, _plain(page, prefix), (), question)
+        if page.objects:
+            self._walks.reached(parent, page.objects[-1].key[len(prefix) :])
+        kid = (parent.kids or {}).get(name)
+        return kid is not None and not kid.is_dir and kid.checked_at >= question.at
 
     async def pages(self, parent: Node, *, pages_max: int = 1 << 60) -> AsyncGenerator[list[Node]]:
         """The directory page by page, in the order of the store; then `kids` has all that is not forgotten

@@ -9,6 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from phfs_fuse.errors import NotFound
 from phfs_fuse.inodes import Node
 from tests.support.fake_store import FakeStore
 from tests.support.world import PREFIX, World, made, running
@@ -97,3 +98,61 @@ async def test_many_names_of_a_folder_asked_for_at_once_cost_one_listing(
             nursery.start_soon(world.vfs.lookup, folder.ino, b"f%d" % number)
     assert store.requests["list"] - before == 2 + 1  # the first names are asked for one by one
     assert store.requests["head"] <= 2 + 2
+
+
+BIG = 2500  # names: more than a page
+
+
+@pytest.fixture
+async def big(store: FakeStore, world: World) -> Node:
+    """A folder of which all names were known, a while ago."""
+    for number in range(BIG):
+        store.seed(f"{PREFIX}big/f{number:04}")
+    folder = await world.node("big")
+    assert len(await world.names(folder.ino)) == BIG
+    await trio.sleep(10)
+    return folder
+
+
+async def test_names_of_a_big_folder_that_are_asked_for_in_order_come_by_the_thousand(
+    world: World, store: FakeStore, big: Node, autojump_clock: MockClock
+) -> None:
+    before = store.requests.copy()
+    for number in range(BIG):
+        await world.vfs.unlink(big.ino, f"f{number:04}".encode())
+    asked = store.requests - before
+    assert asked["head"] + asked["list"] <= 20
+    assert await world.names(big.ino) == []
+
+
+async def test_names_that_are_asked_for_anyhow_are_asked_for_singly(
+    world: World, store: FakeStore, big: Node, autojump_clock: MockClock
+) -> None:
+    for number in range(3):  # it is found to be too big for one page, whose names are known then
+        await world.vfs.lookup(big.ino, f"f{number:04}".encode())
+    pages = store.requests["list"]
+    heads = store.requests["head"]
+    for number in range(1100, BIG, 100):
+        await world.vfs.lookup(big.ino, f"f{number:04}".encode())
+    assert store.requests["head"] - heads == 14  # and a listing of one key each, whether it is a folder
+    assert store.requests["list"] - pages == 14
+
+
+async def test_a_page_of_a_walk_shows_what_others_did(
+    world: World, store: FakeStore, big: Node, autojump_clock: MockClock
+) -> None:
+    known = {name: await world.node(f"big/{name}") for name in ("f0000", "f0001", "f0002")}
+    await trio.sleep(10)
+    store.seed(f"{PREFIX}big/f0010", b"new")
+    store.remove(f"{PREFIX}big/f0011")
+    store.seed(f"{PREFIX}big/f0012/below", b"now a folder as well")
+    store.seed(f"{PREFIX}big/f0014.rclonelink", b"f0001")
+    for number in range(10):
+        await world.vfs.lookup(big.ino, f"f{number:04}".encode())
+    assert await world.node("big/f0001") is known["f0001"]
+    assert (await world.node("big/f0010")).size == 3
+    with pytest.raises(NotFound):
+        await world.node("big/f0011")
+    assert (await world.node("big/f0012")).is_dir
+    assert (await world.node("big/f0012.phfs-file")).is_file
+    assert (await world.node("big/f0014")).is_file

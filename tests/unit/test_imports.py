@@ -56,6 +56,7 @@ upload changes
 uploadqueue quota
 recovery resume
 kernelstate memory
+namewalks
 inodes trust
 blocks staging
 adoption
