@@ -540,7 +540,8 @@ class Namespace:
         question: Question,
     ) -> list[Node]:
         infos = await self._with_metadata(parent, prefix, objects)
-        segments = [key[len(prefix) : -1] for key in prefixes if self._legal(key[len(prefix) : -1])]
+        legal = [key[len(prefix) : -1] for key in prefixes if self._legal(key[len(prefix) : -1])]
+        segments = await self._folders(parent, prefix, legal, question)
         markers = await gather([partial(self._head, ObjectKey(prefix + s + "/")) for s in segments])
         nodes: list[Node] = []
         folders = set(segments)
@@ -560,6 +561,18 @@ class Namespace:
             if (node := self._merge_object(parent, segment, name, info, question)) is not None:
                 nodes.append(node)
         return nodes
+
+    async def _folders(self, parent: Node, prefix: str, segments: list[str], question: Question) -> list[str]:
+        """Without those that are none: an object that MinIO is deleting just now shows as a folder for a moment."""
+        doubtful = [segment for segment in segments if self._was_file(parent, prefix, segment, question)]
+        probes = await gather([partial(self._probe_folder, ObjectKey(f"{prefix}{s}/")) for s in doubtful])
+        none = {segment for segment, (is_there, _) in zip(doubtful, probes, strict=True) if not is_there}
+        return [segment for segment in segments if segment not in none]
+
+    def _was_file(self, parent: Node, prefix: str, segment: str, question: Question) -> bool:
+        kid = (parent.kids or {}).get(keys.name_of(segment))
+        is_file = kid is not None and not kid.is_dir
+        return is_file or self._changes.gone.hides(prefix + segment, question.seq)
 
     def _shown_name(self, segment: str, folders: set[str], plain: set[str]) -> bytes | None:
         """The name of an object beside `folders`, in a page with the segments `plain`; None: it cannot be shown."""

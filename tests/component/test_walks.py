@@ -156,3 +156,21 @@ async def test_a_page_of_a_walk_shows_what_others_did(
     assert (await world.node("big/f0012")).is_dir
     assert (await world.node("big/f0012.phfs-file")).is_file
     assert (await world.node("big/f0014")).is_file
+
+
+async def test_what_is_being_deleted_does_not_show_as_a_folder(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    """MinIO has removed a part of the object when it reads the folder."""
+    folder = await world.node("d3")
+    await world.names(folder.ino)
+    await trio.sleep(10)
+    await world.vfs.unlink(folder.ino, b"f0")  # by this mount
+    store.remove(f"{PREFIX}d3/f1")  # by somebody else
+    store.half_deleted = {f"{PREFIX}d3/f0", f"{PREFIX}d3/f1"}
+    assert await world.names(folder.ino) == ["f2"]
+    store.half_deleted = set()
+    await world.vfs.unlink(folder.ino, b"f2")
+    await world.vfs.rmdir(1, b"d3")
+    await world.settle()
+    assert not [key for key in store.keys if "d3" in key]

@@ -96,6 +96,7 @@ class FakeStore:
         self._part_bytes_min = part_bytes_min
         self._clock = clock
         self._upload_count = 0
+        self.half_deleted: set[str] = set()  # keys that a listing shows as folders, as MinIO's does for a moment
         self.has_events = True
         self._listeners: list[tuple[str, Listener]] = []
         self._cut = trio.Event()
@@ -380,6 +381,8 @@ class FakeStore:
     def _entries(self, prefix: str, delimiter: bool) -> Entries:
         """(key or common prefix, whether it is a prefix) under `prefix`, in order of UTF-8 bytes."""
         names = {self._rolled(key, prefix, delimiter) for key in self.objects if key.startswith(prefix)}
+        if delimiter:
+            names |= {self._rolled(f"{key}/", prefix, True) for key in self.half_deleted if key.startswith(prefix)}
         return sorted(names, key=lambda entry: entry[0].encode())
 
     @staticmethod
