@@ -492,10 +492,10 @@ class Namespace:
         with self._inodes.asking(parent, self._question()) as question:
             page = await self._store.list(prefix, delimiter=True, start_after=prefix + before)
             await self._merge_page(parent, prefix, _plain(page, prefix), (), question)
-        if page.objects:
-            self._walks.reached(parent, page.objects[-1].key[len(prefix) :])
         kid = (parent.kids or {}).get(name)
-        return kid is not None and not kid.is_dir and kid.checked_at >= question.at
+        helped = kid is not None and not kid.is_dir and kid.checked_at >= question.at
+        self._walks.listed(parent, page.objects[-1].key[len(prefix) :] if page.objects else "", helped=helped)
+        return helped
 
     async def pages(self, parent: Node, *, pages_max: int = 1 << 60) -> AsyncGenerator[list[Node]]:
         """The directory page by page, in the order of the store; then `kids` has all that is not forgotten

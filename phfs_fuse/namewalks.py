@@ -1,28 +1,26 @@
-"""Notices who asks for the names of a big folder one after the other, as `rm -r` does: a page of a listing from there
-on answers the next thousand. Owns the walks that were noticed; no I/O, no await.
+"""Notices who asks for the names of a big folder in their order, as `rm -r` does: a page of a listing from there on
+answers the next thousand. Owns the walks that were noticed; no I/O, no await.
 """
 
 from __future__ import annotations
 
-import trio
+from dataclasses import dataclass
+
 from cachetools import LRUCache
 
 from phfs_fuse.inodes import Node
 from phfs_fuse.types import Ino
 
-WALKS_MAX = 8
-AGE_SECONDS = 1.0  # of a walk, until names that it does not know are looked for: sorting a big folder takes a while
-STEP_MAX = 16  # what lies between two names was known well enough not to be asked for
+WALKS_MAX = 16
+RUN_MIN = 4  # names in ascending order: one of 24 times it is chance
+FAILED_MAX = 8
 
 
+@dataclass(slots=True)
 class _Walk:
-    """The files of a folder in the order of their keys, and which of them was asked for last."""
-
-    def __init__(self, parent: Node) -> None:
-        self.segments = sorted(kid.segment for kid in (parent.kids or {}).values() if not kid.is_dir)
-        self.index = {segment: at for at, segment in enumerate(self.segments)}
-        self.last = len(self.segments)
-        self.made_at = trio.current_time()
+    last: str = ""  # segment that was asked for last
+    run: int = 0  # how many came in order
+    failed: int = 0  # pages in a row that did not have what was asked for
 
 
 class NameWalks:
@@ -30,17 +28,19 @@ class NameWalks:
         self._walks: LRUCache[Ino, _Walk] = LRUCache(WALKS_MAX)
 
     def before(self, parent: Node, segment: str) -> str | None:
-        """`segment` is asked for. The one before it, if `segment` follows what was asked for last."""
-        walk = self._walks.get(parent.ino)
-        if walk is None or (segment not in walk.index and trio.current_time() > walk.made_at + AGE_SECONDS):
-            walk = self._walks[parent.ino] = _Walk(parent)
-        if (at := walk.index.get(segment)) is None:
-            return None
-        follows = 0 < at - walk.last <= STEP_MAX
-        walk.last = at
-        return walk.segments[at - 1] if follows else None
+        """`segment` is asked for. What came before it, if that is worth a page."""
+        if (walk := self._walks.get(parent.ino)) is None:
+            walk = self._walks[parent.ino] = _Walk()
+        last, walk.last = walk.last, segment
+        walk.run = walk.run + 1 if segment > last else min(walk.run, 0)
+        return last if walk.run >= RUN_MIN else None
 
-    def reached(self, parent: Node, segment: str) -> None:
-        """What comes up to `segment` is known now."""
-        if (walk := self._walks.get(parent.ino)) is not None:
-            walk.last = walk.index.get(segment, walk.last)
+    def listed(self, parent: Node, last: str, *, helped: bool) -> None:
+        """A page had the names up to `last`, and did or did not help. If not, who asks may be making new names."""
+        if (walk := self._walks.get(parent.ino)) is None:
+            return
+        walk.failed = 0 if helped else min(walk.failed + 1, FAILED_MAX)
+        if helped:
+            walk.last = last
+        else:
+            walk.run = -(RUN_MIN << walk.failed)
