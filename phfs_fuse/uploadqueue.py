@@ -32,8 +32,8 @@ UPCOMING_MAX = 512
 
 
 def _can_wait(work: Work) -> bool:
-    """Not a file that is open for writing: it has waited for its age."""
-    return isinstance(work, Gone) or (not work.writers and work.size < HELD_BYTES_MAX)
+    """Not a file that is open for writing, which has waited for its age, nor a folder that others look for."""
+    return isinstance(work, Gone) or not (work.writers or work.is_dir or work.size >= HELD_BYTES_MAX)
 
 
 def _together(due: float) -> float:
