@@ -117,6 +117,21 @@ class Changes:
         self.touch(node)
         self._queue.schedule(node)
 
+    def not_created(self, node: Node, waiting: Gone | None) -> None:
+        """The journal could not take `node`, made just now: it goes, and what waited for its deletion under that key
+        does so again. Notes nothing."""
+        key = self._inodes.key(node)
+        self._quotas.changed(key, node.stored_size, 0)
+        for layer in node.staged.layers if node.staged is not None else ():
+            self._area.discard(layer)
+        node.staged = node.dirty = None
+        self._dirty.pop(node.ino, None)
+        self.untrack(node)
+        self._inodes.detach(node)
+        if waiting is not None:
+            self.gone.add(waiting)
+            self._queue.push(waiting, trio.current_time())
+
     def created_in_store(self, node: Node, info: ObjectInfo) -> None:
         """`node` has just got a name under which the store has `info`, which is all of it."""
         self._take_gone(info.key)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 
 import trio
 
@@ -27,6 +27,7 @@ from phfs_fuse.errors import (
     NotFound,
     StaleVersion,
 )
+from phfs_fuse.gone import Gone
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Act
 from phfs_fuse.namespace import ROWS_BYTES, Namespace
@@ -181,11 +182,23 @@ class Names:
                 return taken
         if parent.detached:
             raise NotFound("create", name.decode(errors="replace"), "its directory was removed")
-        with self._changes.batch():
-            node = self._add(parent, name, attrs, act, info)
-            if content and info is None:
-                self._files.put(node, 0, content)
+        waiting = self._changes.gone.get(key)
+        try:
+            with self._changes.batch():
+                node = self._add(parent, name, attrs, act, info)
+                if content and info is None:
+                    self._files.put(node, 0, content)
+        except OSError:
+            self._unmake(parent, name, waiting)
+            raise
         return node
+
+    def _unmake(self, parent: Node, name: bytes, waiting: Gone | None) -> None:
+        """The disk was full to the last byte when the journal was to take it: the name is free, as is answered."""
+        if (node := (parent.kids or {}).get(name)) is not None:
+            self._changes.not_created(node, waiting)
+        with suppress(OSError):
+            self._child_changed(parent)
 
     def _new_key(self, parent: Node, name: bytes, attrs: Attrs, size: int) -> ObjectKey:
         """Where the quota is used up there are no new files: what would be written to them is refused too late."""
@@ -204,14 +217,10 @@ class Names:
             node.complete_at = node.checked_at
             node.own_attrs = self._namespace.differs(attrs)
         self._inodes.attach(parent, name, node)
-        try:
-            if info is None:
-                self._changes.created(node)
-            else:
-                self._changes.created_in_store(node, info)
-        except OSError:
-            self._inodes.detach(node)
-            raise
+        if info is None:
+            self._changes.created(node)
+        else:
+            self._changes.created_in_store(node, info)
         self._namespace.appeared(parent, name)
         self._child_changed(parent)
         self._changes.did(act, node)
