@@ -168,6 +168,7 @@ def _mounts_plan(options: Options, work: Path, stack: ExitStack) -> Plan:
         credentials=_credentials(),
         relay=relay,
         through_relay=options.latency_ms > 0,
+        counts=options.counts,
     )
 
 

@@ -43,6 +43,7 @@ class Plan:
     credentials: Mapping[str, str] = field(default_factory=dict)
     relay: Relay | None = None
     through_relay: bool = False  # in all repetitions, not only in the one that counts
+    counts: bool = False  # one repetition more, through the relay, which counts requests
 
     @property
     def names(self) -> list[str]:
@@ -72,7 +73,7 @@ def steps(plan: Plan) -> list[Step]:
         for repetition in range(plan.repetitions):
             turn = repetition % len(names)
             found += [Step(workload, name, repetition) for name in names[turn:] + names[:turn]]
-        if plan.relay is not None and not plan.folders:
+        if plan.counts and not plan.folders:
             found += [Step(workload, name, COUNTING) for name in plan.names]
     return found
 

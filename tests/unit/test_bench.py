@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,8 @@ def test_systems_take_turns(tmp_path: Path) -> None:
     order = [(step.name, step.repetition) for step in run.steps(plan)]
     assert order == [("phfs", 0), ("rclone", 0), ("rclone", 1), ("phfs", 1)]
     assert all(step.name != REFERENCE for step in run.steps(plan))
+    counting = [step.name for step in run.steps(replace(plan, counts=True)) if not step.is_timed]
+    assert counting == ["phfs", "rclone"]
 
 
 # --- loads
