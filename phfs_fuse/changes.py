@@ -294,10 +294,7 @@ class Changes:
                 node.marker = over
                 self.review_marker(node, changed=True)
                 return
-            dirty = node.dirty or self._make_dirty(node, over)
-            dirty.over = over
-            self.track(node)
-            self.save(node)
+            dirty = self._named(node, over)
         self._changed(node, dirty)
         if at_once and node.staged is None:
             self._queue.enqueue(node, dirty, trio.current_time())
@@ -315,12 +312,17 @@ class Changes:
     def reappeared(self, node: Node) -> None:
         """`node`, which others had displaced, has a name again, where the store is not known to have anything."""
         self._quotas.changed(self._inodes.key(node), 0, node.stored_size)
-        dirty = node.dirty or self._make_dirty(node, None)
-        dirty.over = None
-        self.track(node)
-        self.save(node)
+        dirty = self._named(node, None)
         self._moved(node)
         self._changed(node, dirty)
+
+    def _named(self, node: Node, over: ETag | None) -> DirtyFile:
+        """The file has a key under which the store has yet to get it, over version `over`."""
+        dirty = node.dirty or self._make_dirty(node, over)
+        dirty.over = over
+        self.track(node)
+        self.save(node)
+        return dirty
 
     def spared(self, gone: Gone, size: int) -> None:
         """Somebody else has stored `size` bytes under a key that was to be deleted: it stays."""

@@ -13,6 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from phfs_fuse.errors import NotFound, StaleVersion
 from phfs_fuse.events import Name, StreamState
 from phfs_fuse.fileattrs import Change
+from phfs_fuse.types import Fh
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, made, running
@@ -276,13 +277,18 @@ async def test_foreign_changes_are_passed_on(world: World, store: FakeStore, aut
     assert seen == [(PREFIX + "theirs", None, 2), (PREFIX + "theirs", 2, 0)]
 
 
+async def opened(world: World, store: FakeStore) -> Fh:
+    """A stored file `f`, open for reading and writing; its bytes are known."""
+    store.seed(PREFIX + "f", b"old")
+    fh = world.vfs.open((await world.node("f")).ino, os.O_RDWR)
+    await world.vfs.read(fh, 0, 10)
+    return fh
+
+
 async def test_bytes_written_to_a_file_that_others_have_replaced_are_kept_beside_it(
     world: World, store: FakeStore, autojump_clock: MockClock
 ) -> None:
-    store.seed(PREFIX + "f", b"old")
-    node = await world.node("f")
-    fh = world.vfs.open(node.ino, os.O_RDWR)
-    await world.vfs.read(fh, 0, 10)
+    fh = await opened(world, store)
     store.seed(PREFIX + "f", b"theirs")
     assert await world.read("f") == b"theirs"
     await world.vfs.write(fh, 0, b"ours")
@@ -299,10 +305,7 @@ async def test_bytes_written_to_a_file_that_others_have_replaced_are_kept_beside
 async def test_bytes_written_to_a_file_that_others_have_removed_are_stored_again(
     world: World, store: FakeStore, autojump_clock: MockClock
 ) -> None:
-    store.seed(PREFIX + "f", b"old")
-    node = await world.node("f")
-    fh = world.vfs.open(node.ino, os.O_RDWR)
-    await world.vfs.read(fh, 0, 10)
+    fh = await opened(world, store)
     store.remove(PREFIX + "f")
     with pytest.raises(NotFound):
         await world.node("f")
@@ -315,9 +318,7 @@ async def test_bytes_written_to_a_file_that_others_have_removed_are_stored_again
 async def test_a_file_that_a_program_here_has_removed_stays_so(
     world: World, store: FakeStore, autojump_clock: MockClock
 ) -> None:
-    store.seed(PREFIX + "f", b"old")
-    node = await world.node("f")
-    fh = world.vfs.open(node.ino, os.O_RDWR)
+    fh = await opened(world, store)
     await world.vfs.unlink(1, b"f")
     await world.vfs.write(fh, 0, b"scratch")
     world.vfs.release(fh)
