@@ -37,7 +37,8 @@ def _can_wait(work: Work) -> bool:
 
 
 def _together(due: float) -> float:
-    return math.ceil(due / TOGETHER_SECONDS) * TOGETHER_SECONDS
+    """A time after `due`, so that what comes up at the very same time still goes with it."""
+    return (math.floor(due / TOGETHER_SECONDS) + 1) * TOGETHER_SECONDS
 
 
 class UploadQueue:
