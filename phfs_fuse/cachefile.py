@@ -20,6 +20,7 @@ from typing import Final
 from awscrt import checksums
 
 from phfs_fuse.extents import Extent, Extents, split
+from phfs_fuse.localfile import write_all
 from phfs_fuse.types import MIB
 
 FALLOC_PUNCH_HOLE: Final = 0x02 | 0x01  # Source: fallocate(2), with FALLOC_FL_KEEP_SIZE
@@ -87,14 +88,6 @@ class Layout:
             last = end if end == self.size else end - end % self.block_bytes
             blocks.add(first, last)
         return blocks
-
-
-def write_all(fd: int, data: Buffer | memoryview, offset: int) -> None:
-    """pwrite(2) until all is written. Raises: OSError, ENOSPC and EDQUOT if the disk is full."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
 
 
 class BlockWriter:

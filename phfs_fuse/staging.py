@@ -22,6 +22,7 @@ from typing import Final
 from cachetools import LRUCache
 
 from phfs_fuse.extents import Extents
+from phfs_fuse.localfile import write_all
 from phfs_fuse.localstate import unused_stamp
 
 _RECORD: Final = struct.Struct("<QQI")
@@ -72,11 +73,7 @@ class Layer:
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Atomic towards a crash of the process. Raises: OSError (ENOSPC, ...): then nothing has changed."""
         end = offset + len(data)
-        view = memoryview(data)
-        at = offset
-        while view:
-            done = os.pwrite(self.fd, view, at)
-            view, at = view[done:], at + done
+        write_all(self.fd, data, offset)
         if self.seen and not self.extents.covers(offset, end):
             self._log(offset, end)
         self._hold(offset, end)

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from phfs_fuse import cachefile, metrics
+from phfs_fuse import metrics
 from phfs_fuse.blockfile import BlockFile
 from phfs_fuse.cachedisk import INLINE_BYTES, CacheDisk
 from phfs_fuse.cachefile import Buffer
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.extents import Extent, Extents, split
 from phfs_fuse.fills import Fetching, Fills, for_reader
+from phfs_fuse.localfile import write_all
 from phfs_fuse.readahead import ReadAhead
 from phfs_fuse.types import MIB, ETag, ObjectKey
 
@@ -96,9 +97,9 @@ class Version:
             data = await self.read(piece_start, piece_end)
             metrics.COPIED.add(len(data))
             if len(data) <= INLINE_BYTES:
-                cachefile.write_all(fd, data, piece_start)
+                write_all(fd, data, piece_start)
             else:  # not abandoned: the caller closes the file after a cancellation
-                write = partial(cachefile.write_all, fd, data, piece_start)
+                write = partial(write_all, fd, data, piece_start)
                 await self._disk.run(write, abandon_on_cancel=False)
 
     def close(self) -> None:

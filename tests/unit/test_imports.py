@@ -82,7 +82,7 @@ expiry loop
 settings
 options
 values
-registry mountpoint localstate holding reserve statfsino
+registry mountpoint localstate localfile holding reserve statfsino
 dirs logs waiting
 metrics
 config
