@@ -106,7 +106,7 @@ class Conflicts:
                 return True
         if node.detached or node.dirty is not dirty:
             return False
-        if snap.layer is None and self._inodes.key(node) == base.key:
+        if node.staged is None and self._inodes.key(node) == base.key:
             log.warning("attributes of key=%s are dropped: somebody else has stored a new version", base.key)
             self._forget_changes(node)
             return False

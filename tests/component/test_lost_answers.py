@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from trio.testing import MockClock
 from phfs_fuse.errors import StaleVersion
 from phfs_fuse.recovery import Recovery
 from phfs_fuse.types import ObjectKey
+from phfs_fuse.vfs import Change
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, made, running
@@ -156,6 +158,26 @@ async def test_what_is_written_during_an_upload_that_fails_is_stored_too(
     assert stored(store) == {"f": b"OTHER bytes"}
     assert node.staged is None
     assert await world.read("f") == b"OTHER bytes"
+
+
+async def test_what_is_written_while_attributes_are_on_their_way_outlives_a_lost_race(
+    world: World, store: FakeStore, faults: FaultStore, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The attributes were for a version that is no more; the bytes are kept beside the winner."""
+    node = await world.write("f", b"base")
+    await world.settle()
+    gate = faults.hold("copy")
+    await world.vfs.setattr(node.ino, Change(mode=0o755))
+    await gate.entered.wait()
+    fh = world.vfs.open(node.ino, os.O_WRONLY)
+    await world.vfs.write(fh, 4, b" and more")
+    world.vfs.release(fh)
+    store.seed(f"{PREFIX}f", b"theirs")
+    gate.open.set()
+    await world.settle()
+    assert sorted(stored(store).values()) == [b"base and more", b"theirs"]
+    assert stored(store)["f"] == b"theirs"
+    caplog.clear()
 
 
 @pytest.mark.parametrize("how", ["unlinked", "replaced"])
