@@ -197,6 +197,7 @@ class Torture:
         os.kill(keeper, signal.SIGKILL)
         assert worker is None or ended(worker, 20)
         place.mount.must("umount", place.mount.path)
+        place.faults.chance = 0.0  # a mount whose first requests fail is refused, as documented
         place.mount.mount()
 
     # ---- the verdict
