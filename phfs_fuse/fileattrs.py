@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import PosixAttrs, TreeConfig
+from phfs_fuse.defaults import Defaults
 from phfs_fuse.errors import NoAttribute, NoSpace, NotSupported, StaleVersion
 from phfs_fuse.inodes import Inodes, Node
-from phfs_fuse.namespace import Namespace
 from phfs_fuse.openfiles import OpenFiles
+from phfs_fuse.writable import Writable
 
 XATTR_BYTES_MAX = 2048  # Source: S3 user guide, user metadata is limited to 2 KB
 
@@ -36,17 +37,25 @@ class Change:
 
 class FileAttrs:
     def __init__(
-        self, *, inodes: Inodes, namespace: Namespace, changes: Changes, files: OpenFiles, config: TreeConfig
+        self,
+        *,
+        inodes: Inodes,
+        changes: Changes,
+        files: OpenFiles,
+        defaults: Defaults,
+        writable: Writable,
+        config: TreeConfig,
     ) -> None:
         self._inodes = inodes
-        self._namespace = namespace
         self._changes = changes
         self._files = files
+        self._defaults = defaults
+        self._writable = writable
         self._config = config
 
     async def setattr(self, ino: int, change: Change) -> Node:
         """Raises: ReadOnly, TooLarge, NoSpace, StaleVersion, OSError."""
-        self._namespace.require_writable()
+        self._writable.require()
         node = self._inodes.get(ino)
         if node.detached and not node.opens:
             if change.is_late:
@@ -54,7 +63,7 @@ class FileAttrs:
             raise StaleVersion("setattr", self._inodes.path(node), "others have replaced it")  # it is looked up again
         if change.size is not None and change.size != node.size:
             if change.size > node.size:
-                self._namespace.require_room()
+                self._writable.require_room()
             self._files.truncate(node, change.size)
         changed = self._set_owner(node, change)
         if change.mtime_ns is not None and change.mtime_ns != node.mtime_ns:
@@ -67,7 +76,7 @@ class FileAttrs:
         node.ctime_ns = change.ctime_ns if change.ctime_ns is not None else time.time_ns()
         if changed:
             if node.is_dir and not node.own_attrs:
-                node.own_attrs = self._namespace.differs(node.attrs)
+                node.own_attrs = self._defaults.differs(node.attrs)
             self._changes.attrs_changed(node)
         return node
 
@@ -94,7 +103,7 @@ class FileAttrs:
         return list(self._inodes.get(ino).xattrs or {})
 
     def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
-        self._namespace.require_writable()
+        self._writable.require()
         node = self._inodes.get(ino)
         if not name.startswith(b"user."):
             raise NotSupported("setxattr", name.decode(errors="replace"), "only user.* is kept")
@@ -104,7 +113,7 @@ class FileAttrs:
         self._set_xattrs(node, found)
 
     def removexattr(self, ino: int, name: bytes) -> None:
-        self._namespace.require_writable()
+        self._writable.require()
         node = self._inodes.get(ino)
         self.getxattr(ino, name)
         self._set_xattrs(node, {k: v for k, v in (node.xattrs or {}).items() if k != name})

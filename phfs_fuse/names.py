@@ -17,6 +17,7 @@ from phfs_fuse.attrs import Attrs, to_metadata
 from phfs_fuse.changes import Changes
 from phfs_fuse.claims import Claims
 from phfs_fuse.config import ExclusiveCreate, PosixAttrs, TreeConfig
+from phfs_fuse.defaults import Defaults
 from phfs_fuse.errors import (
     Exists,
     InvalidArgument,
@@ -30,11 +31,12 @@ from phfs_fuse.errors import (
 from phfs_fuse.gone import Gone
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.journal import Act
-from phfs_fuse.namespace import ROWS_BYTES, Namespace
+from phfs_fuse.namespace import Namespace
 from phfs_fuse.openfiles import OpenFiles
 from phfs_fuse.quota import Quotas
 from phfs_fuse.store.base import ObjectInfo
 from phfs_fuse.types import Fh, Ino, ObjectKey
+from phfs_fuse.writable import ROWS_BYTES, Writable
 
 RENAME_NOREPLACE = 1  # Source: renameat2(2)
 
@@ -49,6 +51,8 @@ class Names:
         files: OpenFiles,
         quotas: Quotas,
         claims: Claims,
+        defaults: Defaults,
+        writable: Writable,
         config: TreeConfig,
     ) -> None:
         self._inodes = inodes
@@ -56,6 +60,8 @@ class Names:
         self._changes = changes
         self._files = files
         self._quotas = quotas
+        self._defaults = defaults
+        self._writable = writable
         self._config = config
         self._claims = claims if config.exclusive_create is ExclusiveCreate.STORE else None
         self._acts: dict[int, tuple[Act, Ino]] = {}  # what the process before did last and maybe did not answer
@@ -125,7 +131,7 @@ class Names:
         async with self._making(parent, name):
             node = await self._namespace.exists(parent, name)
             if node is None:
-                self._namespace.require_room()
+                self._writable.require_room()
                 attrs = self._attrs(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, parent)
                 node = await self._new(parent, name, attrs, act, exclusive=bool(flags & os.O_EXCL))
             elif flags & os.O_EXCL and not (self._claims and self._changes.made_before(node)):
@@ -158,7 +164,7 @@ class Names:
         act: Act | None,
         content: bytes = b"",
     ) -> Node:
-        self._namespace.require_room()
+        self._writable.require_room()
         ino, parent = self._repeated(act), self._folder(parent_ino)
         if ino is not None:
             return await self._made_before(ino, parent, name)
@@ -215,13 +221,13 @@ class Names:
         node.checked_at = trio.current_time()
         if node.is_dir:
             node.complete_at = node.checked_at
-            node.own_attrs = self._namespace.differs(attrs)
+            node.own_attrs = self._defaults.differs(attrs)
         self._inodes.attach(parent, name, node)
         if info is None:
             self._changes.created(node)
         else:
             self._changes.created_in_store(node, info)
-        self._namespace.appeared(parent, name)
+        self._namespace.forget_missing(parent, name)
         self._child_changed(parent)
         self._changes.did(act, node)
         return node
@@ -232,22 +238,21 @@ class Names:
             gid = parent.gid
             mode |= stat.S_ISGID if stat.S_ISDIR(mode) else 0
         if self._config.posix_attrs is PosixAttrs.IGNORE:
-            default = self._namespace.default_directory if stat.S_ISDIR(mode) else self._namespace.default_file
-            like = default(now)
+            like = self._defaults.directory(now) if stat.S_ISDIR(mode) else self._defaults.file(now)
             mode, uid, gid = stat.S_IFMT(mode) | stat.S_IMODE(like.mode), like.uid, like.gid
         return Attrs(mode=mode, uid=uid, gid=gid, mtime_ns=now, rdev=rdev)
 
     def _child_changed(self, parent: Node) -> None:
         """`parent` has got or lost a name."""
         parent.mtime_ns = parent.ctime_ns = time.time_ns()
-        parent.own_attrs = self._namespace.differs(parent.attrs)
+        parent.own_attrs = self._defaults.differs(parent.attrs)
         parent.unseen = False  # to be asked again, should `kids` be empty
         self._changes.review_marker(parent)
 
     # ---- names that go ----
 
     async def unlink(self, parent_ino: int, name: bytes, *, act: Act | None = None) -> None:
-        self._namespace.require_writable()
+        self._writable.require()
         if self._repeated(act) is not None:
             return
         parent = self._folder(parent_ino)
@@ -257,7 +262,7 @@ class Names:
         self._remove(parent, node, act)
 
     async def rmdir(self, parent_ino: int, name: bytes, *, act: Act | None = None) -> None:
-        self._namespace.require_writable()
+        self._writable.require()
         if self._repeated(act) is not None:
             return
         parent = self._folder(parent_ino)
@@ -286,7 +291,7 @@ class Names:
     ) -> None:
         """Atomic in the tree; the store follows. Raises: Exists (RENAME_NOREPLACE), NotEmpty, InvalidArgument
         (RENAME_EXCHANGE and unknown flags), IsADirectory, NotADirectory, NameTooLong."""
-        self._namespace.require_writable()
+        self._writable.require()
         if flags & ~RENAME_NOREPLACE:
             raise InvalidArgument("rename", name.decode(errors="replace"), "flags are not supported")
         if self._repeated(act) is not None:
@@ -360,7 +365,7 @@ class Names:
     ) -> None:
         """`info` is what the store has under the new name on our behalf."""
         moved = [source, *self._inodes.descendants(source)]
-        self._namespace.require_room(len(moved) * ROWS_BYTES)
+        self._writable.require_room(len(moved) * ROWS_BYTES)
         old = [self._inodes.key(node) for node in moved]
         new_prefix = keys.join(self._inodes.key(target_dir), keys.new_segment(to_name))
         longest = max(len(key.encode()) for key in old) - len(old[0].encode()) + len(new_prefix.encode()) + 1
@@ -380,7 +385,7 @@ class Names:
             # Children first: a folder whose marker is not wanted any more is let go of, with all in it that is clean.
             for node, key in reversed(list(zip(moved, old, strict=True))):
                 self._changes.renamed(node, key, over if node is source else None, at_once=source.is_dir)
-            self._namespace.appeared(target_dir, to_name)
+            self._namespace.forget_missing(target_dir, to_name)
             self._child_changed(source_dir)
             if target_dir is not source_dir:
                 self._child_changed(target_dir)

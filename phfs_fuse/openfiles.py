@@ -15,10 +15,10 @@ from phfs_fuse.changes import Changes
 from phfs_fuse.errors import IsADirectory, NoSpace, QuotaExceeded, StaleVersion, TooLarge
 from phfs_fuse.inodes import Inodes, Node
 from phfs_fuse.kernelstate import KernelState
-from phfs_fuse.namespace import Namespace
 from phfs_fuse.quota import Quotas
 from phfs_fuse.settling import Settling
 from phfs_fuse.types import S3_OBJECT_BYTES_MAX, Fh
+from phfs_fuse.writable import Writable
 
 DIRECT = 1 << 62  # in a handle
 
@@ -28,21 +28,21 @@ class OpenFiles:
         self,
         *,
         inodes: Inodes,
-        namespace: Namespace,
         blocks: BlockCache,
         changes: Changes,
         settling: Settling,
         kernel: KernelState,
         quotas: Quotas,
+        writable: Writable,
         write_through: bool,
     ) -> None:
         self._inodes = inodes
-        self._namespace = namespace
         self._blocks = blocks
         self._changes = changes
         self._settling = settling
         self._kernel = kernel
         self._quotas = quotas
+        self._writable = writable
         self._write_through = write_through
         self.count = 0
         self.writers = 0
@@ -64,7 +64,7 @@ class OpenFiles:
             raise StaleVersion("open", self._inodes.path(node))
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if writable or flags & os.O_TRUNC:
-            self._namespace.require_writable()
+            self._writable.require()
         if flags & os.O_TRUNC and node.size:
             self._changes.stage(node).truncate(0)
             self._changes.written(node, 0)

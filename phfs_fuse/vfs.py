@@ -13,6 +13,7 @@ from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.claims import Claims
 from phfs_fuse.config import TreeConfig
+from phfs_fuse.defaults import Defaults
 from phfs_fuse.dirstream import DirStreams
 from phfs_fuse.errors import PhfsError, StaleVersion
 from phfs_fuse.fileattrs import Change, FileAttrs
@@ -25,6 +26,7 @@ from phfs_fuse.openfiles import OpenFiles
 from phfs_fuse.quota import Quotas, Room
 from phfs_fuse.settling import Settling
 from phfs_fuse.types import Ino
+from phfs_fuse.writable import Writable
 
 
 class Vfs:
@@ -39,6 +41,7 @@ class Vfs:
         kernel: KernelState,
         quotas: Quotas,
         claims: Claims,
+        defaults: Defaults,
         config: TreeConfig,
         write_through: bool,
     ) -> None:
@@ -47,14 +50,15 @@ class Vfs:
         self._settling = settling
         self._kernel = kernel
         self._quotas = quotas
+        writable = Writable(changes, read_only=config.read_only)
         self._files = files = OpenFiles(
             inodes=inodes,
-            namespace=namespace,
             blocks=blocks,
             changes=changes,
             settling=settling,
             kernel=kernel,
             quotas=quotas,
+            writable=writable,
             write_through=write_through,
         )
         self._names = names = Names(
@@ -64,10 +68,14 @@ class Vfs:
             files=files,
             quotas=quotas,
             claims=claims,
+            defaults=defaults,
+            writable=writable,
             config=config,
         )
         self._streams = streams = DirStreams(inodes=inodes, namespace=namespace, kernel=kernel, settling=settling)
-        attrs = FileAttrs(inodes=inodes, namespace=namespace, changes=changes, files=files, config=config)
+        attrs = FileAttrs(
+            inodes=inodes, changes=changes, files=files, defaults=defaults, writable=writable, config=config
+        )
         # what the kernel asks for, each by the one that does it
         self.lookup, self.readlink, self.rename = names.lookup, names.readlink, names.rename
         self.create, self.mkdir, self.mknod, self.symlink = names.create, names.mkdir, names.mknod, names.symlink

@@ -23,6 +23,7 @@ from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.claims import Claims
 from phfs_fuse.config import MountConfig
+from phfs_fuse.defaults import Defaults
 from phfs_fuse.demand import Demand
 from phfs_fuse.errors import NotFound, PhfsError, store_startup_error
 from phfs_fuse.events import Events
@@ -72,9 +73,10 @@ class Mount:
         files_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // DESCRIPTORS_PART
         self.area = StagingArea(directory / "staging", first_id=1, files_max=min(512, files_max))
         self.blocks = BlockCache(store, config.cache, files_max=files_max)
+        self.defaults = Defaults(config.tree)
         self.inodes = Inodes(
             config.store.prefix,
-            Namespace.root_attrs(config.tree),
+            self.defaults.directory(),
             now_ns=time.time_ns(),
             first_ino=epoch * EPOCH_INODES + 2,
         )
@@ -114,7 +116,7 @@ class Mount:
         )
         self.trust = Trust(config.tree)
         self.namespace = Namespace(
-            store=store, inodes=self.inodes, changes=self.changes, config=config.tree, trust=self.trust
+            store=store, inodes=self.inodes, changes=self.changes, defaults=self.defaults, trust=self.trust
         )
         self.events = Events(
             store=store,
@@ -134,6 +136,7 @@ class Mount:
             kernel=self.kernel,
             quotas=quotas,
             claims=Claims(store=store, changes=self.changes, queue=queue),
+            defaults=self.defaults,
             config=config.tree,
             write_through=config.writeback.write_through,
         )
@@ -143,9 +146,10 @@ class Mount:
         config = self.config.store
         try:
             await self.store.check_bucket(create=config.create_bucket)
-            if config.prefix and self.inodes.root.dirty is None:
+            root = self.inodes.root
+            if config.prefix and root.dirty is None:
                 with contextlib.suppress(NotFound):
-                    self.namespace.set_root(await self.store.head(self.inodes.key(self.inodes.root)))
+                    self.namespace.set_marker(root, await self.store.head(self.inodes.key(root)))
         except PhfsError as exc:
             raise store_startup_error(exc, config.url) from exc
 
@@ -162,7 +166,7 @@ class Mount:
 
     def recover(self) -> None:
         """Take up what an earlier process left in the journal. Says so."""
-        recovery = Recovery(self.journal, self.area, self.inodes, self.namespace.default_directory)
+        recovery = Recovery(self.journal, self.area, self.inodes, self.defaults.directory)
         found = recovery.nodes()
         self.changes.recover(found)
         for node in self.inodes.all():

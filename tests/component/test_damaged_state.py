@@ -58,7 +58,7 @@ def recovered(directory: Path) -> set[bytes]:
     """All contents that can be found after the next start."""
     world = made(FakeStore(), directory)
     try:
-        recovery = Recovery(world.journal, world.area, world.inodes, world.namespace.default_directory)
+        recovery = Recovery(world.journal, world.area, world.inodes, world.defaults.directory)
         placed = [node for node, _ in recovery.nodes() if node.staged is not None]
         found = {path.read_bytes() for layer in placed if layer.staged for path in [layer.staged.top.path]}
         return found | {path.read_bytes() for path in recovery.saved if path.exists()}

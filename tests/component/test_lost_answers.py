@@ -46,7 +46,7 @@ def stored(store: FakeStore) -> dict[str, bytes]:
 async def recovered(store: FakeStore | FaultStore, directory: Path) -> World:
     """A process that takes up what is in a copy of the state."""
     world = made(store, directory)
-    recovery = Recovery(world.journal, world.area, world.inodes, world.namespace.default_directory)
+    recovery = Recovery(world.journal, world.area, world.inodes, world.defaults.directory)
     world.changes.recover(recovery.nodes())
     assert recovery.saved == []
     return world

@@ -363,7 +363,7 @@ async def test_a_restart_goes_on_from_what_was_known(tmp_path: Path, autojump_cl
             nursery.cancel_scope.cancel()
         world.journal.close()
     async with running(made(store, tmp_path)) as world:
-        recovery = Recovery(world.journal, world.area, world.inodes, world.namespace.default_directory)
+        recovery = Recovery(world.journal, world.area, world.inodes, world.defaults.directory)
         world.changes.recover(recovery.nodes())
         one = keeper(world, QuotaConfig(limits={"a": 100}))
         one.begin(resumed=True)

@@ -367,7 +367,7 @@ async def test_restart_finds_everything(tmp_path: Path, autojump_clock: MockCloc
         await one.vfs.unlink(1, b"gone")
         one.journal.close()
     async with running(made(store, tmp_path)) as two:
-        recovery = Recovery(two.journal, two.area, two.inodes, two.namespace.default_directory)
+        recovery = Recovery(two.journal, two.area, two.inodes, two.defaults.directory)
         two.changes.recover(recovery.nodes())
         assert sorted(await two.names()) == ["d", "stored"]
         assert await two.read("stored") == b"012ABC6789"

@@ -16,6 +16,7 @@ from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.claims import Claims
 from phfs_fuse.config import ExclusiveCreate, TreeConfig, WritebackConfig
+from phfs_fuse.defaults import Defaults
 from phfs_fuse.demand import Demand
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.events import Events
@@ -69,6 +70,7 @@ class World:
     events: Events
     kernel: KernelState
     demand: Demand
+    defaults: Defaults
 
     async def write(self, path: str, data: bytes) -> Node:
         *folders, name = path.split("/")
@@ -136,7 +138,8 @@ def made(
     journal = Journal(directory, "volume")
     area = StagingArea(directory / "staging", first_id=1)
     blocks = FakeBlocks(store)
-    inodes = Inodes(PREFIX, Namespace.root_attrs(tree), now_ns=time.time_ns())
+    defaults = Defaults(tree)
+    inodes = Inodes(PREFIX, defaults.directory(), now_ns=time.time_ns())
     queue = UploadQueue(config)
     demand = Demand()
     kernel = KernelState(directory / "kernel.log", inodes, journal.reserve.give_up)
@@ -156,7 +159,7 @@ def made(
         config=config,
     )
     trust = Trust(tree)
-    namespace = Namespace(store=store, inodes=inodes, changes=changes, config=tree, trust=trust)
+    namespace = Namespace(store=store, inodes=inodes, changes=changes, defaults=defaults, trust=trust)
     events = Events(store=store, inodes=inodes, changes=changes, queue=queue, namespace=namespace, trust=trust)
     vfs = Vfs(
         inodes=inodes,
@@ -167,6 +170,7 @@ def made(
         kernel=kernel,
         quotas=quotas,
         claims=Claims(store=store, changes=changes, queue=queue),
+        defaults=defaults,
         config=tree,
         write_through=False,
     )
@@ -187,6 +191,7 @@ def made(
         events,
         kernel,
         demand,
+        defaults,
     )
 
 

@@ -49,6 +49,9 @@ fileattrs names
 openfiles dirstream
 listahead
 namespace
+doubts lookup
+listings
+known merging probes writable
 writeback
 conflicts deletes claims
 sources markers settling
@@ -56,7 +59,7 @@ upload changes
 uploadqueue quota
 recovery resume
 kernelstate memory
-namewalks
+namewalks defaults
 inodes trust
 blocks staging
 adoption

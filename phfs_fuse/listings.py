@@ -1,0 +1,190 @@
+"""Whole directories: brings pages of the store's listings into the tree. Owns the count of keys that are left out,
+since no name can show them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+import trio
+
+from phfs_fuse import keys
+from phfs_fuse.changes import Changes
+from phfs_fuse.errors import IllegalName
+from phfs_fuse.inodes import NEVER, Inodes, Node, Question
+from phfs_fuse.known import REFUSED, Known
+from phfs_fuse.merging import Merging
+from phfs_fuse.probes import Probes
+from phfs_fuse.store.base import Listing, ObjectInfo, ObjectStore
+
+log = logging.getLogger(__name__)
+
+
+class Listings:
+    def __init__(
+        self,
+        *,
+        store: ObjectStore,
+        inodes: Inodes,
+        changes: Changes,
+        known: Known,
+        merging: Merging,
+        probes: Probes,
+    ) -> None:
+        self._store = store
+        self._inodes = inodes
+        self._changes = changes
+        self._known = known
+        self._merging = merging
+        self._probes = probes
+        self.illegal_keys = 0
+
+    async def pages(self, parent: Node, *, pages_max: int = 1 << 60) -> AsyncGenerator[list[Node]]:
+        """The directory page by page, in the order of the store; then `kids` has all that is not forgotten
+        meanwhile, and what is not there any more has left it. Local names that the store lacks are not in
+        the pages. Raises: PhfsError."""
+        prefix = self._inodes.key(parent)
+        seq = self._changes.seq
+        asked_at = trio.current_time()
+        gaps = parent.gaps
+        before = dict(parent.kids or {})
+        token: str | None = None
+        for _ in range(pages_max):
+            try:
+                with self._merging.asking(parent) as question:
+                    page = await self._store.list(prefix, delimiter=True, token=token)
+                    nodes = await self._merge(parent, prefix, page.objects, page.prefixes, question)
+            except REFUSED as exc:
+                self._known.found_away(exc)
+                if token is not None or parent.complete_at == NEVER:
+                    raise
+                yield list((parent.kids or {}).values())  # as it was known last
+                return
+            for node in nodes:
+                before.pop(node.name, None)
+            yield nodes
+            if (token := page.next_token) is None:
+                for name, node in before.items():
+                    if not node.detached:
+                        self._merging.absent(parent, name, seq)
+                parent.misses = 0
+                parent.unseen = False
+                if parent.gaps == gaps:
+                    parent.complete_at = asked_at
+                return
+
+    async def page_behind(self, parent: Node, segment: str) -> tuple[str, float]:
+        """Bring a page of plain objects, from behind `segment` on, into the tree. Returns the last segment of the
+        page ("": it is empty), and when it was asked for. Awaits nothing after the tree has it."""
+        prefix = self._inodes.key(parent)
+        with self._merging.asking(parent) as question:
+            page = await self._store.list(prefix, delimiter=True, start_after=prefix + segment)
+            await self._merge(parent, prefix, _plain(page, prefix), (), question)
+        return page.objects[-1].key[len(prefix) :] if page.objects else "", question.at
+
+    async def _merge(
+        self,
+        parent: Node,
+        prefix: str,
+        objects: Sequence[ObjectInfo],
+        prefixes: Sequence[str],
+        question: Question,
+    ) -> list[Node]:
+        infos = await self._probes.with_metadata(parent, prefix, objects)
+        legal = [key[len(prefix) : -1] for key in prefixes if self._legal(key[len(prefix) : -1])]
+        segments = await self._probes.real_folders(parent, prefix, legal, question)
+        markers = await self._probes.markers(prefix, segments)
+        nodes: list[Node] = []
+        folders = set(segments)
+        plain = folders | {info.key[len(prefix) :] for info in infos}
+        for segment, marker in zip(segments, markers, strict=True):
+            if (node := self._merging.folder(parent, segment, marker, question)) is not None:
+                nodes.append(node)
+        for info in infos:
+            if info.key == prefix:
+                self._merging.marker(parent, info, question)
+                continue
+            segment = info.key[len(prefix) :]
+            name = self._shown_name(segment, folders, plain)
+            if name is None:
+                continue
+            if (node := self._merging.file(parent, segment, name, info, question)) is not None:
+                nodes.append(node)
+        return nodes
+
+    # ---- names of keys ----
+
+    def _shown_name(self, segment: str, folders: set[str], plain: set[str]) -> bytes | None:
+        """The name of an object beside `folders`, in a page with the segments `plain`; None: it cannot be shown."""
+        shown = segment + keys.OBJECT_BESIDE if segment in folders else segment
+        if segment.endswith(keys.RCLONE_LINK):
+            shown = segment.removesuffix(keys.RCLONE_LINK)
+            if shown in plain:
+                self._left_out(f"{segment!r} is hidden by {shown!r}")
+                return None
+        try:
+            return keys.name_of(shown)
+        except IllegalName as exc:
+            self._left_out(str(exc))
+            return None
+
+    def _legal(self, segment: str) -> bool:
+        """Whether a folder found in the store can be shown; if not it is counted."""
+        try:
+            keys.name_of(segment)
+        except IllegalName as exc:
+            self._left_out(str(exc))
+            return False
+        return True
+
+    def _left_out(self, reason: str) -> None:
+        self.illegal_keys += 1
+        log.info("left out: %s", reason)
+
+    # ---- all that is below ----
+
+    async def is_empty(self, node: Node) -> bool:
+        """Whether nothing is below the directory, here or in the store."""
+        if node.kids:
+            return False
+        if self._known.has_all(node):
+            return True
+        key = self._inodes.key(node)
+        seq = self._changes.seq
+        token: str | None = None
+        while True:
+            page = await self._store.list(key, delimiter=False, token=token)
+            if any(o.key != key and not self._changes.gone.hides(o.key, seq) for o in page.objects):
+                return False
+            if (token := page.next_token) is None:
+                return not node.kids
+
+    async def load_below(self, node: Node) -> None:
+        """Bring all that the store has below `node` into the tree, so that it can be renamed as a whole."""
+        async with aclosing(self.pages(node)) as pages:
+            async for nodes in pages:
+                for kid in nodes:
+                    if kid.is_dir and not kid.detached:
+                        await self.load_below(kid)
+
+    def is_loaded(self, node: Node) -> bool:
+        """Whether the tree still has all that `load_below` brought (the kernel may have forgotten some)."""
+        folders = [node, *self._inodes.descendants(node)]
+        return all(folder.complete_at > NEVER for folder in folders if folder.is_dir)
+
+
+def _plain(page: Listing, prefix: str) -> list[ObjectInfo]:
+    """The objects of a page from within a folder of which is certain that they show under their own names: what else
+    has a part in that (a folder, a file that is no link) may be on another page."""
+    folders = set(page.prefixes)
+    end = page.objects[-1].key if page.objects and page.next_token is not None else ""
+    return [
+        info
+        for info in page.objects
+        if info.key != prefix
+        and info.key + "/" not in folders
+        and not info.key.endswith(keys.RCLONE_LINK)
+        and not end.startswith(info.key)
+    ]

@@ -1,0 +1,139 @@
+"""Merges answers of the store into the tree. Owns no state; no I/O, no await: each call is atomic.
+
+It brings nodes into the tree, refreshes them, and replaces a node by a new one when somebody else has stored a new
+version (the old one stays with those who have it open). An answer never overrides a local change made after the
+question was asked, nor does it bring back what is deleted here.
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+from contextlib import AbstractContextManager
+
+import trio
+
+from phfs_fuse import keys
+from phfs_fuse.attrs import Attrs
+from phfs_fuse.changes import Changes
+from phfs_fuse.defaults import Defaults
+from phfs_fuse.inodes import Base, Inodes, Node, Question
+from phfs_fuse.store.base import ObjectInfo
+
+
+class Merging:
+    def __init__(self, inodes: Inodes, changes: Changes, defaults: Defaults) -> None:
+        self._inodes = inodes
+        self._changes = changes
+        self._defaults = defaults
+
+    def asking(self, parent: Node) -> AbstractContextManager[Question]:
+        """While the store is asked about names in `parent`, until the answer is merged. May be held over an await."""
+        return self._inodes.asking(parent, Question(self._changes.seq, trio.current_time()))
+
+    def absent(self, parent: Node, name: bytes, seq: int) -> None:
+        """The store, asked at change number `seq`, has nothing of that name."""
+        node = (parent.kids or {}).get(name)
+        if node is None or node.dirty is not None or node.seq > seq or self._holds_local(node):
+            return
+        self._inodes.displace(node)
+
+    def local_only(self, parent: Node) -> list[Node]:
+        """Children that a listing of the store may lack."""
+        return [kid for kid in (parent.kids or {}).values() if kid.dirty is not None or self._holds_local(kid)]
+
+    def _holds_local(self, node: Node) -> bool:
+        """Whether a directory has something in it that exists only here."""
+        return node.is_dir and any(n.dirty is not None for n in self._inodes.descendants(node))
+
+    # ---- files ----
+
+    def file(self, parent: Node, segment: str, name: bytes, info: ObjectInfo, question: Question) -> Node | None:
+        """The store has object `info` for `name`; returns the node that shows it now, or what we have instead."""
+        assert parent.kids is not None
+        node = parent.kids.get(name)
+        if self._changes.gone.hides(info.key, question.seq):
+            return node
+        if node is not None:
+            if node.dirty is not None or node.seq > question.seq:
+                return node
+            if self._shows(node, segment, name, info):
+                node.checked_at = max(node.checked_at, question.at)
+                return node
+            if node.is_dir and self._holds_local(node):
+                return node
+            self._inodes.displace(node)
+        return self._new_file(parent, segment, name, info, question)
+
+    def _shows(self, node: Node, segment: str, name: bytes, info: ObjectInfo) -> bool:
+        """Whether `node` is that version; takes on attributes that somebody else has given to it."""
+        if node.is_dir or (base := node.base) is None or (base.key, base.etag) != (info.key, info.etag):
+            return False
+        if info.metadata is None:
+            return True
+        attrs = self._attrs(segment, name, info)
+        if stat.S_IFMT(attrs.mode) != stat.S_IFMT(node.mode):
+            return False
+        if attrs != node.attrs:
+            node.set_attrs(attrs)
+            node.ctime_ns = info.modified_ns
+            self._changes.refreshed(node)
+        return True
+
+    def _attrs(self, segment: str, name: bytes, info: ObjectInfo) -> Attrs:
+        attrs = self._defaults.stored(info, self._defaults.file(info.modified_ns))
+        if segment.endswith(keys.RCLONE_LINK) and not name.endswith(keys.RCLONE_LINK.encode()):
+            return Attrs(mode=stat.S_IFLNK | 0o777, uid=attrs.uid, gid=attrs.gid, mtime_ns=attrs.mtime_ns)
+        return attrs
+
+    def _new_file(self, parent: Node, segment: str, name: bytes, info: ObjectInfo, question: Question) -> Node:
+        attrs = self._attrs(segment, name, info)
+        node = self._inodes.new(attrs, ctime_ns=info.modified_ns)
+        node.size = info.size if attrs.link is None else len(attrs.link)
+        self._attach(parent, name, node, segment, question)
+        node.base = Base(info.key, info.etag, info.size)
+        return node
+
+    def _attach(self, parent: Node, name: bytes, node: Node, segment: str, question: Question) -> None:
+        node.checked_at = question.at
+        if name in question.heard:
+            node.doubted_at = trio.current_time()
+        self._inodes.attach(parent, name, node, segment)
+
+    # ---- folders ----
+
+    def folder(self, parent: Node, segment: str, marker: ObjectInfo | None, question: Question) -> Node | None:
+        """The store has keys below `segment/`, and `marker` among them if that is not None."""
+        assert parent.kids is not None
+        name = keys.name_of(segment)
+        key = self._inodes.key(parent) + segment + "/"
+        node = parent.kids.get(name)
+        if self._changes.gone.hides(key, question.seq):
+            return node
+        if node is not None and not node.is_dir:
+            if node.dirty is not None or node.seq > question.seq:
+                return node
+            self._inodes.displace(node)  # from now on shown as name + OBJECT_BESIDE
+            node = None
+        if node is None:
+            node = self._inodes.new(self._defaults.directory(), ctime_ns=time.time_ns())
+            self._attach(parent, name, node, segment, question)
+        self.marker(node, marker, question)
+        node.checked_at = max(node.checked_at, question.at)
+        return node
+
+    def marker(self, folder: Node, marker: ObjectInfo | None, question: Question) -> None:
+        """The store has this marker of `folder`, or none."""
+        if folder.dirty is None and folder.seq <= question.seq:
+            self.set_marker(folder, marker)
+
+    def set_marker(self, folder: Node, marker: ObjectInfo | None) -> None:
+        """As `marker`, when nothing was changed here yet."""
+        if marker is None:
+            folder.marker = None
+            return
+        if folder.marker == marker.etag and marker.metadata is None:
+            return
+        folder.marker = marker.etag
+        folder.set_attrs(self._defaults.stored(marker, self._defaults.directory(marker.modified_ns)))
+        folder.own_attrs = self._defaults.differs(folder.attrs)
