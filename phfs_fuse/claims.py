@@ -44,11 +44,11 @@ class Claims:
         await self._settle(key)
         self._queue.claim(key)
         try:
-            self._changes.attempt(key, len(body), metadata)
+            self._changes.attempts.begin(key, len(body), metadata)
             info = await self._store.put(key, body, metadata, expect=Expect(None))
-            self._changes.answered(key)
+            self._changes.attempts.answered(key)
         except VersionChanged as exc:
-            self._changes.answered(key)
+            self._changes.attempts.answered(key)
             self._changes.met(key)
             raise Exists("create", key, "somebody else has made it") from exc
         except BaseException:
@@ -64,7 +64,7 @@ class Claims:
             while self._queue.is_busy(key) or key in self._changes.gone:
                 if not self._queue.is_busy(key) and (gone := self._changes.gone.get(key)) is not None:
                     self._queue.push(gone, 0.0)
-                await self._changes.settled.wait()
+                await self._changes.endings.settled.wait()
             return
         raise StoreTimeout("create", key, "what was removed there before is not gone from the store yet")
 

@@ -82,7 +82,7 @@ class Conflicts:
         if found is None:
             log.warning("key=%s was deleted by somebody else while changes waited; storing it again", key)
             dirty.over = None
-        elif self._changes.is_ours(found):
+        elif self._changes.attempts.is_ours(found):
             dirty.over = found.etag  # an upload whose answer was lost: once more, over it
         elif found.etag == dirty.over:
             self._retry(node, dirty, exc)  # not our name has changed, but the base that we started from
@@ -92,7 +92,7 @@ class Conflicts:
             return
         else:
             self._keep_both(node, dirty, key, found.size)
-        self._changes.save(node)
+        self._changes.files.save(node)
         self._queue.hurry(node)
 
     async def _has_base(self, node: Node, dirty: DirtyFile, snap: Snapshot) -> bool:
@@ -150,7 +150,7 @@ class Conflicts:
         dirty.error = exc
         log.error("upload of key=%s waits: %s", self._inodes.key(node), exc)
         self._queue.enqueue(node, dirty, trio.current_time() + self._queue.backoff(dirty.attempts + 3))
-        self._changes.announce(node)
+        self._changes.endings.announce(node)
 
     def _keep_both(self, node: Node, dirty: DirtyFile, key: ObjectKey, winner_size: int) -> None:
         """Our version goes on under another name beside the winner's."""
@@ -162,14 +162,14 @@ class Conflicts:
         path = self._inodes.raw_path(node)
         self._inodes.move(node, parent, name)
         self._changes.displaced(node, key, winner_size)
-        self._changes.answered(key)
+        self._changes.attempts.answered(key)
         self._inodes.incomplete(parent)
         metrics.CONFLICTS.add()
         dirty.over = None
-        self._changes.track(node)
+        self._changes.users.track(node)
         with self._journal.batch():
             self._journal.put_conflict(path, self._inodes.raw_path(node), outside=False)
-            self._changes.save(node)
+            self._changes.files.save(node)
         _log_conflict(path, name)
 
     def give_name(self, node: Node) -> None:

@@ -16,6 +16,7 @@ from phfs_fuse.changes import Changes
 from phfs_fuse.config import OnConflict, WritebackConfig
 from phfs_fuse.errors import NotFound, PhfsError, VersionChanged
 from phfs_fuse.gone import Gone
+from phfs_fuse.reserve import Reserve
 from phfs_fuse.sources import Sources
 from phfs_fuse.store.base import Expect, ObjectStore
 from phfs_fuse.tasks import gather
@@ -36,6 +37,7 @@ class Deletes:
         store: ObjectStore,
         changes: Changes,
         queue: UploadQueue,
+        reserve: Reserve,
         sources: Sources,
         config: WritebackConfig,
     ) -> None:
@@ -43,6 +45,7 @@ class Deletes:
         self._store = store
         self._changes = changes
         self._queue = queue
+        self._reserve = reserve
         self._sources = sources
         self.spared = 0  # objects that were removed here and stay, since somebody else stored them anew
 
@@ -65,7 +68,7 @@ class Deletes:
             versions = {key: look for key, look in found.items() if not isinstance(look, PhfsError)}
             done = await self._delete(versions)
             failed = {key: look for key, look in found.items() if isinstance(look, PhfsError)} | dict(done)
-            await self._changes.room_to_note()
+            await self._reserve.some()
         except PhfsError as exc:
             failed = {gone.key: exc for gone in batch}
         finally:
@@ -83,7 +86,8 @@ class Deletes:
             return None
         except PhfsError as exc:
             return exc
-        return found.etag if self._changes.is_ours(found) else VersionChanged("delete", gone.key, "is not ours")
+        is_ours = self._changes.attempts.is_ours(found)
+        return found.etag if is_ours else VersionChanged("delete", gone.key, "is not ours")
 
     async def _delete(self, versions: dict[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
         if len(versions) != 1:
@@ -124,14 +128,14 @@ class Deletes:
         """The store has another version than the one that was removed here: ours, by an upload without an answer,
         or somebody else's, which stays."""
         try:
-            await self._changes.room_to_note()
+            await self._reserve.some()
             found = await self._store.head(gone.key)
         except NotFound:
             self._changes.deleted([gone])
         except PhfsError as exc:
             self._again(gone, exc)
         else:
-            if self._changes.is_ours(found):
+            if self._changes.attempts.is_ours(found):
                 gone.etag = found.etag
                 self._queue.push(gone, 0.0)
             elif self._changes.gone.get(gone.key) is gone:

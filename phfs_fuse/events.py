@@ -138,7 +138,7 @@ class Events:
 
     async def _judge_held(self) -> None:
         while True:
-            await self._changes.settled.wait()
+            await self._changes.endings.settled.wait()
             for key in [key for key in self._held if not self._queue.is_busy(key)]:
                 for event in self._held.pop(key):
                     self._judge(event)

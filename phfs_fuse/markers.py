@@ -27,7 +27,7 @@ class Markers:
         if not node.own_attrs and not node.kids:
             node.unseen = await self._has_more(key)
         if node.own_attrs or not (node.kids or node.unseen):
-            self._changes.attempt(key, 0, {})
+            self._changes.attempts.begin(key, 0, {})
             return (await self._store.put(key, b"", to_metadata(node.attrs), expect=None)).etag
         if node.marker is not None:
             await self._store.delete(key)
@@ -37,7 +37,7 @@ class Markers:
         dirty.target = None
         dirty.on(Event.STORED)
         self._changes.touch(node)
-        self._changes.answered(key)
+        self._changes.attempts.answered(key)
         if node.detached or self._inodes.key(node) != key:
             self._changes.landed(key, marker)
             if node.detached:
@@ -46,11 +46,11 @@ class Markers:
         else:
             node.marker = marker
         if dirty.state is State.CLEAN:
-            self._changes.clean(node)
+            self._changes.files.clean(node)
             self._changes.review_marker(node)  # a child may have come or gone meanwhile
         else:
             self._queue.schedule(node)
-        self._changes.announce(node)
+        self._changes.endings.announce(node)
 
     async def _has_more(self, key: ObjectKey) -> bool:
         """Whether the store has more below the directory than what is removed here, or was while it was asked."""

@@ -134,7 +134,7 @@ class Names:
                 self._writable.require_room()
                 attrs = self._attrs(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, parent)
                 node = await self._new(parent, name, attrs, act, exclusive=bool(flags & os.O_EXCL))
-            elif flags & os.O_EXCL and not (self._claims and self._changes.made_before(node)):
+            elif flags & os.O_EXCL and not (self._claims and self._changes.attempts.made_before(node)):
                 raise Exists("create", self._inodes.path(node))
             return node, self._files.open(node.ino, flags)
 
@@ -170,7 +170,7 @@ class Names:
             return await self._made_before(ino, parent, name)
         async with self._making(parent, name):
             if (found := await self._namespace.exists(parent, name)) is not None:
-                if self._claims and self._changes.made_before(found):
+                if self._claims and self._changes.attempts.made_before(found):
                     return found
                 raise Exists("create", name.decode(errors="replace"))
             attrs = self._attrs(attrs_mode, uid, gid, parent, rdev)

@@ -137,7 +137,7 @@ class OpenFiles:
         Raises: QuotaExceeded, NoSpace (dirty limit, or the quota where the kernel would make EIO of EDQUOT when it
         tells the program later), OSError (ENOSPC, EDQUOT of the local disk)."""
         node = self._inodes.get((fh & ~DIRECT) >> 1)
-        self._changes.require_space(len(data))
+        self._writable.require_space(len(data))
         if not self._settling.has_room(len(data)):
             await self._settling.room(len(data))
         if offset + len(data) > node.size:

@@ -78,10 +78,10 @@ class Settling:
     def limit(self, dirty_bytes_max: int) -> None:
         """Keep to another limit from now on; who waits for room looks again."""
         self.dirty_bytes_max = dirty_bytes_max
-        self._changes.announce()
+        self._changes.endings.announce()
 
     def pending(self) -> Pending:
-        waiting = self._changes.waiting()
+        waiting = self._changes.files.waiting()
         now = trio.current_time()
         oldest = max((now - node.dirty.since for node in waiting if node.dirty), default=0.0)
         return Pending(len(waiting), len(self._changes.gone), self._area.held_bytes, oldest)
@@ -90,13 +90,14 @@ class Settling:
         """(path, reason, failed tries) of what could not be uploaded so far."""
         return [
             (self._inodes.path(node), str(node.dirty.error), node.dirty.attempts)
-            for node in self._changes.waiting()
+            for node in self._changes.files.waiting()
             if node.dirty and node.dirty.error
         ]
 
     @property
     def store_is_away(self) -> bool:
-        return any(isinstance(node.dirty.error, StoreUnavailable) for node in self._changes.waiting() if node.dirty)
+        waiting = self._changes.files.waiting()
+        return any(isinstance(node.dirty.error, StoreUnavailable) for node in waiting if node.dirty)
 
     def has_room(self, size: int) -> bool:
         return self._area.held_bytes + size <= self.dirty_bytes_max
@@ -105,9 +106,9 @@ class Settling:
         """Wait until `size` more dirty bytes are allowed. Raises: NoSpace (ENOSPC) after `full_seconds`."""
         with trio.move_on_after(self._config.full_seconds):
             while not self.has_room(size):
-                for node in self._changes.waiting():
+                for node in self._changes.files.waiting():
                     self._queue.hurry(node)
-                await self._changes.settled.wait()
+                await self._changes.endings.settled.wait()
             return
         raise NoSpace("write", "dirty limit", "the store does not take the data as fast as it is written")
 
@@ -132,21 +133,21 @@ class Settling:
             while node.dirty is dirty and dirty.stored < goal and not node.detached:
                 if dirty.attempts > tries and (error := self.take_error(node)) is not None:
                     raise error
-                await self._changes.waiter(node).wait()
+                await self._changes.endings.waiter(node).wait()
             return
         raise StoreTimeout("fsync", self._inodes.path(node), f"not in the store after {limit:g} s")
 
     async def settle_names(self, folder: Node) -> None:
         """Return when the store has the changes so far of the names in `folder`, deletes included."""
         prefix = self._inodes.key(folder)
-        nodes = [node for node in self._changes.waiting() if node is folder or node.parent is folder]
+        nodes = [node for node in self._changes.files.waiting() if node is folder or node.parent is folder]
         deletes = [gone for gone in self._changes.gone.all() if _folder_of(gone.key) == prefix]
         await self._settle_all(nodes, deletes)
 
     async def settle_below(self, folder: Node) -> None:
         """Return when the store has all changes so far at and below `folder`, deletes included."""
         prefix = self._inodes.key(folder)
-        nodes = [n for n in self._changes.waiting() if n is folder or self._inodes.key(n).startswith(prefix)]
+        nodes = [n for n in self._changes.files.waiting() if n is folder or self._inodes.key(n).startswith(prefix)]
         await self._settle_all(nodes, [gone for gone in self._changes.gone.all() if gone.key.startswith(prefix)])
 
     async def _settle_all(self, nodes: list[Node], deletes: list[Gone]) -> None:
@@ -154,20 +155,20 @@ class Settling:
             self._queue.push(gone, 0.0)
         await gather([partial(self.settle, node) for node in nodes])
         while any(self._changes.gone.get(gone.key) is gone for gone in deletes):
-            await self._changes.settled.wait()
+            await self._changes.endings.settled.wait()
 
     async def drain(self) -> bool:
         """Upload everything; from now on nothing waits for its quiet time. Returns whether all is in the store."""
         self._queue.draining = True
         for gone in self._changes.gone.all():
             self._queue.push(gone, 0.0)
-        for node in self._changes.waiting():
+        for node in self._changes.files.waiting():
             self._queue.hurry(node)
         with trio.move_on_after(self._config.drain_seconds or math.inf):
-            while self._changes.waiting() or len(self._changes.gone):
-                await self._changes.settled.wait()
+            while self._changes.files.waiting() or len(self._changes.gone):
+                await self._changes.endings.settled.wait()
                 await trio.sleep(0.01)  # many end at once
-        return not self._changes.waiting() and not len(self._changes.gone)
+        return not self._changes.files.waiting() and not len(self._changes.gone)
 
     def end_drain(self) -> None:
         """The mount goes on: what is written from now on waits for its quiet time again."""

@@ -40,7 +40,7 @@ class Sources:
 
     def blocked(self, key: ObjectKey, work: Work) -> bool:
         """Park `work` if `key` is busy, or if another file still needs what the store has there."""
-        users = self._changes.users(key)
+        users = self._changes.users.of(key)
         if not self._queue.is_busy(key) and not (users and users != {work}):
             return False
         self._queue.park(key, work)
@@ -60,7 +60,7 @@ class Sources:
             if at in seen or at.detached:
                 continue
             seen.add(at)
-            todo.extend(self._changes.users(self._inodes.key(at)))
+            todo.extend(self._changes.users.of(self._inodes.key(at)))
         return False
 
     def filler(self, node: Node) -> Fill:
@@ -87,12 +87,12 @@ class Sources:
         try:
             for attempt in itertools.count(1):
                 try:
-                    if self._changes.is_tracked(node) and not (node.dirty and node.dirty.uploading):
+                    if node in self._changes.users and not (node.dirty and node.dirty.uploading):
                         await self.copy_base(node)
                     return
                 except StaleVersion as exc:
                     log.warning("bytes of ino=%d are lost, somebody else has replaced them: %s", node.ino, exc)
-                    self._changes.untrack(node)
+                    self._changes.users.untrack(node)
                     return
                 except (PhfsError, OSError) as exc:
                     log.warning("bytes of ino=%d cannot be fetched yet: %s", node.ino, exc)
@@ -123,4 +123,4 @@ class Sources:
             self._queue.hurry(node)
         if node.dirty is not None and node.dirty.state is State.CLEAN:
             node.dirty.on(Event.CHANGE)
-        self._changes.track(node)
+        self._changes.users.track(node)

@@ -42,6 +42,7 @@ class Vfs:
         quotas: Quotas,
         claims: Claims,
         defaults: Defaults,
+        writable: Writable,
         config: TreeConfig,
         write_through: bool,
     ) -> None:
@@ -50,7 +51,6 @@ class Vfs:
         self._settling = settling
         self._kernel = kernel
         self._quotas = quotas
-        writable = Writable(changes, read_only=config.read_only)
         self._files = files = OpenFiles(
             inodes=inodes,
             blocks=blocks,

@@ -43,6 +43,7 @@ from phfs_fuse.store.base import ObjectStore
 from phfs_fuse.trust import Trust
 from phfs_fuse.uploadqueue import UploadQueue
 from phfs_fuse.vfs import Vfs
+from phfs_fuse.writable import Writable
 from phfs_fuse.writeback import Writeback
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ class Mount:
             quotas=quotas,
             claims=Claims(store=store, changes=self.changes, queue=queue),
             defaults=self.defaults,
+            writable=Writable(self.journal.reserve, read_only=config.tree.read_only),
             config=config.tree,
             write_through=config.writeback.write_through,
         )
@@ -171,7 +173,7 @@ class Mount:
         self.changes.recover(found)
         for node in self.inodes.all():
             if node.detached and node.opens and not node.is_dir:
-                self.changes.track(node)
+                self.changes.users.track(node)
         self.journal.drop_acts()
         for path in recovery.saved:
             log.error("bytes that no file could be found for are saved as %s", path)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from phfs_fuse.changes import Changes
 from phfs_fuse.errors import ReadOnly
+from phfs_fuse.reserve import Reserve
 
 ROWS_BYTES = 4096  # of the journal, for one change
 
 
 class Writable:
-    def __init__(self, changes: Changes, *, read_only: bool) -> None:
-        self._changes = changes
+    def __init__(self, reserve: Reserve, *, read_only: bool) -> None:
+        self._reserve = reserve
         self._read_only = read_only
 
     def require(self) -> None:
-        """Raises: ReadOnly, OSError (ENOSPC, when not even what gives space back could be noted)."""
+        """Before a change that will give space back. Raises: ReadOnly, OSError (ENOSPC, when not even that could be
+        noted)."""
         self._require_not_read_only()
-        self._changes.require_some_space()
+        self._reserve.require_some()
 
     def require_room(self, size: int = ROWS_BYTES) -> None:
-        """As `require`, for what makes the local state grow. Raises: ReadOnly, OSError (ENOSPC)."""
+        """Before one that makes the local state grow by `size`. Raises: ReadOnly, OSError (ENOSPC)."""
         self._require_not_read_only()
-        self._changes.require_space(size)
+        self._reserve.require(size)
+
+    def require_space(self, size: int) -> None:
+        """As `require_room`, for bytes of a file that is open for writing. Raises: OSError (ENOSPC)."""
+        self._reserve.require(size)
 
     def _require_not_read_only(self) -> None:
         if self._read_only:

@@ -68,6 +68,7 @@ class Writeback:
         self._inodes = inodes
         self._blocks = blocks
         self._journal = journal
+        self._reserve = journal.reserve
         self._area = area
         self._changes = changes
         self._queue = queue
@@ -76,7 +77,14 @@ class Writeback:
         self._uploader = Uploader(store, journal, config, self._upcoming)
         self._sources = Sources(inodes=inodes, blocks=blocks, changes=changes, queue=queue)
         self._markers = Markers(store=store, inodes=inodes, changes=changes, queue=queue)
-        self._deletes = Deletes(store=store, changes=changes, queue=queue, sources=self._sources, config=config)
+        self._deletes = Deletes(
+            store=store,
+            changes=changes,
+            queue=queue,
+            reserve=journal.reserve,
+            sources=self._sources,
+            config=config,
+        )
         self._conflicts = Conflicts(
             store=store,
             inodes=inodes,
@@ -96,7 +104,7 @@ class Writeback:
             self._nursery = self._sources.nursery = nursery
             task_status.started()
             while True:
-                await self._changes.room_to_note()
+                await self._reserve.some()
                 self._start_due()
                 wake = self._queue.wake
                 with trio.move_on_at(self._next_look()):
@@ -184,7 +192,7 @@ class Writeback:
         else:
             unchanged = node.staged is None and not dirty.attrs
             if unchanged and (base := node.base) and (base.key, base.etag) == (key, dirty.over):
-                self._changes.clean(node)  # renamed there and back
+                self._changes.files.clean(node)  # renamed there and back
                 return
             task = self._store_file
             if _is_copy(node):
@@ -215,11 +223,11 @@ class Writeback:
         dirty.attrs = False
         began_at = trio.current_time()
         try:
-            self._changes.attempt(key, snap.size, snap.metadata)
+            self._changes.attempts.begin(key, snap.size, snap.metadata)
             info = await self._uploader.store(snap)
         except (VersionChanged, StaleVersion) as exc:
             self._failed(node, dirty, key, None)
-            await self._changes.room_to_note()
+            await self._reserve.some()
             await self._conflicts.lost_race(node, dirty, key, snap, exc)
         except (PhfsError, OSError) as exc:
             self._failed(node, dirty, key, exc)
@@ -227,7 +235,7 @@ class Writeback:
             self._failed(node, dirty, key, None)
             raise
         else:
-            await self._changes.room_to_note()
+            await self._reserve.some()
             self._stored(node, dirty, key, snap, info)
             node.checked_at = max(node.checked_at, began_at)
         finally:
@@ -243,7 +251,7 @@ class Writeback:
             self._failed(node, dirty, key, None)
             raise
         else:
-            await self._changes.room_to_note()
+            await self._reserve.some()
             self._markers.stored(node, dirty, key, marker)
         finally:
             self._queue.free(key)
@@ -265,7 +273,7 @@ class Writeback:
             wait = self._queue.backoff(dirty.attempts + (3 if isinstance(exc, FINAL) else 0))
             log.warning("upload of key=%s failed, next try in %.1f s: %s", key, wait, exc)
             self._queue.enqueue(node, dirty, trio.current_time() + wait)
-        self._changes.announce(node)
+        self._changes.endings.announce(node)
 
     def _stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, info: ObjectInfo) -> None:
         dirty.target = None
@@ -276,26 +284,26 @@ class Writeback:
         if not node.detached and self._inodes.key(node) == key:
             dirty.over = info.etag
         with self._journal.batch():
-            self._changes.answered(key)
+            self._changes.attempts.answered(key)
             if snap.layer is not None:
                 self._uncover(node, snap.layer, old_base, info)
             elif old_base is not None:
                 self._blocks.rekey(old_base.key, old_base.etag, key, info.etag)
             dirty.on(Event.STORED)
-            self._changes.track(node)
+            self._changes.users.track(node)
             if node.detached:
                 if not node.opens:
                     self._changes.abandon(node)
                 elif node.dirty is not None:
-                    self._changes.save(node)
+                    self._changes.files.save(node)
             elif dirty.state is State.CLEAN:
-                self._changes.clean(node)
+                self._changes.files.clean(node)
             else:
                 dirty.since = trio.current_time()
-                self._changes.save(node)
+                self._changes.files.save(node)
                 self._queue.schedule(node)
         log.debug("stored key=%s bytes=%d", key, info.size)
-        self._changes.announce(node)
+        self._changes.endings.announce(node)
 
     def _uncover(self, node: Node, layer: Layer, old_base: Base | None, info: ObjectInfo) -> None:
         """The bottom layer is the store's new version: its bytes become clean blocks."""

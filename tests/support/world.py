@@ -31,6 +31,7 @@ from phfs_fuse.trust import Trust
 from phfs_fuse.types import MIB, ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue
 from phfs_fuse.vfs import Vfs
+from phfs_fuse.writable import Writable
 from phfs_fuse.writeback import Writeback
 from tests.support.fake_blocks import FakeBlocks
 from tests.support.fake_store import FakeStore
@@ -171,6 +172,7 @@ def made(
         quotas=quotas,
         claims=Claims(store=store, changes=changes, queue=queue),
         defaults=defaults,
+        writable=Writable(journal.reserve, read_only=tree.read_only),
         config=tree,
         write_through=False,
     )

@@ -51,15 +51,16 @@ listahead
 namespace
 doubts lookup
 listings
-known merging probes writable
+known merging probes
 writeback
 conflicts deletes claims
 sources markers settling
 upload changes
+removed keyusers dirtyfiles
 uploadqueue quota
 recovery resume
 kernelstate memory
-namewalks defaults
+namewalks defaults attempts endings writable
 inodes trust
 blocks staging
 adoption

@@ -1,0 +1,64 @@
+"""Requests that were sent to store something and had no answer: the store may have it. Owns them and their journal
+rows, so that what is found there after a restart is known for our own. No await.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from phfs_fuse.attrs import to_metadata
+from phfs_fuse.inodes import Node
+from phfs_fuse.journal import Journal
+from phfs_fuse.store.base import ObjectInfo
+from phfs_fuse.types import ObjectKey
+
+ATTEMPTS_MAX = 8  # of one key that are remembered
+
+
+class Attempts:
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._sent: dict[ObjectKey, list[tuple[int, str]]] = {}  # (size, metadata)
+
+    def __contains__(self, key: ObjectKey) -> bool:
+        return key in self._sent
+
+    def recover(self) -> None:
+        """Take up what an earlier process left in the journal."""
+        for key, size, metadata in self._journal.attempts():
+            self._sent.setdefault(key, []).append((size, metadata))
+
+    def begin(self, key: ObjectKey, size: int, metadata: Mapping[str, str]) -> None:
+        """An upload is about to be sent. Until its answer is known the store may have it, also after a restart."""
+        known = self._sent.setdefault(key, [])
+        text = json.dumps(dict(metadata), sort_keys=True)
+        if (size, text) in known:
+            return
+        known.append((size, text))
+        if len(known) > ATTEMPTS_MAX:
+            self.answered(key)
+            known = self._sent[key] = known[-ATTEMPTS_MAX:]
+        with self._journal.batch():
+            for row in known:
+                self._journal.put_attempt(key, *row)
+
+    def answered(self, key: ObjectKey) -> None:
+        """What the store has under `key` is known now."""
+        if self._sent.pop(key, None) is not None:
+            self._journal.drop_attempts(key)
+
+    def is_ours(self, found: ObjectInfo) -> bool:
+        """Whether the store has what an upload of ours has sent without getting an answer."""
+        text = json.dumps(dict(found.metadata or {}), sort_keys=True)
+        return (found.size, text) in self._sent.get(found.key, ())
+
+    def made_before(self, node: Node) -> bool:
+        """Whether `node` is what a call that got no answer has made: then that ends here."""
+        if node.base is None or node.dirty is not None:
+            return False
+        text = json.dumps(to_metadata(node.attrs), sort_keys=True)
+        if (node.base.size, text) not in self._sent.get(node.base.key, ()):
+            return False
+        self.answered(node.base.key)
+        return True

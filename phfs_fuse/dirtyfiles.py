@@ -1,0 +1,78 @@
+"""The dirty files: those of which something is not in the store yet. Owns the set of them and their journal rows.
+
+No I/O but the journal's, and no await.
+"""
+
+from __future__ import annotations
+
+import json
+
+import trio
+
+from phfs_fuse.dirty import DirtyFile
+from phfs_fuse.endings import Endings
+from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.journal import Journal, PresentRow
+from phfs_fuse.kernelstate import KernelState
+from phfs_fuse.types import ETag, Ino
+
+
+class DirtyFiles:
+    def __init__(self, inodes: Inodes, journal: Journal, kernel: KernelState, endings: Endings) -> None:
+        self._inodes = inodes
+        self._journal = journal
+        self._kernel = kernel
+        self._endings = endings
+        self._nodes: dict[Ino, Node] = {}
+
+    def waiting(self) -> list[Node]:
+        """Those that have a name."""
+        return [node for node in self._nodes.values() if not node.detached]
+
+    def begin(self, node: Node, over: ETag | None) -> DirtyFile:
+        """`node` is one from now on; the caller notes it by `save`."""
+        dirty = node.dirty = DirtyFile(over=over, since=trio.current_time())
+        self._nodes[node.ino] = node
+        return dirty
+
+    def take_back(self, node: Node) -> None:
+        """It is none after all. Notes nothing."""
+        node.dirty = None
+        self._nodes.pop(node.ino, None)
+
+    def save(self, node: Node) -> None:
+        """Write the row of a dirty node."""
+        dirty = node.dirty
+        assert dirty is not None
+        base = node.base
+        xattrs = node.xattrs
+        self._journal.put(
+            PresentRow(
+                ino=node.ino,
+                key=self._inodes.key(node),
+                name=node.name,
+                detached=node.detached,
+                mode=node.mode,
+                uid=node.uid,
+                gid=node.gid,
+                rdev=node.rdev,
+                mtime_ns=node.mtime_ns,
+                ctime_ns=node.ctime_ns,
+                xattrs=json.dumps({k.hex(): v.hex() for k, v in xattrs.items()}).encode() if xattrs else None,
+                link=node.link,
+                own_attrs=node.own_attrs,
+                base_key=base.key if base else None,
+                base_etag=base.etag if base else None,
+                base_size=base.size if base else None,
+                over=dirty.over,
+                attrs=dirty.attrs or dirty.uploading,  # what an upload took is not stored yet
+            )
+        )
+
+    def clean(self, node: Node) -> None:
+        """Nothing of `node` waits any more."""
+        self.take_back(node)
+        self._kernel.changed(node)  # before the row goes, so that one of both says what it is
+        self._journal.drop(node.ino)
+        self._endings.announce(node)
+        self._inodes.drop_unused(node)

@@ -1,0 +1,70 @@
+"""Keys that were removed here, until the store has let go of them: their journal rows and their places on the queue.
+Owns the set of them. No I/O but the journal's, and no await.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import trio
+
+from phfs_fuse.attempts import Attempts
+from phfs_fuse.endings import Endings
+from phfs_fuse.gone import Gone, GoneKeys
+from phfs_fuse.journal import Journal
+from phfs_fuse.types import ETag, ObjectKey
+from phfs_fuse.uploadqueue import UploadQueue
+
+
+class Removed:
+    def __init__(self, journal: Journal, queue: UploadQueue, attempts: Attempts, endings: Endings) -> None:
+        self._journal = journal
+        self._queue = queue
+        self._attempts = attempts
+        self._endings = endings
+        self.keys = GoneKeys()
+
+    def recover(self) -> None:
+        """Take up what an earlier process left in the journal."""
+        for key, etag in self._journal.gone():
+            self.keys.add(gone := Gone(key, etag, True, 0.0))
+            self._queue.push(gone, 0.0)
+
+    def add(self, key: ObjectKey, etag: ETag | None, *, request: bool) -> None:
+        """`key` shall vanish from the store, which has version `etag` there."""
+        gone = Gone(key, etag, request, self._queue.delete_due)
+        self.keys.add(gone)
+        self._journal.put_gone(key, etag)  # of directories too: their names stay hidden after a restart
+        self._queue.push(gone, gone.due)
+
+    def add_again(self, gone: Gone) -> None:
+        """It was in use for a moment, of which nothing was noted."""
+        self.keys.add(gone)
+        self._queue.push(gone, trio.current_time())
+
+    def in_use(self, key: ObjectKey, seq: int) -> ETag | None:
+        """The key is in use again; returns the version that the store still has there."""
+        if (gone := self.keys.take(key, seq)) is None:
+            return None
+        self._journal.drop_gone((key,))
+        return gone.etag
+
+    def deleted(self, batch: Iterable[Gone], seq: int) -> None:
+        """They are gone from the store, or stay since they are somebody else's.
+        Answers older than `seq` do not count."""
+        done = [gone.key for gone in batch if self.keys.get(gone.key) is gone]
+        with self._journal.batch():
+            for key in done:
+                self.keys.take(key, seq)
+                self._attempts.answered(key)
+            self._journal.drop_gone(done)
+        self._endings.announce()
+
+    def landed(self, key: ObjectKey, etag: ETag | None) -> bool:
+        """The store now has `etag` under `key` by our own doing. Returns whether that shall vanish."""
+        if (gone := self.keys.get(key)) is None:
+            return False
+        gone.etag = etag
+        gone.request = gone.request or etag is not None
+        self._journal.put_gone(key, etag)
+        return True
