@@ -2,7 +2,7 @@
 
 An entry of the heap says when to look; when a file is really due is in its `DirtyFile`, since each further change
 moves that on. Work that must wait for a key is parked there and comes back when the key is free. Owns the times, and
-which keys have a request under way.
+which keys have a request under way or had one lately.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import trio
+from cachetools import TTLCache
 
 from phfs_fuse.config import WritebackConfig
 from phfs_fuse.dirty import DirtyFile
@@ -24,8 +25,8 @@ from phfs_fuse.types import MIB, ObjectKey
 Work = Node | Gone
 
 TOGETHER_SECONDS = 0.25  # deletions that are due within this time go in one request
-
-
+REST_PART = 10  # a file that the store has had for so many quiet times waits for this part of one
+RECENT_MAX = 4096  # of which it is known that they were stored lately
 HOLD_SECONDS = 2.0  # for which what is due waits until programs ask for less
 HELD_BYTES_MAX = MIB  # bigger files take the store longer than us: they do not wait
 UPCOMING_MAX = 512
@@ -42,8 +43,12 @@ def _together(due: float) -> float:
 
 
 class UploadQueue:
-    def __init__(self, config: WritebackConfig) -> None:
+    def __init__(self, config: WritebackConfig, key_of: Callable[[Node], ObjectKey]) -> None:
         self._config = config
+        self._key_of = key_of
+        self._recent: TTLCache[ObjectKey, None] = TTLCache(
+            RECENT_MAX, ttl=REST_PART * config.delay_seconds, timer=trio.current_time
+        )
         self._heap: list[tuple[float, int, Work]] = []
         self._held: deque[tuple[float, Work]] = deque()  # until when each may wait
         self._busy: set[ObjectKey] = set()
@@ -98,6 +103,7 @@ class UploadQueue:
     def free(self, key: ObjectKey) -> None:
         """It has ended."""
         self._busy.discard(key)
+        self._recent[key] = None
         self.unpark(key)
 
     def park(self, key: ObjectKey, work: Work) -> None:
@@ -126,9 +132,17 @@ class UploadQueue:
         assert dirty is not None
         now = trio.current_time()
         age = self._config.open_seconds * max(1.0, node.size / (64 * MIB))
-        quiet = math.inf if node.writers and not self.draining else now + self.delay
+        quiet = math.inf if node.writers and not self.draining else now + self._quiet_seconds(node, dirty)
         due = min(quiet, dirty.since + age)
         self.enqueue(node, dirty, max(due, dirty.due) if dirty.attempts else due)
+
+    def _quiet_seconds(self, node: Node, dirty: DirtyFile) -> float:
+        """Short for new bytes of a file that has been left alone for long: somebody saved it. What is new may be gone
+        or get its name in a moment; what was stored lately may be written once more."""
+        is_saved = node.staged is not None and dirty.over is not None
+        if is_saved and self._key_of(node) not in self._recent:
+            return self.delay / REST_PART
+        return self.delay
 
     def enqueue(self, node: Node, dirty: DirtyFile, due: float) -> None:
         dirty.due = due

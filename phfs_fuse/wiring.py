@@ -82,7 +82,7 @@ class Mount:
             first_ino=epoch * EPOCH_INODES + 2,
         )
         self.kernel = KernelState(directory / KERNEL_LOG, self.inodes, self.journal.reserve.give_up)
-        queue = UploadQueue(config.writeback)
+        queue = UploadQueue(config.writeback, self.inodes.key)
         self.demand = Demand()
         quotas = Quotas()
         self.changes = Changes(

@@ -77,6 +77,50 @@ async def test_chmod_after_close_is_in_the_same_put(world: World, autojump_clock
     assert world.store.requests["copy"] == 0
 
 
+async def test_a_file_that_was_left_alone_is_stored_soon_and_then_at_leisure(
+    world: World, autojump_clock: MockClock
+) -> None:
+    await world.write("f", b"one")
+    await world.settle()
+    await trio.sleep(6)
+    await world.write("f", b"two")
+    await trio.sleep(0.1)
+    assert content(world, "f") == b"two"
+    await world.write("f", b"three")
+    await trio.sleep(0.4)
+    assert content(world, "f") == b"two"
+    await trio.sleep(0.2)
+    assert content(world, "f") == b"three"
+
+
+async def test_a_file_left_alone_that_is_replaced_by_rename_is_stored_soon(
+    world: World, autojump_clock: MockClock
+) -> None:
+    await world.write("f", b"one")
+    await world.settle()
+    await trio.sleep(6)
+    await world.write("f.tmp", b"two")
+    await world.vfs.rename(1, b"f.tmp", 1, b"f", 0)
+    await trio.sleep(0.1)
+    assert content(world, "f") == b"two"
+    await world.write("f.tmp", b"three")
+    await world.vfs.rename(1, b"f.tmp", 1, b"f", 0)
+    await trio.sleep(0.4)
+    assert content(world, "f") == b"two"
+
+
+async def test_attributes_that_change_wait_for_others(world: World, autojump_clock: MockClock) -> None:
+    node = await world.write("f", b"x")
+    await world.settle()
+    await trio.sleep(6)
+    counts = dict(world.store.requests)
+    await world.vfs.setattr(node.ino, Change(mode=0o755))
+    await trio.sleep(0.4)
+    await world.vfs.setattr(node.ino, Change(mtime_ns=10**18))
+    await trio.sleep(0.4)
+    assert dict(world.store.requests) == counts
+
+
 async def test_rename_of_a_stored_file_is_a_copy_and_a_delete(world: World, autojump_clock: MockClock) -> None:
     await world.write("a", b"x")
     await world.settle()

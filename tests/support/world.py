@@ -141,7 +141,7 @@ def made(
     blocks = FakeBlocks(store)
     defaults = Defaults(tree)
     inodes = Inodes(PREFIX, defaults.directory(), now_ns=time.time_ns())
-    queue = UploadQueue(config)
+    queue = UploadQueue(config, inodes.key)
     demand = Demand()
     kernel = KernelState(directory / "kernel.log", inodes, journal.reserve.give_up)
     kernel.begin()
