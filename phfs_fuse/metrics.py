@@ -31,6 +31,7 @@ class Metric:
 METRICS: Final[list[Metric]] = []
 
 FUSE_REQUESTS: Final = Metric("fuse_requests", "requests", "op", "Requests of the kernel.")
+FUSE_WAITS: Final = Metric("fuse_waits", "waits", "", "Waits for a request of the kernel.", is_stable=False)
 STORE_REQUESTS: Final = Metric("store_requests", "requests", "op", "Requests to the store, repetitions included.")
 STORE_SENT: Final = Metric("store_sent_bytes", "bytes", "op", "Bodies of requests to the store.")
 STORE_RECEIVED: Final = Metric("store_received_bytes", "bytes", "op", "Bytes of objects that were asked for.")

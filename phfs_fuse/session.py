@@ -27,6 +27,7 @@ import pyfuse3
 import trio
 
 from phfs_fuse import messages
+from phfs_fuse.eager import eager_requests
 from phfs_fuse.errors import MountpointError, startup_error
 from phfs_fuse.expiry import Name
 from phfs_fuse.messages import Kind, Message
@@ -216,7 +217,8 @@ class Session:
 
     async def serve(self) -> None:
         """Service: answer requests until the mount has ended, by umount or by an abort of the connection."""
-        await pyfuse3.main(min_tasks=TASKS_MIN, max_tasks=TASKS_MAX)
+        with eager_requests(self._session_fd):
+            await pyfuse3.main(min_tasks=TASKS_MIN, max_tasks=TASKS_MAX)
 
     def stop(self) -> None:
         """Have `serve` return although the mount has not ended: programs that hold on to it get ENOTCONN."""

@@ -177,6 +177,13 @@ def test_what_a_change_left_as_it_was_stays_cached(place: MountPlace) -> None:
     assert cost["store_received_bytes"].get("get", 0) == 0
 
 
+def test_requests_that_wait_already_need_no_turn_of_the_loop(place: MountPlace) -> None:
+    """Bounded by nothing else: how often the next request is there in time is the machine's affair."""
+    with counted(place) as cost:
+        script(MAKE, place.path, "200")
+    assert 0 < cost["fuse_waits"] < sum(cost["fuse_requests"].values())
+
+
 def test_appending_to_a_large_file_sends_little(place: MountPlace) -> None:
     put_big(place, "big", 128 * MIB)
     with counted(place) as cost:

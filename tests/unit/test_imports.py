@@ -86,7 +86,7 @@ expiry loop
 settings
 options
 values
-registry mountpoint localstate localfile holding reserve statfsino
+registry mountpoint localstate localfile holding reserve statfsino eager
 dirs logs waiting
 metrics
 config
@@ -126,7 +126,7 @@ USERS = {
     "botocore": "store bench",
     "matplotlib": "bench",
     "moto": "demo bench",
-    "pyfuse3": "ops session",
+    "pyfuse3": "ops session eager",
     "rich": "display cli bench",
     "typer": "cli entry",
 }
