@@ -54,15 +54,14 @@ class Snapshot:
 class Looks:
     """Where copies go to, many with one look. A look is good for LOOK_SECONDS, and for one copy to each key.
 
-    Owns the keys of copies that have begun and not been looked at, and what was seen last.
+    Owns the keys of copies that have begun and not been looked at, and what was seen lately of which key.
     """
 
     def __init__(self, store: ObjectStore, upcoming: Callable[[], Iterable[ObjectKey]]) -> None:
         self._store = store
         self._upcoming = upcoming
         self._begun: set[ObjectKey] = set()
-        self._seen: dict[ObjectKey, ETag | None] = {}
-        self._seen_at = -inf
+        self._seen: dict[ObjectKey, tuple[ETag | None, float]] = {}
         self._lock = trio.Lock()
 
     def announce(self, key: ObjectKey) -> None:
@@ -73,22 +72,29 @@ class Looks:
         """When `expect` was seen to hold; -inf: it was not, or not lately. Raises: PhfsError."""
         if expect is None:
             return -inf
-        async with self._lock:
-            if key not in self._seen or trio.current_time() > self._seen_at + LOOK_SECONDS / 2:
+        if not self._knows(key):
+            async with self._lock:
+                if not self._knows(key):
+                    await self._look(key)
+        elif len(self._seen) <= LOOKS_MAX // 4 and not self._lock.locked():  # the others go on meanwhile
+            async with self._lock:
                 await self._look(key)
-            self._begun.discard(key)
-            holds = key in self._seen and self._seen.pop(key) == expect.etag
-            return self._seen_at if holds else -inf
+        self._begun.discard(key)
+        etag, at = self._seen.pop(key, (None, -inf))
+        return at if etag == expect.etag else -inf
+
+    def _knows(self, key: ObjectKey) -> bool:
+        return key in self._seen and trio.current_time() <= self._seen[key][1] + LOOK_SECONDS / 2
 
     async def _look(self, key: ObjectKey) -> None:
         """At what has begun, and at what will, as far as that is known. A few are not worth it."""
-        self._seen = {}
-        wanted = {key, *self._begun, *islice(self._upcoming(), LOOKS_MAX)}
+        self._seen = {key: seen for key, seen in self._seen.items() if self._knows(key)}
+        wanted = {key, *self._begun, *islice(self._upcoming(), LOOKS_MAX)} - self._seen.keys()
         if len(wanted) < LOOKS_MIN:
             return
         at = trio.current_time()
         found = await self._store.look(list(wanted))
-        self._seen, self._seen_at = {key: found.get(key) for key in wanted}, at
+        self._seen |= {key: (found.get(key), at) for key in wanted}
 
 
 class Uploader:

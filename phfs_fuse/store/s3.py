@@ -1,16 +1,12 @@
-"""The object store over S3: checks, retries, conditions. Owns what was learned of the store (whether it lists
-metadata, which conditions it keeps); the single tries are those of `store.calls`.
-
-A lost answer is made good: a conditional write whose first try reached the store meets itself at the second.
+"""The object store over S3: checks, retries, conditions. Owns whether the store lists metadata; the single tries are
+those of `store.calls`, what a write rests on is `store.guard`'s.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from math import inf
 from typing import Any, Final, TypeVar
 
@@ -27,15 +23,14 @@ from phfs_fuse.errors import (
     PhfsError,
     VersionChanged,
 )
-from phfs_fuse.keys import TRIAL
-from phfs_fuse.store.answers import NO_SUCH_KEY, NO_SUCH_UPLOAD, check_key, check_metadata, check_text
+from phfs_fuse.store.answers import NO_SUCH_UPLOAD, check_key, check_metadata, check_text
 from phfs_fuse.store.base import LOOK_SECONDS, Body, Expect, Listener, Listing, ObjectInfo, Part, Sink, Upload
 from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
-from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
+from phfs_fuse.store.conditions import NONE_KEPT
 from phfs_fuse.store.events import EventStream
+from phfs_fuse.store.guard import CLEANUP_SECONDS, Guard, quietly
 from phfs_fuse.store.retry import retrying
 from phfs_fuse.store.transfer import Receiver, body_length, holds, multipart_etag
-from phfs_fuse.tasks import gather
 from phfs_fuse.types import GIB, MIB, S3_PARTS_MAX, ETag, ObjectKey
 
 log = logging.getLogger(__name__)
@@ -46,8 +41,6 @@ CHECK_ATTEMPTS: Final = 2  # a wrong endpoint must show soon
 COPY_BYTES_MAX: Final = 256 * MIB  # in one request: more may take longer than the time without a byte
 COPY_ONTO_ITSELF_BYTES_MAX: Final = 5 * GIB  # Source: S3 API reference, CopyObject
 COPY_PART_BYTES: Final = 128 * MIB
-LISTED_MIN: Final = 8  # versions learned by a page of a listing, which else costs more than it saves
-CLEANUP_SECONDS: Final = 30.0
 
 
 class S3Store:
@@ -55,11 +48,9 @@ class S3Store:
 
     def __init__(self, config: StoreConfig, calls: BotoCalls | None = None, owner: str = "") -> None:
         self._config = config
-        self._owner = owner
         self._calls = calls or BotoCalls(config)
+        self._guard = Guard(config, self._calls, owner)
         self._lists_metadata: bool | None = False  # None: to be seen at the first page that has an object
-        self._conditions: Conditions | None = None
-        self._probe_lock = trio.Lock()
 
     @property
     def lists_metadata(self) -> bool:
@@ -98,7 +89,7 @@ class S3Store:
 
     async def head(self, key: ObjectKey) -> ObjectInfo:
         check_key("head", key)
-        return await self._retrying(lambda _: self._calls.head(key))
+        return await self._guard.retrying(lambda _: self._calls.head(key))
 
     async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
         check_key("get", key)
@@ -107,7 +98,7 @@ class S3Store:
         metrics.STORE_RECEIVED.add(end - start, "get")
         receiver = Receiver(key, start, end, etag, sink)
         try:
-            await self._retrying(lambda _: self._calls.get(receiver))
+            await self._guard.retrying(lambda _: self._calls.get(receiver))
         except NotFound as exc:
             if receiver.etag is None:
                 raise
@@ -130,7 +121,7 @@ class S3Store:
             options["ContinuationToken"] = token
         elif start_after:
             options["StartAfter"] = start_after
-        return await self._retrying(lambda _: self._list_page(prefix, count_max, options))
+        return await self._guard.retrying(lambda _: self._list_page(prefix, count_max, options))
 
     async def _list_page(self, prefix: str, count_max: int, options: Mapping[str, Any]) -> Listing:
         if self._lists_metadata is not False:
@@ -150,18 +141,18 @@ class S3Store:
     ) -> ObjectInfo:
         check_key("put", key)
         check_metadata("put", key, metadata)
-        conditions = await self._kept() if expect else NONE_KEPT
+        conditions = await self._guard.kept() if expect else NONE_KEPT
 
         async def write() -> ObjectInfo:
             if conditions.needs_head(expect):
-                await self._confirm("put", key, expect)
+                await self._guard.confirm("put", key, expect)
             metrics.STORE_SENT.add(body_length(body), "put")
             return await self._calls.put(key, body, metadata, conditions.sends(expect))
 
         async def is_ours(found: ObjectInfo) -> bool:
             return await trio.to_thread.run_sync(holds, found, body, metadata)
 
-        return await self._conditional("put", key, write, is_ours)
+        return await self._guard.conditional("put", key, write, is_ours)
 
     async def copy(
         self,
@@ -177,40 +168,40 @@ class S3Store:
         check_key("copy", source)
         check_key("copy", key)
         check_metadata("copy", key, metadata)
-        conditions = await self._kept()
+        conditions = await self._guard.kept()
         if size > (COPY_ONTO_ITSELF_BYTES_MAX if source == key else COPY_BYTES_MAX):
             return await self._copy_in_parts(source, source_etag, key, size, metadata, expect)
 
         async def write() -> ObjectInfo:
             nonlocal seen_at
             if trio.current_time() > seen_at + LOOK_SECONDS:
-                await self._confirm("copy", key, expect)
+                await self._guard.confirm("copy", key, expect)
             seen_at = -inf  # a repetition looks again
             if not conditions.copy_source:
-                await self._confirm("copy", source, Expect(source_etag))
+                await self._guard.confirm("copy", source, Expect(source_etag))
             condition = conditions.sends_source(source_etag)
             return await self._calls.copy(source, condition, key, size, metadata)
 
         async def is_ours(found: ObjectInfo) -> bool:
             return found.size == size and found.metadata == dict(metadata)
 
-        return await self._conditional("copy", key, write, is_ours)
+        return await self._guard.conditional("copy", key, write, is_ours)
 
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
         check_key("delete", key)
-        conditions = await self._kept() if expect else NONE_KEPT
+        conditions = await self._guard.kept() if expect else NONE_KEPT
 
         async def attempt(_: int) -> None:
             if expect is not None and not conditions.delete:
-                found = await self._etag_now(key)
+                found = await self._guard.etag_now(key)
                 if found is None:
-                    return await self._require_bucket(key)
+                    return await self._guard.require_bucket(key)
                 if found != expect.etag:
                     raise VersionChanged("delete", key, f"the store has version {found}")
             await self._calls.delete(key, expect if conditions.delete else None)
 
         with suppress(NotFound):
-            await self._retrying(attempt)
+            await self._guard.retrying(attempt)
 
     async def delete_many(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
         for key in versions:
@@ -228,54 +219,29 @@ class S3Store:
 
     async def _delete_plain(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
         failed: dict[ObjectKey, PhfsError] = {}
-        if any(versions.values()) and not (await self._kept()).delete_many:
-            found = await self.look([key for key, etag in versions.items() if etag is not None])
+        if any(versions.values()) and not (await self._guard.kept()).delete_many:
+            found = await self._guard.look([key for key, etag in versions.items() if etag is not None])
             for key, etag in versions.items():
                 if etag is not None and key in found and found[key] != etag:
                     failed[key] = VersionChanged("delete", key, f"the store has version {found[key]}")
             versions = {key: None for key in versions if key not in failed}
         if versions:
-            failed |= await self._retrying(lambda _: self._calls.delete_many(versions))
+            failed |= await self._guard.retrying(lambda _: self._calls.delete_many(versions))
         return failed
 
     async def look(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
-        """By listing from the first to the last, as long as that finds enough of them, the rest one by one."""
-        for key in keys:
-            check_key("look", key)
-        rest = sorted(keys, key=str.encode)
-        found: dict[ObjectKey, ETag] = {}
-        after = rest[0][:-1] if rest else ""
-        while len(rest) > LISTED_MIN:
-            page = await self._versions_behind(after, _common(rest[0], rest[-1]), len(rest) + LISTED_MIN)
-            here = {info.key: info.etag for info in page.objects}
-            seen = len(rest)
-            if page.next_token is not None:
-                after = page.objects[-1].key
-                seen = sum(key.encode() <= after.encode() for key in rest)
-            found |= {key: here[key] for key in rest[:seen] if key in here}
-            rest = rest[seen:]
-            if seen < LISTED_MIN:
-                break
-        single = await gather([partial(self._etag_now, key) for key in rest])
-        return found | {key: etag for key, etag in zip(rest, single, strict=True) if etag is not None}
-
-    async def _versions_behind(self, after: str, prefix: str, count: int) -> Listing:
-        options = {"StartAfter": after}
-        page, _ = await self._retrying(
-            lambda _: self._calls.list_page(prefix, min(count, 1000), options, metadata=False)
-        )
-        return page
+        return await self._guard.look(keys)
 
     # -- in parts
 
     async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
         check_key("create multipart", key)
         check_metadata("create multipart", key, metadata)
-        return await self._retrying(lambda _: self._calls.create_multipart(key, metadata))
+        return await self._guard.retrying(lambda _: self._calls.create_multipart(key, metadata))
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
         metrics.STORE_SENT.add(body_length(body), "upload part")
-        return await self._retrying(lambda _: self._calls.upload_part(key, upload_id, part_no, body))
+        return await self._guard.retrying(lambda _: self._calls.upload_part(key, upload_id, part_no, body))
 
     async def upload_part_copy(
         self,
@@ -288,15 +254,15 @@ class S3Store:
         end: int,
     ) -> Part:
         check_key("copy part", source)
-        conditions = await self._kept()
+        conditions = await self._guard.kept()
 
         async def attempt(_: int) -> Part:
             if not conditions.copy_source:
-                await self._confirm("copy part", source, Expect(source_etag))
+                await self._guard.confirm("copy part", source, Expect(source_etag))
             return await self._calls.upload_part_copy(key, upload_id, part_no, source, source_etag, start, end)
 
         try:
-            return await self._retrying(attempt)
+            return await self._guard.retrying(attempt)
         except NotFound as exc:
             if exc.reason == NO_SUCH_UPLOAD:
                 raise
@@ -305,18 +271,18 @@ class S3Store:
     async def complete_multipart(
         self, key: ObjectKey, upload_id: str, parts: Sequence[Part], *, expect: Expect | None
     ) -> ObjectInfo:
-        conditions = await self._kept() if expect else NONE_KEPT
+        conditions = await self._guard.kept() if expect else NONE_KEPT
         ordered = sorted(parts, key=lambda part: part.part_no)
 
         async def write() -> ObjectInfo:
-            await self._confirm("complete multipart", key, expect)  # also where put alone keeps conditions
+            await self._guard.confirm("complete multipart", key, expect)  # also where put alone keeps conditions
             etag = await self._calls.complete_multipart(key, upload_id, ordered, conditions.sends(expect))
             return await self._completed(key, etag)
 
         async def is_ours(found: ObjectInfo) -> bool:
             return found.etag == multipart_etag(ordered)
 
-        return await self._conditional("complete multipart", key, write, is_ours, at_once=True)
+        return await self._guard.conditional("complete multipart", key, write, is_ours, at_once=True)
 
     async def _completed(self, key: ObjectKey, etag: ETag) -> ObjectInfo:
         """The object just completed: its size and metadata are known to the store alone.
@@ -330,11 +296,11 @@ class S3Store:
 
     async def abort_multipart(self, key: ObjectKey, upload_id: str) -> None:
         with suppress(NotFound):
-            await self._retrying(lambda _: self._calls.abort_multipart(key, upload_id))
+            await self._guard.retrying(lambda _: self._calls.abort_multipart(key, upload_id))
 
     async def list_multipart(self, prefix: str) -> Sequence[Upload]:
         check_text("list multipart", prefix)
-        return await self._retrying(lambda _: self._calls.list_multipart(prefix))
+        return await self._guard.retrying(lambda _: self._calls.list_multipart(prefix))
 
     # -- changes
 
@@ -353,14 +319,14 @@ class S3Store:
         metadata: Mapping[str, str],
         expect: Expect | None,
     ) -> ObjectInfo:
-        await self._confirm("copy", key, expect)  # before gigabytes are moved in vain
+        await self._guard.confirm("copy", key, expect)  # before gigabytes are moved in vain
         upload_id = await self.create_multipart(key, metadata)
         try:
             parts = await self._copy_parts(source, source_etag, key, size, upload_id)
             return await self.complete_multipart(key, upload_id, parts, expect=expect)
         except BaseException:
             with trio.move_on_after(CLEANUP_SECONDS, shield=True):
-                await self._quietly(lambda: self.abort_multipart(key, upload_id))
+                await quietly(lambda: self.abort_multipart(key, upload_id))
             raise
 
     async def _copy_parts(
@@ -386,120 +352,7 @@ class S3Store:
             raise failed[0]
         return parts
 
-    # -- retries and conditions
-
-    async def _retrying(self, attempt: Callable[[int], Awaitable[T]]) -> T:
-        return await retrying(self._config.attempts_max, attempt)
-
-    async def _conditional(
-        self,
-        op: str,
-        key: ObjectKey,
-        write: Callable[[], Awaitable[ObjectInfo]],
-        is_ours: Callable[[ObjectInfo], Awaitable[bool]],
-        *,
-        at_once: bool = False,
-    ) -> ObjectInfo:
-        """`write`, repeated; when a repetition loses, look whether it lost against its own first try.
-
-        `at_once`: look at the first try already, which may follow a try of a process that died.
-        """
-
-        async def attempt(attempt_no: int) -> ObjectInfo:
-            try:
-                return await write()
-            except (VersionChanged, NotFound) as exc:
-                if at_once or attempt_no:
-                    found = await self._found(key)
-                    if found and await is_ours(found):
-                        return found
-                if isinstance(exc, VersionChanged) or exc.reason != NO_SUCH_KEY:
-                    raise
-                raise VersionChanged(op, key, "the object is gone") from exc
-
-        return await self._retrying(attempt)
-
-    async def _found(self, key: ObjectKey) -> ObjectInfo | None:
-        try:
-            return await self._calls.head(key)
-        except NotFound:
-            return None
-
-    async def _etag_now(self, key: ObjectKey) -> ETag | None:
-        found = await self._found(key)
-        return found.etag if found else None
-
-    async def _confirm(self, op: str, key: ObjectKey, expect: Expect | None) -> None:
-        """Raises: VersionChanged if `expect` does not hold now."""
-        if expect is not None and (found := await self._etag_now(key)) != expect.etag:
-            if found is None:
-                await self._require_bucket(key)
-            raise VersionChanged(op, key, f"the store has version {found}, not {expect.etag}")
-
-    async def _require_bucket(self, key: ObjectKey) -> None:
-        """Raises: BucketNotFound. A HEAD has no body to say which of the two is missing."""
-        with suppress(AccessDenied):
-            await self._calls.list_page(key, 1, {}, metadata=False)
-
-    async def _kept(self) -> Conditions:
-        """Which conditions the store keeps; tried out before the first write that has one."""
-        async with self._probe_lock:
-            if self._conditions is None:
-                self._conditions = await self._probe_conditions()
-                log.info("the store keeps conditional writes: %s", self._conditions)
-        return self._conditions
-
-    async def _probe_conditions(self) -> Conditions:
-        if (await self._calls.clients()).is_aws:
-            return ALL_KEPT
-        try:
-            return await self._retrying(lambda _: self._probe_once())
-        except AccessDenied as exc:  # the policy may allow some keys only
-            log.info("conditions are kept by HEAD: %s", exc)
-            return NONE_KEPT
-
-    async def _probe_once(self) -> Conditions:
-        key = ObjectKey(f"{self._config.prefix}{TRIAL}{self._owner or secrets.token_hex(8)}")
-        if self._owner:  # a process before may have left it
-            await self._quietly(lambda: self.delete(key))
-        try:
-            return await probe_conditions(_ProbeObject(self._calls, key))
-        finally:
-            with trio.move_on_after(CLEANUP_SECONDS, shield=True):
-                await self._quietly(lambda: self.delete(key))
-
-    async def _quietly(self, call: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await call()
-        except PhfsError as exc:
-            log.info("clean-up failed: %s", exc)
-
-
-def _common(one: str, other: str) -> str:
-    """What both begin with."""
-    length = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
-    return one[:length]
-
 
 def _has_metadata(page: Listing) -> bool | None:
     """None if the page has no object that could tell."""
     return any(info.metadata is not None for info in page.objects) if page.objects else None
-
-
-class _ProbeObject:
-    def __init__(self, calls: BotoCalls, key: ObjectKey) -> None:
-        self._calls, self._key = calls, key
-
-    async def put(self, expect: Expect | None) -> object:
-        return await self._calls.put(self._key, b"", {}, expect)
-
-    async def copy(self, source_etag: ETag) -> object:
-        return await self._calls.copy(self._key, source_etag, self._key, 0, {})
-
-    async def delete(self, etag: ETag) -> None:
-        await self._calls.delete(self._key, Expect(etag))
-
-    async def delete_many(self, etag: ETag) -> None:
-        failed = await self._calls.delete_many({self._key: etag})
-        for exc in failed.values():
-            raise exc

@@ -74,6 +74,7 @@ gone demand
 store
 store.crt
 store.s3
+store.guard
 store.calls store.crt_http store.events
 store.session store.transfer store.conditions
 store.listing store.retry tasks

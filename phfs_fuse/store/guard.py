@@ -1,0 +1,189 @@
+"""What a write to the store rests on: versions that were looked at, conditions that the store keeps, and tries that
+meet themselves. Owns what was learned of the conditions.
+
+A lost answer is made good: a conditional write whose first try reached the store meets itself at the second.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Final, TypeVar
+
+import trio
+
+from phfs_fuse.config import StoreConfig
+from phfs_fuse.errors import AccessDenied, NotFound, PhfsError, VersionChanged
+from phfs_fuse.keys import TRIAL
+from phfs_fuse.store.answers import NO_SUCH_KEY, check_key
+from phfs_fuse.store.base import Expect, Listing, ObjectInfo
+from phfs_fuse.store.calls import BotoCalls
+from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
+from phfs_fuse.store.retry import retrying
+from phfs_fuse.tasks import gather
+from phfs_fuse.types import ETag, ObjectKey
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LISTED_MIN: Final = 8  # versions learned by a page of a listing, which else costs more than it saves
+CLEANUP_SECONDS: Final = 30.0
+
+
+class Guard:
+    """For the writes of one store."""
+
+    def __init__(self, config: StoreConfig, calls: BotoCalls, owner: str) -> None:
+        self._config, self._calls, self._owner = config, calls, owner
+        self._conditions: Conditions | None = None
+        self._probe_lock = trio.Lock()
+
+    async def retrying(self, attempt: Callable[[int], Awaitable[T]]) -> T:
+        return await retrying(self._config.attempts_max, attempt)
+
+    async def conditional(
+        self,
+        op: str,
+        key: ObjectKey,
+        write: Callable[[], Awaitable[ObjectInfo]],
+        is_ours: Callable[[ObjectInfo], Awaitable[bool]],
+        *,
+        at_once: bool = False,
+    ) -> ObjectInfo:
+        """`write`, repeated; when a repetition loses, look whether it lost against its own first try.
+
+        `at_once`: look at the first try already, which may follow a try of a process that died.
+        """
+
+        async def attempt(attempt_no: int) -> ObjectInfo:
+            try:
+                return await write()
+            except (VersionChanged, NotFound) as exc:
+                if at_once or attempt_no:
+                    found = await self._found(key)
+                    if found and await is_ours(found):
+                        return found
+                if isinstance(exc, VersionChanged) or exc.reason != NO_SUCH_KEY:
+                    raise
+                raise VersionChanged(op, key, "the object is gone") from exc
+
+        return await self.retrying(attempt)
+
+    async def _found(self, key: ObjectKey) -> ObjectInfo | None:
+        try:
+            return await self._calls.head(key)
+        except NotFound:
+            return None
+
+    async def etag_now(self, key: ObjectKey) -> ETag | None:
+        found = await self._found(key)
+        return found.etag if found else None
+
+    async def confirm(self, op: str, key: ObjectKey, expect: Expect | None) -> None:
+        """Raises: VersionChanged if `expect` does not hold now."""
+        if expect is not None and (found := await self.etag_now(key)) != expect.etag:
+            if found is None:
+                await self.require_bucket(key)
+            raise VersionChanged(op, key, f"the store has version {found}, not {expect.etag}")
+
+    async def require_bucket(self, key: ObjectKey) -> None:
+        """Raises: BucketNotFound. A HEAD has no body to say which of the two is missing."""
+        with suppress(AccessDenied):
+            await self._calls.list_page(key, 1, {}, metadata=False)
+
+    async def kept(self) -> Conditions:
+        """Which conditions the store keeps; tried out before the first write that has one."""
+        if self._conditions is None:
+            async with self._probe_lock:
+                if self._conditions is None:
+                    self._conditions = await self._probe_conditions()
+                    log.info("the store keeps conditional writes: %s", self._conditions)
+        return self._conditions
+
+    async def _probe_conditions(self) -> Conditions:
+        if (await self._calls.clients()).is_aws:
+            return ALL_KEPT
+        try:
+            return await self.retrying(lambda _: self._probe_once())
+        except AccessDenied as exc:  # the policy may allow some keys only
+            log.info("conditions are kept by HEAD: %s", exc)
+            return NONE_KEPT
+
+    async def _probe_once(self) -> Conditions:
+        key = ObjectKey(f"{self._config.prefix}{TRIAL}{self._owner or secrets.token_hex(8)}")
+        if self._owner:  # a process before may have left it
+            await quietly(lambda: self._remove(key))
+        try:
+            return await probe_conditions(_ProbeObject(self._calls, key))
+        finally:
+            with trio.move_on_after(CLEANUP_SECONDS, shield=True):
+                await quietly(lambda: self._remove(key))
+
+    async def _remove(self, key: ObjectKey) -> None:
+        with suppress(NotFound):
+            await self.retrying(lambda _: self._calls.delete(key, None))
+
+    async def look(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
+        """By listing from the first to the last, as long as that finds enough of them, the rest one by one."""
+        for key in keys:
+            check_key("look", key)
+        rest = sorted(keys, key=str.encode)
+        found: dict[ObjectKey, ETag] = {}
+        after = rest[0][:-1] if rest else ""
+        while len(rest) > LISTED_MIN:
+            page = await self._versions_behind(after, _common(rest[0], rest[-1]), len(rest) + LISTED_MIN)
+            here = {info.key: info.etag for info in page.objects}
+            seen = len(rest)
+            if page.next_token is not None:
+                after = page.objects[-1].key
+                seen = sum(key.encode() <= after.encode() for key in rest)
+            found |= {key: here[key] for key in rest[:seen] if key in here}
+            rest = rest[seen:]
+            if seen < LISTED_MIN:
+                break
+        single = await gather([partial(self.etag_now, key) for key in rest])
+        return found | {key: etag for key, etag in zip(rest, single, strict=True) if etag is not None}
+
+    async def _versions_behind(self, after: str, prefix: str, count: int) -> Listing:
+        options = {"StartAfter": after}
+        page, _ = await self.retrying(
+            lambda _: self._calls.list_page(prefix, min(count, 1000), options, metadata=False)
+        )
+        return page
+
+
+async def quietly(call: Callable[[], Awaitable[None]]) -> None:
+    """For what may be left undone."""
+    try:
+        await call()
+    except PhfsError as exc:
+        log.info("clean-up failed: %s", exc)
+
+
+def _common(one: str, other: str) -> str:
+    """What both begin with."""
+    length = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+    return one[:length]
+
+
+class _ProbeObject:
+    def __init__(self, calls: BotoCalls, key: ObjectKey) -> None:
+        self._calls, self._key = calls, key
+
+    async def put(self, expect: Expect | None) -> object:
+        return await self._calls.put(self._key, b"", {}, expect)
+
+    async def copy(self, source_etag: ETag) -> object:
+        return await self._calls.copy(self._key, source_etag, self._key, 0, {})
+
+    async def delete(self, etag: ETag) -> None:
+        await self._calls.delete(self._key, Expect(etag))
+
+    async def delete_many(self, etag: ETag) -> None:
+        failed = await self._calls.delete_many({self._key: etag})
+        for exc in failed.values():
+            raise exc
