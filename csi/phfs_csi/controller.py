@@ -16,7 +16,7 @@ from phfs_csi import catalog
 from phfs_csi.attributes import Given, group_prefix, parse_volume
 from phfs_csi.busy import Busy
 from phfs_csi.catalog import OnDelete, Record
-from phfs_csi.errors import AlreadyExists, InvalidArgument, NotFound
+from phfs_csi.errors import AlreadyExists, InvalidArgument, NotFound, OutOfRange
 from phfs_csi.kube import Cluster
 from phfs_csi.params import VolumeParams
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc
@@ -132,7 +132,7 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         with self._busy.hold(found.name):
 
             async def work(store: ObjectStore) -> Record:
-                return await _expand(store, found, required)
+                return await _expand(store, found, required, limit)
 
             record = self._with_store(found, request.secrets, context, work)
         return csi_pb2.ControllerExpandVolumeResponse(capacity_bytes=record.quota_bytes, node_expansion_required=True)
@@ -315,8 +315,10 @@ async def _reason_to_retain(store: ObjectStore, bucket: str, record: Record) -> 
     return f"it is shared with {others[0]}" if others else ""
 
 
-async def _expand(store: ObjectStore, volume_id: VolumeId, required: int) -> Record:
+async def _expand(store: ObjectStore, volume_id: VolumeId, required: int, limit: int) -> Record:
     record, etag = await _found(store, volume_id)
+    if 0 < limit < record.quota_bytes:
+        raise OutOfRange(f"capacity_range: the volume has {record.quota_bytes} bytes already")
     if required <= record.quota_bytes:
         return record
     bigger = replace(record, quota_bytes=required)

@@ -54,10 +54,12 @@ class Volumes:
     def unpublish(self, volume_id: str, target: Path, seconds: float) -> None:
         with self._records.hold(volume_id):
             inline, found = self._records.at(target), self._records.target_at(target)
+            if inline is not None and not inline.is_inline:
+                raise FailedPrecondition(f"{target}: is where {inline.volume_id} is staged, not published")
             for record in (inline, found[0] if found else None):
                 if record is not None and record.volume_id != volume_id:
                     raise FailedPrecondition(f"{target}: is published, but not for {volume_id}")
-            if inline is not None and inline.is_inline:
+            if inline is not None:
                 self._end(inline, seconds)
             self._mounter.unbind(target)
             if found is not None:
@@ -68,6 +70,7 @@ class Volumes:
         with self._records.hold(volume_id):
             record = self._records.mounted(volume_id)
             if record is None:
+                self._require_free(path)
                 self._mounter.clear(path)  # left over
             if record is None or record.path != path:
                 return
@@ -116,6 +119,8 @@ class Volumes:
         before = self._records.mounted(record.volume_id)
         if before is not None:
             _require_same(before, record)
+            record = replace(record, mount_group=before.mount_group)
+        self._require_free(record.path, mounted=record.volume_id)
         deadline = time.monotonic() + seconds
         self._drains.cancel(record)
         left = self._records.current(record)  # ended, with something to upload
@@ -148,6 +153,7 @@ class Volumes:
             raise FailedPrecondition(
                 f"{want.volume_id}: is mounted with fsGroup {record.mount_group} on this node, and can have one only"
             )
+        self._require_free(want.target_path, bound=want.volume_id)
         target = TargetRecord(volume_id=want.volume_id, path=want.target_path, read_only=want.read_only)
         others = [other for other in self._records.targets(record) if other.path != target.path]
         if others and AccessMode.SINGLE_NODE_SINGLE_WRITER in (want.access_mode, record.access_mode):
@@ -171,14 +177,27 @@ class Volumes:
         self._bind_again(record)
 
     def _bind_again(self, record: VolumeRecord) -> None:
+        """One that cannot be bound keeps neither the other ones nor new pods waiting."""
         for target in self._records.targets(record):
             if self._mounter.is_bound(record, target.path):
                 continue
             if not target.path.parent.exists():  # the pod is gone, and nobody said so
                 self._records.remove_target(record, target.path)
                 continue
-            self._mounter.bind(record, target.path, read_only=target.read_only)
-            log.warning("bound again volume=%s target=%s", record.volume_id, target.path)
+            try:
+                self._mounter.bind(record, target.path, read_only=target.read_only)
+            except CsiError as exc:
+                log.error("volume=%s: not bound again target=%s: %s", record.volume_id, target.path, exc)
+            else:
+                log.warning("bound again volume=%s target=%s", record.volume_id, target.path)
+
+    def _require_free(self, path: Path, *, mounted: str = "", bound: str = "") -> None:
+        """Raises: FailedPrecondition when a volume is mounted or bound there, but for those that are named: it would
+        be taken off, or its connection be served as that of another one."""
+        target = self._records.target_at(path)
+        for found, allowed in ((self._records.at(path), mounted), (target and target[0], bound)):
+            if found is not None and found.volume_id != allowed:
+                raise FailedPrecondition(f"{path}: the volume {found.volume_id} is there")
 
     def _require_unpublished(self, record: VolumeRecord) -> None:
         for target in self._records.targets(record):
@@ -221,9 +240,11 @@ def _require_same(before: VolumeRecord, now: VolumeRecord) -> None:
     """Raises: AlreadyExists that names what is otherwise, FailedPrecondition."""
     if before.path != now.path:
         raise FailedPrecondition(f"{now.volume_id}: is mounted at {before.path}")
-    for name in ("source", "access_mode", "read_only", "mount_group"):
+    for name in ("source", "access_mode", "read_only"):
         if getattr(before, name) != getattr(now, name):
             raise AlreadyExists(f"{now.volume_id}: is mounted already, with another {name}")
+    if now.mount_group not in (None, before.mount_group):
+        raise AlreadyExists(f"{now.volume_id}: is mounted already, with fsGroup {before.mount_group}")
     if without_quota(before.settings) != without_quota(now.settings):
         raise AlreadyExists(f"{now.volume_id}: is mounted already, with other settings")
 

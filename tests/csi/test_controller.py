@@ -302,8 +302,10 @@ def test_records_that_somebody_wrote_into_the_bucket_delete_nothing(
     assert keys(s3) == [key, "groups/b"]
 
 
-def expand(service: ControllerService, volume_id: str, size: int) -> csi_pb2.ControllerExpandVolumeResponse:
-    wanted = csi_pb2.CapacityRange(required_bytes=size)
+def expand(
+    service: ControllerService, volume_id: str, size: int, limit: int = 0
+) -> csi_pb2.ControllerExpandVolumeResponse:
+    wanted = csi_pb2.CapacityRange(required_bytes=size, limit_bytes=limit)
     request = csi_pb2.ControllerExpandVolumeRequest(volume_id=volume_id, capacity_range=wanted)
     return service.ControllerExpandVolume(request, CONTEXT)
 
@@ -320,6 +322,8 @@ def test_expand_raises_the_quota_that_nodes_read(
     assert expand(service, made.volume_id, 2 * GIB).capacity_bytes == 3 * GIB
     assert quota_now(volume, 60) == 3 * GIB
     assert create(service, parameters).capacity_bytes == 3 * GIB  # a repeated call after it
+    with pytest.raises(OutOfRange):
+        expand(service, made.volume_id, GIB, limit=2 * GIB)
 
 
 def test_expand_of_what_is_not_there(service: ControllerService, server: Server) -> None:

@@ -15,7 +15,7 @@ from grpc import StatusCode
 
 from phfs_csi.config import NodeConfig
 from phfs_csi.drains import Drains
-from phfs_csi.errors import Unavailable
+from phfs_csi.errors import FailedPrecondition, Unavailable
 from phfs_csi.life import Life
 from phfs_csi.metrics import Metrics, VolumeState
 from phfs_csi.node import CAPABILITIES, NodeService
@@ -170,6 +170,58 @@ def test_a_volume_is_staged_at_one_place(kubelet: Caller) -> None:
     assert kubelet.stage(staging_target_path=str(kubelet.kubelet / "other")) is StatusCode.FAILED_PRECONDITION
 
 
+def test_a_pod_without_fsgroup_is_served_by_a_mount_that_has_one(kubelet: Caller, mounter: FakeMounter) -> None:
+    """A kubelet that starts again stages for whichever pod it meets first."""
+    assert kubelet.stage(volume_capability=capability(group="7")) is OK
+    assert kubelet.stage() is OK
+    assert kubelet.stage(volume_capability=capability(group="7")) is OK
+    assert kubelet.publish("pod-1", volume_capability=capability(group="7")) is OK
+    assert kubelet.publish("pod-2") is OK
+
+
+def test_no_volume_takes_the_place_of_another(kubelet: Caller, mounter: FakeMounter) -> None:
+    kubelet.stage()
+    kubelet.publish()
+    kubelet.stage("other")
+    staged, target = kubelet.staging, kubelet.kubelet / "pod"
+    before = dict(mounter.mounted), dict(mounter.bound)
+    inline = {"volume_context": {**CONTEXT, EPHEMERAL: "true"}, "secrets": SECRETS}
+    other = {"volume_id": "other", "staging_target_path": str(kubelet.kubelet / "other")}
+    for path in (str(staged), str(target)):
+        codes = [
+            kubelet.stage("third", staging_target_path=path),
+            kubelet.publish(**{**other, "target_path": path}),
+            kubelet.publish(**{**inline, "volume_id": "third", "target_path": path}),
+            kubelet.unpublish(volume_id="other", target_path=path),
+            kubelet.unstage(volume_id="third", staging_target_path=path),
+        ]
+        assert codes == [StatusCode.FAILED_PRECONDITION] * 5
+    assert kubelet.publish(target_path=str(staged)) is StatusCode.FAILED_PRECONDITION
+    assert kubelet.unpublish(target_path=str(staged)) is StatusCode.FAILED_PRECONDITION
+    assert (mounter.mounted, mounter.bound) == before
+
+
+def test_a_target_that_cannot_be_bound_again_stops_no_other(
+    kubelet: Caller, mounter: FakeMounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mount had died with all its targets, and something is in the way of one of them."""
+    kubelet.stage()
+    for pod in ("bad", "good"):
+        kubelet.publish(pod)
+    mounter.mounted.clear()
+    mounter.bound.clear()
+    bind = mounter.bind
+
+    def picky(record: Any, target: Path, *, read_only: bool) -> None:
+        if target.name == "bad":
+            raise FailedPrecondition(f"{target}: something else is mounted here")
+        bind(record, target, read_only=read_only)
+
+    monkeypatch.setattr(mounter, "bind", picky)
+    assert kubelet.publish("new") is OK
+    assert {path.name for path in mounter.bound} == {"good", "new"}
+
+
 def test_what_has_to_come_first(kubelet: Caller) -> None:
     assert kubelet.publish() is StatusCode.FAILED_PRECONDITION
     assert kubelet.publish(staging_target_path="") is StatusCode.FAILED_PRECONDITION
@@ -308,6 +360,9 @@ def test_statistics(kubelet: Caller, mounter: FakeMounter, node: NodeService) ->
     assert kubelet.stats()[1].volume_condition.abnormal
     (told,) = node.volumes()
     assert (told.pending_files, told.pending_bytes) == (None, None)
+    mounter.mounted.clear()
+    found = kubelet.stats()[1]
+    assert (list(found.usage), found.volume_condition.abnormal) == ([], True)
 
 
 def test_what_the_node_says_of_itself(kubelet: Caller) -> None:
