@@ -27,6 +27,8 @@ LOOK_SECONDS: Final = 1.0
 RETRY_SECONDS: Final = (5.0, 15.0, 60.0, 300.0)
 END_SECONDS: Final = 10.0
 AT_A_TIME: Final = 4  # processes: each has the memory of a worker
+TURN_SECONDS: Final = 600.0  # while others wait; twice as long at each further try, for files that take hours
+DOUBLINGS_MAX: Final = 8
 
 
 class DrainConfigs(Protocol):
@@ -37,7 +39,9 @@ class DrainConfigs(Protocol):
 
 @dataclass(slots=True)
 class _Drain:
+    volume_id: str
     process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
     tries: int = 0
     due: float = 0.0
 
@@ -94,36 +98,46 @@ class Drains:
         if now is None or not now.is_ended:
             return
         with self._lock:
-            drain = self._drains.setdefault(record.key, _Drain())
+            drain = self._drains.setdefault(record.key, _Drain(record.volume_id))
             if drain.process is not None:
                 if (code := drain.process.poll()) is not None:
                     self._on_end(record, drain, code)
             elif not self.has_leftovers(record):
                 self._forget(record)
-            elif time.monotonic() >= drain.due and self._running() < AT_A_TIME:
+            elif time.monotonic() >= drain.due and self._has_room():
                 self._start(record, drain)
 
-    def _running(self) -> int:
-        return sum(drain.process is not None for drain in self._drains.values())
+    def _has_room(self) -> bool:
+        """Whether one more may run. One whose turn is over is ended for it: its store may be away for days."""
+        running = [drain for drain in self._drains.values() if drain.process is not None]
+        if len(running) < AT_A_TIME:
+            return True
+        now = time.monotonic()
+        over = (one for one in running if now - one.started > TURN_SECONDS * 2 ** min(one.tries, DOUBLINGS_MAX))
+        if (drain := next(over, None)) is None:
+            return False
+        _end(drain)
+        self._put_off(drain, "others wait, and not everything is uploaded")
+        return True
 
     def _start(self, record: VolumeRecord, drain: _Drain) -> None:
         try:
-            drain.process = self._spawn(record)
+            drain.process, drain.started = self._spawn(record), time.monotonic()
         except (CsiError, StartupError, OSError) as exc:  # a full disk, perhaps
-            self._put_off(record, drain, str(exc))
+            self._put_off(drain, str(exc))
 
     def _on_end(self, record: VolumeRecord, drain: _Drain, code: int) -> None:
         drain.process = None
         if code == 0:
             self._forget(record)
         else:
-            self._put_off(record, drain, "not everything is uploaded")
+            self._put_off(drain, "not everything is uploaded")
 
-    def _put_off(self, record: VolumeRecord, drain: _Drain, reason: str) -> None:
+    def _put_off(self, drain: _Drain, reason: str) -> None:
         pause = RETRY_SECONDS[min(drain.tries, len(RETRY_SECONDS) - 1)]
         drain.tries += 1
         drain.due = time.monotonic() + pause
-        log.error("volume=%s: %s; tried again in %.0f s", record.volume_id, reason, pause)
+        log.error("volume=%s: %s; tried again in %.0f s", drain.volume_id, reason, pause)
 
     def _forget(self, record: VolumeRecord) -> None:
         self._drains.pop(record.key, None)
@@ -148,3 +162,4 @@ def _end(drain: _Drain) -> None:
     if drain.process is not None:
         drain.process.kill()  # as safe as any end of a worker
         drain.process.wait(END_SECONDS)
+        drain.process = None

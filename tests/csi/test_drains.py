@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -51,3 +52,41 @@ def test_a_process_that_cannot_be_started_is_tried_again(
         assert configs.asked_again.wait(SECONDS)
     finally:
         found.stop()
+
+
+class Endless:
+    """Something is left, and its upload takes for ever."""
+
+    def has_leftovers(self, record: VolumeRecord) -> bool:
+        return True
+
+    def drain_config(self, record: VolumeRecord) -> Any:
+        raise AssertionError("no process of phfs is started here")
+
+
+def test_uploads_that_take_for_ever_keep_no_other_volume_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = {"a", "b", "c"}
+    started: set[str] = set()
+    all_started = threading.Event()
+
+    def endless(_drains: Drains, record: VolumeRecord) -> subprocess.Popen[bytes]:
+        started.add(record.volume_id)
+        if started == names:
+            all_started.set()
+        return subprocess.Popen(["sleep", "1000"])
+
+    for name, value in (("LOOK_SECONDS", 0.01), ("TURN_SECONDS", 0.0), ("AT_A_TIME", 1)):
+        monkeypatch.setattr(drains, name, value)
+    monkeypatch.setattr(Drains, "_spawn", endless)
+    records = Records(tmp_path)
+    for name in names:
+        records.save(VolumeRecord(volume_id=name, source="s3://b-1/", path=tmp_path / name, is_ended=True))
+    found = Drains(records, Endless())
+    found.start()
+    try:
+        assert all_started.wait(SECONDS)
+    finally:
+        found.stop()
+    assert "others wait" in caplog.text
