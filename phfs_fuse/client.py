@@ -155,7 +155,8 @@ def ask(record: MountRecord, request: Mapping[str, object], timeout: float | Non
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     with closing(_connect(record)) as channel:
-        channel.sendall(json.dumps(request).encode() + b"\n")
+        with suppress(ConnectionError):  # the process at the other end died: it does not answer either
+            channel.sendall(json.dumps(request).encode() + b"\n")
         for line in _lines(channel, deadline):
             answer = json.loads(line)
             if "error" in answer:

@@ -46,7 +46,7 @@ class VolumeStatus:
 
 class NodeStatus(Protocol):
     def volumes(self) -> Sequence[VolumeStatus]:
-        """As last known: asked at each scrape, so it waits for no mount."""
+        """Asked at each scrape: one after the other, seconds for a process that does not answer."""
 
 
 class Metrics:

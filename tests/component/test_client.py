@@ -102,6 +102,14 @@ def test_a_mount_that_ends_in_the_middle(mount: Mount) -> None:
         list(client.sync(record, None, None))
 
 
+def test_a_mount_that_ends_before_it_is_asked(mount: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    monkeypatch.setattr(client, "_connect", lambda _record: ours)
+    with pytest.raises(MountpointError, match="the mount ended before it had answered"):
+        client.status(mount.record)
+
+
 def test_a_mount_that_says_nothing(mount: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "STATUS_SECONDS", 0.1)
     with pytest.raises(MountpointError, match="/mnt: the mount does not answer"):
