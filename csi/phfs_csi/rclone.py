@@ -21,6 +21,7 @@ PATH: Final = ("remote", "remotePath", "remotePathSuffix")
 TEXTS: Final = frozenset({"configData"})  # of several lines
 CREDENTIALS: Final = frozenset({"s3-access-key-id", "s3-secret-access-key", "s3-session-token"})
 _OUR_PLACE: Final = ("bucket", "prefix", "group", "endpoint")
+UMASK: Final = "000"  # rclone's mounts ask nobody for permission, and what it has stored names no owner and no mode
 _TYPO: Final = 0.92  # likeness from which a flag is taken for a mistake rather than for another flag
 
 # Met in any case.
@@ -72,6 +73,7 @@ _EQUAL: Final[Mapping[str, tuple[str, Callable[[str], str]]]] = {
     "vfs-write-back": ("writeBackDelay", _duration),
     "vfs-cache-max-size": ("cacheSize", _size),
 }
+_SWITCHES: Final = frozenset({"read-only", "s3-force-path-style"})  # true where the flag has no value
 
 
 def is_meant(words: Mapping[str, str]) -> bool:
@@ -103,13 +105,13 @@ def translated(words: Mapping[str, str], volume_id: str) -> dict[str, str]:
     flags = {name: text for name, text in {**config, **words}.items() if name not in (*PATH, *TEXTS, *CREDENTIALS)}
     _name_ignored(flags, volume_id)
     ours = {name: text for name, text in flags.items() if name not in _EQUAL and not _is_flag(name)}
-    return {**_path(words), **_equals(flags), **ours}
+    return {"umask": UMASK, **_path(words), **_equals(flags), **ours}
 
 
 def _equals(flags: Mapping[str, str]) -> dict[str, str]:
     found = {}
     for flag, (name, convert) in _EQUAL.items():
-        if text := flags.get(flag, ""):
+        if text := flags.get(flag, "") or ("true" if flag in _SWITCHES and flag in flags else ""):
             try:
                 found[name] = convert(text)
             except ValueError as exc:

@@ -111,7 +111,7 @@ def test_where_the_volume_is(attributes: dict[str, str], source: str) -> None:
 def test_the_volume_of_primehubs_chart_works_as_it_is() -> None:
     volume = parse(CHART)
     assert volume.source == "s3://primehub/"
-    assert volume.settings == {"endpoint-url": "http://primehub-minio.hub:9000"}
+    assert volume.settings == {"endpoint-url": "http://primehub-minio.hub:9000", "umask": "000"}
     assert (volume.credentials.access_key, volume.credentials.secret_key) == ("AKIA", SECRET)
     assert SECRET not in repr(volume)
 
@@ -175,6 +175,11 @@ def test_flags_of_rclone_with_an_equal_here_and_those_without(caplog: pytest.Log
     assert [record.getMessage().partition("rclone's ")[2] for record in caplog.records] == [
         "transfers, vfs-cache-mode: ignored"
     ]
+
+
+def test_a_switch_of_rclone_needs_no_value() -> None:
+    settings = parse({**CHART, "read-only": "", "s3-force-path-style": "", "s3-region": ""}).settings
+    assert (settings["read-only"], settings["path-style"], "region" in settings) == ("true", "true", False)
 
 
 @pytest.mark.parametrize(

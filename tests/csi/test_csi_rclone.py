@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +23,16 @@ provider = Minio
 access_key_id = {access_key}
 secret_access_key = {secret_key}
 endpoint = {endpoint_url}
+"""
+
+NOTEBOOK = """
+import os, sys
+os.chdir(sys.argv[1])
+os.setgroups([100])
+os.setgid(100)
+os.setuid(1000)
+open("old.txt", "a").write("by a notebook")
+os.makedirs("jobArtifacts/job-1")
 """
 
 
@@ -64,6 +76,7 @@ def use(pods: Volume) -> None:
     assert sh('stat -c %Y "$1"/old.txt; cat "$1"/old.txt', group) == "1600000000\nby rclone\n"
     sh('echo new > "$1"/new.txt; sync "$1"/new.txt', group)
     assert pods.object("groups/research/new.txt") == b"new\n"
+    subprocess.run([sys.executable, "-c", NOTEBOOK, str(group)], check=True, timeout=60)
     pods.unpublish("notebook")
     pods.unstage()
 

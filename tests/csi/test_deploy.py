@@ -419,7 +419,7 @@ def test_a_volume_moved_from_csi_rclone_is_the_same_volume() -> None:
     assert old == new
     volume = attributes.parse_volume("data-id", attributes.Given(attributes=old))
     assert volume.source == "s3://primehub/"
-    assert volume.settings == {"endpoint-url": "http://primehub-minio.hub:9000"}
+    assert volume.settings == {"endpoint-url": "http://primehub-minio.hub:9000", "umask": "000"}
 
 
 # --- the document
