@@ -322,6 +322,13 @@ def test_plugins_have_probes_and_all_have_resources(name: str) -> None:
         assert len(probes) == {"plugin": 3, "holder": 0}.get(box["name"], 1)
 
 
+def test_a_registrar_whose_socket_is_gone_is_soon_started_again() -> None:
+    """The one of the old pod removes whatever is at the path, and nothing puts it back."""
+    [registrar] = (box for box in daemon(chart(*VARIANTS["registrar"]))["containers"] if box["name"] == "registrar")
+    probe = registrar["livenessProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] <= 10
+
+
 def test_the_holder_sees_no_directory_in_which_a_mount_may_appear() -> None:
     """Its mount namespace would keep that mount for ever."""
     plugin, holder = (box for box in daemon(base())["containers"] if box["name"] in OURS)
