@@ -46,7 +46,7 @@ EXPLAINED = re.compile(
     r"|disk of the local state is full"
     r"|conflict: |was stored anew by somebody else|was deleted by somebody else|cannot be stored: somebody else"
     r"|cannot be fetched yet|attributes of key=|No space left|database or disk is full"
-    r"|^\S+ (WARNING|ERROR|CRITICAL) [\w.]*(\d{4}-\d\d-\d\dT|$)"  # cut off before its text by the full disk it lies on
+    r"|^\S+ (WARNING|ERROR|CRITICAL) [\w.]*(\d{4}-\d\d-\d\dT|$)"  # cut off before its text by a full disk
 )
 LOUD = re.compile(r"^\S+ (WARNING|ERROR|CRITICAL) |^Traceback ")
 
