@@ -31,22 +31,22 @@ class Attempts:
 
     def begin(self, key: ObjectKey, size: int, metadata: Mapping[str, str]) -> None:
         """An upload is about to be sent. Until its answer is known the store may have it, also after a restart."""
-        known = self._sent.setdefault(key, [])
+        known = self._sent.get(key, [])
         text = json.dumps(dict(metadata), sort_keys=True)
         if (size, text) in known:
             return
-        known.append((size, text))
-        if len(known) > ATTEMPTS_MAX:
-            self.answered(key)
-            known = self._sent[key] = known[-ATTEMPTS_MAX:]
         with self._journal.batch():
+            if len(known) == ATTEMPTS_MAX:
+                self.answered(key)
+            known = self._sent[key] = [*known, (size, text)][-ATTEMPTS_MAX:]
             for row in known:
                 self._journal.put_attempt(key, *row)
 
     def answered(self, key: ObjectKey) -> None:
         """What the store has under `key` is known now."""
-        if self._sent.pop(key, None) is not None:
+        if key in self._sent:
             self._journal.drop_attempts(key)
+            del self._sent[key]
 
     def is_ours(self, found: ObjectInfo) -> bool:
         """Whether the store has what an upload of ours has sent without getting an answer."""

@@ -8,7 +8,6 @@ it.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -20,17 +19,14 @@ from typing import Final
 from awscrt import checksums
 
 from phfs_fuse.extents import Extent, Extents, split
-from phfs_fuse.localfile import write_all
+from phfs_fuse.localfile import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fallocate, write_all
 from phfs_fuse.types import MIB
 
-FALLOC_PUNCH_HOLE: Final = 0x02 | 0x01  # Source: fallocate(2), with FALLOC_FL_KEEP_SIZE
 ENTRY_BYTES: Final = 4
 TAIL_BYTES: Final = 8  # behind all that is ever written: if the file was cut off, its length tells for good
 COPY_BYTES: Final = 4 * MIB
 
 Buffer = bytes | bytearray  # what a read gives
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,9 +211,7 @@ def drop(fd: int, layout: Layout, start: int, end: int) -> None:
     """
     first, last = layout.entry_offset(start), layout.entry_offset(end + layout.block_bytes - 1)
     write_all(fd, bytes(last - first), first)
-    if _libc.fallocate(fd, FALLOC_PUNCH_HOLE, start, end - start) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    fallocate(fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, start, end - start)
 
 
 def copy(source_fd: int, fd: int, extents: Extents) -> None:

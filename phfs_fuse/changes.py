@@ -4,6 +4,10 @@ follows from changes: the dirty files, the removed keys, who needs a key's bytes
 The tree tells what happened (created, written, renamed, unlinked, ...); from that follows what the store shall have
 under each key. No I/O but the journal's and the staging area's, and no await: each call is atomic, and what it noted
 is in the journal when it returns. It does not upload: it puts the file on the queue.
+
+On a disk without room a change is refused before the tree has it: by `batch`, or, where no await lies between, by
+`writable`, or the journal's `room_to_note` for what follows from answers of the store. What comes without these (a
+close, what is let go of) begins its transaction before it changes anything.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from phfs_fuse.inodes import Base, Inodes, Node
 from phfs_fuse.journal import Act, Journal, LayerRow, PresentRow
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.keyusers import KeyUsers
+from phfs_fuse.logspace import CHANGE_BYTES
 from phfs_fuse.quota import Quotas
 from phfs_fuse.removed import Removed
 from phfs_fuse.staging import Layer, Staged, StagingArea
@@ -78,36 +83,30 @@ class Changes:
             at.seq = self._seq
             at = at.parent
 
-    def created(self, node: Node) -> None:
-        """`node` has just got a name that nothing had. A file starts empty and is not in the store."""
-        key = self._inodes.key(node)
-        if node.is_dir:
-            node.marker = self._removed.in_use(key, self._seq)
+    def new_layer(self, content: bytes) -> Layer:
+        """For a file that is to be `created`. Raises: OSError."""
+        layer = self._area.new(seen=0, size=0)
+        try:
+            if content:
+                layer.write(0, content)
+        except OSError:
+            self._area.discard(layer)
+            raise
+        return layer
+
+    def created(self, node: Node, layer: Layer | None) -> None:
+        """`node` has just got a name that nothing had, and is not in the store. A file has a `layer`."""
+        over = self._removed.in_use(self._inodes.key(node), self._seq)
+        if layer is None:
+            node.marker = over
             self.review_marker(node, changed=True)
             return
-        layer = self._area.new(seen=0, size=0)
-        dirty = self.files.begin(node, self._removed.in_use(key, self._seq))
+        self.files.begin(node, over)
         node.staged = Staged([layer])
-        dirty.on(Event.CHANGE)
+        self.written(node, layer.size)
         with self._journal.batch():
             self._journal.put_layer(LayerRow(layer.id, node.ino, 0))
             self.files.save(node)
-        self.touch(node)
-        self._queue.schedule(node)
-
-    def not_created(self, node: Node, waiting: Gone | None) -> None:
-        """The journal could not take `node`, made just now: it goes, and what waited for its deletion under that key
-        does so again. Notes nothing."""
-        key = self._inodes.key(node)
-        self._quotas.changed(key, node.stored_size, 0)
-        for layer in node.staged.layers if node.staged is not None else ():
-            self._area.discard(layer)
-        node.staged = None
-        self.files.take_back(node)
-        self.users.untrack(node)
-        self._inodes.detach(node)
-        if waiting is not None:
-            self._removed.add_again(waiting)
 
     def created_in_store(self, node: Node, info: ObjectInfo) -> None:
         """`node` has just got a name under which the store has `info`, which is all of it."""
@@ -140,7 +139,7 @@ class Changes:
         if not was_dirty:
             self.files.begin(node, node.base.etag if node.base else None)
         try:
-            with self._journal.batch():
+            with self.batch():
                 self._journal.put_layer(LayerRow(layer.id, node.ino, seen))
                 self.files.save(node)
         except OSError:  # a layer without a row would not be found again
@@ -176,9 +175,9 @@ class Changes:
     def closed(self, node: Node) -> None:
         """The last descriptor that could write is closed: from now on the quiet time counts."""
         if node.dirty is not None and node.dirty.state is not State.CLEAN:
+            self._queue.schedule(node)
             if node.staged is not None:
                 self.files.save(node)  # size and times are final
-            self._queue.schedule(node)
 
     def released(self, node: Node) -> None:
         """The last descriptor of `node` is closed."""
@@ -268,8 +267,8 @@ class Changes:
 
     def spared(self, gone: Gone, size: int) -> None:
         """Somebody else has stored `size` bytes under a key that was to be deleted: it stays."""
-        self._quotas.changed(gone.key, 0, size)
         self.deleted([gone])
+        self._quotas.changed(gone.key, 0, size)
         self.met(gone.key)
 
     def met(self, key: ObjectKey) -> None:
@@ -294,8 +293,13 @@ class Changes:
         if act is not None:
             self._journal.put_act(act, node.ino, self._seq)
 
-    def batch(self) -> AbstractContextManager[None]:
-        """One transaction of the journal for several changes; a context manager, not to be held over an await."""
+    def batch(self, log_bytes: int = 0) -> AbstractContextManager[None]:
+        """One transaction of the journal for what a program asks for, of up to `log_bytes` if that is much; a context
+        manager, not to be held over an await. Raises: OSError (ENOSPC), before anything has changed."""
+        return self._journal.batch(CHANGE_BYTES + log_bytes)
+
+    def noting(self) -> AbstractContextManager[None]:
+        """The same for what has happened already."""
         return self._journal.batch()
 
     def review_marker(self, node: Node, *, changed: bool = False) -> None:
@@ -337,23 +341,28 @@ class Changes:
         if node.dirty is not None and node.dirty.uploading:
             self.files.save(node)  # as detached: a restart must not take it for what has the name now
             return  # the end of the upload comes back to this
+        if node.staged is not None or node.dirty is not None:
+            self._end(node)
         self.users.untrack(node)
-        if node.staged is not None:
-            for layer in node.staged.layers:
+
+    def _end(self, node: Node) -> None:
+        with self._journal.batch():
+            for layer in node.staged.layers if node.staged is not None else ():
                 self._journal.end_layer(layer.id)
                 self._journal.after(partial(self._area.discard, layer))
             node.staged = None
-        if node.dirty is not None:
-            self.files.clean(node)
+            if node.dirty is not None:
+                self.files.clean(node)
 
     def _add_gone(self, key: ObjectKey, etag: ETag | None, *, request: bool) -> None:
-        self._seq += 1
         self._removed.add(key, etag, request=request)
+        self._seq += 1
 
     def deleted(self, batch: Iterable[Gone]) -> None:
         """They are gone from the store, or stay since they are somebody else's."""
-        self._seq += 1
-        self._removed.deleted(batch, self._seq)
+        with self._journal.batch():
+            self._seq += 1
+            self._removed.deleted(batch, self._seq)
 
     def landed(self, key: ObjectKey, etag: ETag | None, *, except_node: Node | None = None) -> None:
         """The store now has `etag` under `key` by our own doing; whoever has the name now may replace that."""

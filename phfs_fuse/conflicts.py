@@ -69,14 +69,20 @@ class Conflicts:
     async def lost_race(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, exc: PhfsError) -> None:
         """The store moved on under our bytes (or our own earlier try did reach it). Nothing is overwritten."""
         try:
+            await self._lost_race(node, dirty, key, snap, exc)
+        except PhfsError as other:
+            self._retry(node, dirty, other)
+        except OSError as other:
+            self._retry(node, dirty, local_error(key, other))
+
+    async def _lost_race(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, exc: PhfsError) -> None:
+        try:
             if not await self._has_base(node, dirty, snap):
                 return
             found: ObjectInfo | None = await self._store.head(key)
         except NotFound:
             found = None
-        except PhfsError as other:
-            self._retry(node, dirty, other)
-            return
+        await self._journal.room_to_note()
         if node.detached or node.dirty is not dirty or self._inodes.key(node) != key:
             return
         if found is None:
@@ -125,26 +131,28 @@ class Conflicts:
     def _forget_changes(self, node: Node) -> None:
         """Show what the store has instead of `node`."""
         key = self._inodes.key(node)
-        if node.parent is not None:
-            self._inodes.incomplete(node.parent)
-        self._inodes.displace(node)
-        self._changes.displaced(node, key, None)
-        self._changes.abandon(node)
+        with self._changes.noting():
+            if node.parent is not None:
+                self._inodes.incomplete(node.parent)
+            self._inodes.displace(node)
+            self._changes.displaced(node, key, None)
+            self._changes.abandon(node)
 
     def _save_aside(self, node: Node, exc: PhfsError) -> None:
         path = self._inodes.path(node)
         layers = node.staged.layers if node.staged else []
-        saved = [target for layer in layers if (target := self._area.save_aside(layer.path)) is not None]
+        with self._changes.noting():
+            saved = [target for layer in layers if (target := self._area.save_aside(layer.path)) is not None]
+            for kept_as in [os.fsencode(target) for target in saved] or [b""]:
+                self._journal.put_conflict(self._inodes.raw_path(node), kept_as, outside=True)
+            self._forget_changes(node)
         metrics.CONFLICTS.add()
-        for kept_as in [os.fsencode(target) for target in saved] or [b""]:
-            self._journal.put_conflict(self._inodes.raw_path(node), kept_as, outside=True)
         log.error(
             "%s cannot be stored: somebody else has replaced the version it was made from (%s); changes are in %s",
             path,
             exc,
             ", ".join(map(str, saved)) or "no file, there were none to its bytes",
         )
-        self._forget_changes(node)
 
     def _retry(self, node: Node, dirty: DirtyFile, exc: PhfsError) -> None:
         dirty.error = exc
@@ -160,16 +168,16 @@ class Conflicts:
             self._save_aside(node, NameTooLong("rename", key, "there is no room for a second name"))
             return
         path = self._inodes.raw_path(node)
-        self._inodes.move(node, parent, name)
-        self._changes.displaced(node, key, winner_size)
-        self._changes.attempts.answered(key)
-        self._inodes.incomplete(parent)
-        metrics.CONFLICTS.add()
-        dirty.over = None
-        self._changes.users.track(node)
-        with self._journal.batch():
+        with self._changes.noting():
+            self._inodes.move(node, parent, name)
+            self._changes.displaced(node, key, winner_size)
+            self._changes.attempts.answered(key)
+            self._inodes.incomplete(parent)
+            dirty.over = None
+            self._changes.users.track(node)
             self._journal.put_conflict(path, self._inodes.raw_path(node), outside=False)
             self._changes.files.save(node)
+        metrics.CONFLICTS.add()
         _log_conflict(path, name)
 
     def give_name(self, node: Node) -> None:
@@ -185,7 +193,7 @@ class Conflicts:
         name = node.name if is_free else self._conflict_name(parent, node.name)
         if name is None:
             raise NoSpace("write", self._inodes.path(node), "others have replaced it, and there is no second name")
-        with self._journal.batch():
+        with self._changes.batch():
             self._inodes.attach(parent, name, node)
             self._changes.reappeared(node)
             if not is_free:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 
 import trio
@@ -16,9 +17,9 @@ from phfs_fuse.changes import Changes
 from phfs_fuse.config import OnConflict, WritebackConfig
 from phfs_fuse.errors import NotFound, PhfsError, VersionChanged
 from phfs_fuse.gone import Gone
-from phfs_fuse.reserve import Reserve
+from phfs_fuse.journal import Journal
 from phfs_fuse.sources import Sources
-from phfs_fuse.store.base import Expect, ObjectStore
+from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import ETag, ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 BATCH_MAX = 250
 
 
+Failure = PhfsError | OSError | None
+
+
 class Deletes:
     def __init__(
         self,
@@ -37,7 +41,7 @@ class Deletes:
         store: ObjectStore,
         changes: Changes,
         queue: UploadQueue,
-        reserve: Reserve,
+        journal: Journal,
         sources: Sources,
         config: WritebackConfig,
     ) -> None:
@@ -45,7 +49,7 @@ class Deletes:
         self._store = store
         self._changes = changes
         self._queue = queue
-        self._reserve = reserve
+        self._journal = journal
         self._sources = sources
         self.spared = 0  # objects that were removed here and stay, since somebody else stored them anew
 
@@ -61,14 +65,14 @@ class Deletes:
         return True
 
     async def send(self, batch: list[Gone]) -> None:
-        failed: Mapping[ObjectKey, PhfsError | None] = {gone.key: None for gone in batch}  # None: was cancelled
+        failed: Mapping[ObjectKey, Failure] = {gone.key: None for gone in batch}  # None: was cancelled
         try:
             looks = await gather([partial(self._version, gone) for gone in batch])
             found = {gone.key: look for gone, look in zip(batch, looks, strict=True)}
             versions = {key: look for key, look in found.items() if not isinstance(look, PhfsError)}
             done = await self._delete(versions)
             failed = {key: look for key, look in found.items() if isinstance(look, PhfsError)} | dict(done)
-            await self._reserve.some()
+            await self._journal.room_to_note()
         except PhfsError as exc:
             failed = {gone.key: exc for gone in batch}
         finally:
@@ -99,26 +103,33 @@ class Deletes:
             return {key: exc}
         return {}
 
-    def _deleted(self, batch: list[Gone], failed: Mapping[ObjectKey, PhfsError | None]) -> list[Gone]:
+    def _deleted(self, batch: list[Gone], failed: Mapping[ObjectKey, Failure]) -> list[Gone]:
         """Returns those of which the store has another version: their keys stay busy."""
         others: list[Gone] = []
+        done = [gone for gone in batch if gone.key not in failed]
+        try:
+            self._note(done)
+        except OSError as exc:  # once more, then: nothing is found
+            failed = {**failed, **{gone.key: exc for gone in done}}
         for gone in batch:
-            is_current = self._changes.gone.get(gone.key) is gone
-            if gone.key not in failed:
-                if not is_current:
-                    self._changes.landed(gone.key, None)  # the name is in use again: nothing is there to replace
-            elif isinstance(exc := failed[gone.key], VersionChanged):
-                if is_current:
+            if isinstance(failed.get(gone.key), VersionChanged):
+                if self._changes.gone.get(gone.key) is gone:
                     others.append(gone)
-            else:
-                self._again(gone, exc)
-        self._changes.deleted([gone for gone in batch if gone.key not in failed])
+            elif gone.key in failed:
+                self._again(gone, failed[gone.key])
         for gone in batch:
             if gone not in others:
                 self._queue.free(gone.key)
         return others
 
-    def _again(self, gone: Gone, exc: PhfsError | None) -> None:
+    def _note(self, done: list[Gone]) -> None:
+        with self._changes.noting():
+            for gone in done:
+                if self._changes.gone.get(gone.key) is not gone:
+                    self._changes.landed(gone.key, None)  # the name is in use again: nothing is there to replace
+            self._changes.deleted(done)
+
+    def _again(self, gone: Gone, exc: Failure) -> None:
         metrics.UPLOAD_FAILURES.add()
         log.warning("delete of key=%s failed, will be tried again: %s", gone.key, exc or "was cancelled")
         if self._changes.gone.get(gone.key) is gone:
@@ -128,19 +139,23 @@ class Deletes:
         """The store has another version than the one that was removed here: ours, by an upload without an answer,
         or somebody else's, which stays."""
         try:
-            await self._reserve.some()
-            found = await self._store.head(gone.key)
-        except NotFound:
-            self._changes.deleted([gone])
-        except PhfsError as exc:
+            found: ObjectInfo | None = None
+            with suppress(NotFound):
+                found = await self._store.head(gone.key)
+            await self._journal.room_to_note()
+            self._found(gone, found)
+        except (PhfsError, OSError) as exc:
             self._again(gone, exc)
-        else:
-            if self._changes.attempts.is_ours(found):
-                gone.etag = found.etag
-                self._queue.push(gone, 0.0)
-            elif self._changes.gone.get(gone.key) is gone:
-                self.spared += 1
-                log.warning("key=%s was stored anew by somebody else, its removal here leaves it there", gone.key)
-                self._changes.spared(gone, found.size)
         finally:
             self._queue.free(gone.key)
+
+    def _found(self, gone: Gone, found: ObjectInfo | None) -> None:
+        if found is None:
+            self._changes.deleted([gone])
+        elif self._changes.attempts.is_ours(found):
+            gone.etag = found.etag
+            self._queue.push(gone, 0.0)
+        elif self._changes.gone.get(gone.key) is gone:
+            self.spared += 1
+            log.warning("key=%s was stored anew by somebody else, its removal here leaves it there", gone.key)
+            self._changes.spared(gone, found.size)

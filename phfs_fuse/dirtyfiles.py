@@ -71,8 +71,9 @@ class DirtyFiles:
 
     def clean(self, node: Node) -> None:
         """Nothing of `node` waits any more."""
-        self.take_back(node)
-        self._kernel.changed(node)  # before the row goes, so that one of both says what it is
-        self._journal.drop(node.ino)
+        with self._journal.batch():
+            self.take_back(node)
+            self._kernel.changed(node)  # before the row goes, so that one of both says what it is
+            self._journal.drop(node.ino)
         self._endings.announce(node)
         self._inodes.drop_unused(node)

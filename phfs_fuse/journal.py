@@ -7,6 +7,8 @@ store lacks in this form), `layer` (its staging files, bottom first), `gone` (a 
 `upload` (multipart uploads under way, so that only our own are ever aborted), `attempt` (what was sent and not
 answered: the store may have it), `act` (the last change of names by
 each thread, since the kernel may ask again for one that was done and not answered), `conflict`, `meta`.
+
+A disk without room is met before a transaction begins (`logspace`), so that its caller may change the tree within it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Final
 from phfs_fuse import metrics
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.localstate import unused_stamp
+from phfs_fuse.logspace import CHANGE_BYTES, NOTE_BYTES, LogSpace
 from phfs_fuse.reserve import Reserve
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
@@ -129,6 +132,7 @@ class Journal:
             raise LocalStateError(f"journal {self.path} cannot be opened ({exc}); check the disk") from exc
         except sqlite3.DatabaseError:
             self._db = self._salvage(volume)
+        self._log = LogSpace(self.path)
         if fresh:
             os.chmod(self.path, 0o600)
 
@@ -202,9 +206,51 @@ class Journal:
 
     def close(self) -> None:
         self._db.close()
+        self._log.close()
 
-    def _run(self, sql: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
-        """Raises: OSError (ENOSPC if the disk is full, else EIO)."""
+    def require(self, size: int = 0) -> None:
+        """Before a change that makes the local state grow by `size`. Raises: OSError (ENOSPC)."""
+        self.reserve.require(size)
+        self._require_log(CHANGE_BYTES)
+
+    def require_some(self) -> None:
+        """Before one that will give space back. Raises: OSError (ENOSPC)."""
+        self.reserve.require_some()
+        self._require_log(CHANGE_BYTES)
+
+    def require_note(self) -> None:
+        """Before one that follows from what was done in the store. Raises: OSError (ENOSPC)."""
+        self.reserve.require_some()
+        self._require_log(NOTE_BYTES)
+
+    async def room_to_note(self) -> None:
+        """Before what is noted of the store: returns at once, but for a disk that is full. What is noted then, before
+        the next await, is not refused."""
+        await self.reserve.wait(self.require_note)
+
+    def can_note(self) -> bool:
+        """Whether there is room for one thing more."""
+        try:
+            self.require_note()
+        except OSError:
+            return False
+        return True
+
+    def _require_log(self, size: int) -> None:
+        try:
+            self._log.require(size)
+        except OSError:
+            if not self.reserve.is_held:
+                raise
+            self.reserve.give_up()
+            self._log.require(size)
+
+    def _run(self, sql: str, values: Sequence[object] = (), log_bytes: int = NOTE_BYTES) -> sqlite3.Cursor:
+        """`log_bytes`: the room for a transaction that begins with this. Raises: OSError (ENOSPC if the disk is full,
+        else EIO)."""
+        if not self._db.in_transaction and not sql.startswith("SELECT"):
+            self._require_log(log_bytes)
+            metrics.JOURNAL.add()
         try:
             return self._execute(sql, values)
         except OSError as exc:
@@ -214,8 +260,6 @@ class Journal:
         return self._execute(sql, values)
 
     def _execute(self, sql: str, values: Sequence[object]) -> sqlite3.Cursor:
-        if not self._db.in_transaction and not sql.startswith("SELECT"):
-            metrics.JOURNAL.add()
         try:
             return self._db.execute(sql, values)
         except sqlite3.OperationalError as exc:
@@ -223,11 +267,12 @@ class Journal:
             raise OSError(code, f"journal: {exc}") from exc
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
-        """One transaction for all calls inside. Must not be held over an await."""
+    def batch(self, log_bytes: int = NOTE_BYTES) -> Iterator[None]:
+        """One transaction for all calls inside, with so much room in the log. Must not be held over an await.
+        Raises: OSError (ENOSPC), before anything inside has run."""
         if self._depth == 0:
             self.reserve.review()
-            self._run("BEGIN IMMEDIATE")
+            self._run("BEGIN IMMEDIATE", log_bytes=log_bytes)
         self._depth += 1
         try:
             yield
@@ -242,6 +287,8 @@ class Journal:
         self._depth -= 1
         if self._depth == 0:
             self._commit()
+            if log_bytes > CHANGE_BYTES:
+                self._log.give_back()
             after, self._after = self._after, []
             for call in after:
                 call()

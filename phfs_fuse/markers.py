@@ -34,6 +34,11 @@ class Markers:
         return None
 
     def stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, marker: ETag | None) -> None:
+        with self._changes.noting():
+            self._stored(node, dirty, key, marker)
+        self._changes.endings.announce(node)
+
+    def _stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, marker: ETag | None) -> None:
         dirty.target = None
         dirty.on(Event.STORED)
         self._changes.touch(node)
@@ -50,7 +55,6 @@ class Markers:
             self._changes.review_marker(node)  # a child may have come or gone meanwhile
         else:
             self._queue.schedule(node)
-        self._changes.endings.announce(node)
 
     async def _has_more(self, key: ObjectKey) -> bool:
         """Whether the store has more below the directory than what is removed here, or was while it was asked."""

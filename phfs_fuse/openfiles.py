@@ -62,12 +62,16 @@ class OpenFiles:
             raise IsADirectory("open", self._inodes.path(node))
         if node.detached and not node.opens:  # the kernel looks the name up again
             raise StaleVersion("open", self._inodes.path(node))
-        writable = flags & os.O_ACCMODE != os.O_RDONLY
-        if writable or flags & os.O_TRUNC:
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._writable.require()
         if flags & os.O_TRUNC and node.size:
             self._changes.stage(node).truncate(0)
             self._changes.written(node, 0)
+        return self.opened(node, flags)
+
+    def opened(self, node: Node, flags: int) -> Fh:
+        """`node` may be opened like that: also as one that was made just now, on the last room there was."""
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
         direct = self._is_direct(node, flags)
         node.opens += 1
         self.count += 1
@@ -202,13 +206,13 @@ class OpenFiles:
             self.writers -= 1
             if fh & DIRECT and node.direct_writers:  # not known any more after a restart
                 node.direct_writers -= 1
-            if not node.writers:
-                self._changes.closed(node)
         self._kernel.referred(node)
+        if not node.opens and node.version is not None:
+            node.version.close()
+            node.version = None
+        if fh & 1 and not node.writers:
+            self._changes.closed(node)
         if not node.opens:
-            if node.version is not None:
-                node.version.close()
-                node.version = None
             self._changes.released(node)
             self._inodes.drop_unused(node)
             if node.misjudged and not node.detached:

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import trio
-
 from phfs_fuse.attempts import Attempts
 from phfs_fuse.endings import Endings
 from phfs_fuse.gone import Gone, GoneKeys
@@ -32,15 +30,10 @@ class Removed:
 
     def add(self, key: ObjectKey, etag: ETag | None, *, request: bool) -> None:
         """`key` shall vanish from the store, which has version `etag` there."""
+        self._journal.put_gone(key, etag)  # of directories too: their names stay hidden after a restart
         gone = Gone(key, etag, request, self._queue.delete_due)
         self.keys.add(gone)
-        self._journal.put_gone(key, etag)  # of directories too: their names stay hidden after a restart
         self._queue.push(gone, gone.due)
-
-    def add_again(self, gone: Gone) -> None:
-        """It was in use for a moment, of which nothing was noted."""
-        self.keys.add(gone)
-        self._queue.push(gone, trio.current_time())
 
     def in_use(self, key: ObjectKey, seq: int) -> ETag | None:
         """The key is in use again; returns the version that the store still has there."""

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 NAME: Final = "reserve"
 BYTES_MAX: Final = 16 * MIB
 DISK_PART: Final = 16  # of a small disk no more than this part
-RESUME_BYTES: Final = 256 * KIB  # for the journal's index and the first transactions
+RESUME_BYTES: Final = 512 * KIB  # for the journal's index, the room ahead of its log and the first transactions
 LOOK_SECONDS: Final = 0.5
 PLENTY_BYTES: Final = 1 << 30  # so much is not written in
 PLENTY_SECONDS: Final = 0.05  # so little time: the disk is not looked at again for each change
@@ -91,11 +92,11 @@ class Reserve:
         if self.review() < self._margin // 4:
             raise OSError(errno.ENOSPC, "the disk of the local state is full")
 
-    async def some(self) -> None:
-        """Returns when `require_some` finds room: what was done in the store has to be noted, sooner or later."""
+    async def wait(self, require: Callable[[], None]) -> None:
+        """Returns when `require` finds room: what was done in the store has to be noted, sooner or later."""
         while True:
             try:
-                self.require_some()
+                require()
             except OSError as exc:
                 if not self._is_awaited:
                     log.error("%s: %s; uploads wait until there is room", self._directory, exc.strerror)

@@ -138,7 +138,7 @@ class Mount:
             quotas=quotas,
             claims=Claims(store=store, changes=self.changes, queue=queue),
             defaults=self.defaults,
-            writable=Writable(self.journal.reserve, read_only=config.tree.read_only),
+            writable=Writable(self.journal, read_only=config.tree.read_only),
             config=config.tree,
             write_through=config.writeback.write_through,
         )

@@ -68,7 +68,6 @@ class Writeback:
         self._inodes = inodes
         self._blocks = blocks
         self._journal = journal
-        self._reserve = journal.reserve
         self._area = area
         self._changes = changes
         self._queue = queue
@@ -81,7 +80,7 @@ class Writeback:
             store=store,
             changes=changes,
             queue=queue,
-            reserve=journal.reserve,
+            journal=journal,
             sources=self._sources,
             config=config,
         )
@@ -104,7 +103,7 @@ class Writeback:
             self._nursery = self._sources.nursery = nursery
             task_status.started()
             while True:
-                await self._reserve.some()
+                await self._journal.room_to_note()
                 self._start_due()
                 wake = self._queue.wake
                 with trio.move_on_at(self._next_look()):
@@ -138,7 +137,7 @@ class Writeback:
     def _start_due(self) -> None:
         now = trio.current_time()
         deletes: list[Gone] = []
-        while (work := self._next_work(now)) is not None:
+        while self._journal.can_note() and (work := self._next_work(now)) is not None:
             if isinstance(work, Gone):
                 if self._deletes.is_ready(work):
                     deletes.append(work)
@@ -227,7 +226,7 @@ class Writeback:
             info = await self._uploader.store(snap)
         except (VersionChanged, StaleVersion) as exc:
             self._failed(node, dirty, key, None)
-            await self._reserve.some()
+            await self._journal.room_to_note()
             await self._conflicts.lost_race(node, dirty, key, snap, exc)
         except (PhfsError, OSError) as exc:
             self._failed(node, dirty, key, exc)
@@ -235,7 +234,7 @@ class Writeback:
             self._failed(node, dirty, key, None)
             raise
         else:
-            await self._reserve.some()
+            await self._journal.room_to_note()
             self._stored(node, dirty, key, snap, info)
             node.checked_at = max(node.checked_at, began_at)
         finally:
@@ -251,7 +250,7 @@ class Writeback:
             self._failed(node, dirty, key, None)
             raise
         else:
-            await self._reserve.some()
+            await self._journal.room_to_note()
             self._markers.stored(node, dirty, key, marker)
         finally:
             self._queue.free(key)
@@ -276,14 +275,13 @@ class Writeback:
         self._changes.endings.announce(node)
 
     def _stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, info: ObjectInfo) -> None:
-        dirty.target = None
-        self._changes.touch(node)
-        metrics.UPLOADED_FILES.add()
-        old_base, node.base = node.base, Base(key, info.etag, info.size)
-        self._changes.landed(key, info.etag, except_node=node)
-        if not node.detached and self._inodes.key(node) == key:
-            dirty.over = info.etag
-        with self._journal.batch():
+        with self._changes.noting():
+            dirty.target = None
+            self._changes.touch(node)
+            old_base, node.base = node.base, Base(key, info.etag, info.size)
+            self._changes.landed(key, info.etag, except_node=node)
+            if not node.detached and self._inodes.key(node) == key:
+                dirty.over = info.etag
             self._changes.attempts.answered(key)
             if snap.layer is not None:
                 self._uncover(node, snap.layer, old_base, info)
@@ -302,6 +300,7 @@ class Writeback:
                 dirty.since = trio.current_time()
                 self._changes.files.save(node)
                 self._queue.schedule(node)
+        metrics.UPLOADED_FILES.add()
         log.debug("stored key=%s bytes=%d", key, info.size)
         self._changes.endings.announce(node)
 

@@ -31,12 +31,12 @@ from phfs_fuse.errors import StartupError
 from phfs_fuse.mountpoint import mount_table
 from phfs_fuse.registry import MountRecord
 from phfs_fuse.waiting import ended
+from tests.support import disks
 from tests.support.servers import Server, minio, minio_binary, moto
 
 COMMAND_SECONDS = 120.0
 END_SECONDS = 20.0
 PREFIX = "groups/test/"
-BALLAST = ".ballast"
 CHECKOUT = str(Path(__file__).parents[2])
 LOUD = re.compile(r"^\S+ (WARNING|ERROR|CRITICAL) |^Traceback |^\{.*\"level\": \"(warning|error|critical)\"")
 
@@ -168,16 +168,11 @@ class TestMount:
 
     def fill(self, disk: str) -> None:
         """Take all the space that is left on "state" or "cache"."""
-        with open(self.root / disk / BALLAST, "ab") as ballast:
-            while free := os.statvfs(ballast.fileno()).f_bavail:
-                with suppress(OSError):  # somebody else was quicker
-                    end = ballast.tell()
-                    os.posix_fallocate(ballast.fileno(), end, free * os.fstatvfs(ballast.fileno()).f_frsize)
-                ballast.seek(0, os.SEEK_END)
+        disks.fill(self.root / disk)
 
     def free(self, disk: str) -> None:
         """Give back what `fill` took."""
-        (self.root / disk / BALLAST).unlink(missing_ok=True)
+        disks.free(self.root / disk)
 
     # --- its log
 

@@ -172,7 +172,7 @@ def made(
         quotas=quotas,
         claims=Claims(store=store, changes=changes, queue=queue),
         defaults=defaults,
-        writable=Writable(journal.reserve, read_only=tree.read_only),
+        writable=Writable(journal, read_only=tree.read_only),
         config=tree,
         write_through=False,
     )

@@ -69,7 +69,7 @@ fills
 blockfile
 cachedisk
 journal readahead cachedir
-cachefile
+cachefile logspace
 gone demand
 store
 store.crt
