@@ -38,6 +38,10 @@ CAPABILITIES: Final = (
 )
 
 
+# A kubelet takes an answer without any usage for an error, and the condition of the volume with it.
+NO_USAGE = csi_pb2.VolumeUsage(unit=csi_pb2.VolumeUsage.BYTES)
+
+
 class NodeService(csi_pb2_grpc.NodeServicer):
     def __init__(
         self,
@@ -54,6 +58,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         self._records = records
         self._mounter = mounter
         self._volumes = volumes
+        self._usage: dict[str, list[csi_pb2.VolumeUsage]] = {}  # by volume, as it was last seen
 
     # --- its life: see `life.Life`
 
@@ -94,7 +99,9 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     def NodeUnstageVolume(
         self, request: csi_pb2.NodeUnstageVolumeRequest, context: grpc.ServicerContext
     ) -> csi_pb2.NodeUnstageVolumeResponse:
-        self._volumes.unstage(*self._requests.unstage(request), _seconds(context))
+        volume_id, path = self._requests.unstage(request)
+        self._volumes.unstage(volume_id, path, _seconds(context))
+        self._usage.pop(volume_id, None)
         return csi_pb2.NodeUnstageVolumeResponse()
 
     def NodePublishVolume(
@@ -116,19 +123,15 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         record = self._at(volume_id, path)
         problem = _problem(self._mounter.status(record))
         if self._mounter.state(record) is not State.SERVED:
-            return _stats([], abnormal=True, message="the mount is not served; it is being taken up again")
+            message = "the mount is not served; it is being taken up again"
+            return _stats(self._usage.get(volume_id, [NO_USAGE]), abnormal=True, message=message)
         usage = self._mounter.usage(path)
         bytes_, inodes = csi_pb2.VolumeUsage.BYTES, csi_pb2.VolumeUsage.INODES
-        return _stats(
-            [
-                csi_pb2.VolumeUsage(unit=bytes_, total=usage.total, used=usage.used, available=usage.available),
-                csi_pb2.VolumeUsage(
-                    unit=inodes, total=usage.inodes, used=usage.inodes_used, available=usage.inodes_free
-                ),
-            ],
-            abnormal=bool(problem),
-            message=problem or "mounted",
-        )
+        seen = self._usage[volume_id] = [
+            csi_pb2.VolumeUsage(unit=bytes_, total=usage.total, used=usage.used, available=usage.available),
+            csi_pb2.VolumeUsage(unit=inodes, total=usage.inodes, used=usage.inodes_used, available=usage.inodes_free),
+        ]
+        return _stats(seen, abnormal=bool(problem), message=problem or "mounted")
 
     def _at(self, volume_id: str, path: Any) -> VolumeRecord:
         """The volume if it is mounted or bound there. Raises: NotFound."""

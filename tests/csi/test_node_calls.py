@@ -362,7 +362,17 @@ def test_statistics(kubelet: Caller, mounter: FakeMounter, node: NodeService) ->
     assert (told.pending_files, told.pending_bytes) == (None, None)
     mounter.mounted.clear()
     found = kubelet.stats()[1]
-    assert (list(found.usage), found.volume_condition.abnormal) == ([], True)
+    assert found.volume_condition.abnormal
+    assert [(usage.total, usage.used) for usage in found.usage] == [(100, 30), (10, 3)]  # as it was last seen
+
+
+def test_statistics_of_a_mount_that_was_never_seen(kubelet: Caller, mounter: FakeMounter) -> None:
+    kubelet.stage()
+    kubelet.publish()
+    mounter.mounted.clear()
+    found = kubelet.stats()[1]
+    assert found.volume_condition.abnormal
+    assert [(usage.unit, usage.total) for usage in found.usage] == [(csi_pb2.VolumeUsage.BYTES, 0)]
 
 
 def test_what_the_node_says_of_itself(kubelet: Caller) -> None:
