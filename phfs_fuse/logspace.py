@@ -14,6 +14,7 @@ may want new ones all the same; one that gives none ahead is as it was without t
 from __future__ import annotations
 
 import os
+import weakref
 from contextlib import suppress
 from errno import EDQUOT, ENOSPC, ENOSYS, EOPNOTSUPP
 from pathlib import Path
@@ -38,13 +39,12 @@ class LogSpace:
         """The log of a `journal` that is open, and is so until `close`: to close a descriptor of the index takes the
         locks of all others from them (Source: fcntl(2))."""
         self._fds = [_open(f"{journal}-wal"), _open(f"{journal}-shm")]
+        self._close = weakref.finalize(self, _close, list(self._fds))
         self._owned = 0 if min(self._fds) >= 0 else NO_LIMIT  # bytes of the log that have blocks
         self._index_owned = 0
 
     def close(self) -> None:
-        for fd in self._fds:
-            if fd >= 0:
-                os.close(fd)
+        self._close()
         self._fds = [-1, -1]
 
     def require(self, size: int) -> None:
@@ -84,6 +84,12 @@ class LogSpace:
             self._index_owned = index_end
         fallocate(log, FALLOC_KEEP_SIZE, used, end - used)
         self._owned = end
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        if fd >= 0:
+            os.close(fd)
 
 
 def _open(path: str) -> int:

@@ -44,6 +44,7 @@ def volume(root: Path, settings: Mapping[str, str] | None = None, **more: object
 @pytest.fixture
 def role(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugin's service account has one."""
+    monkeypatch.delenv("AWS_SHARED_CREDENTIALS_FILE", raising=False)  # that of other tests
     for name, value in ROLE.items():
         monkeypatch.setenv(name, value)
 
