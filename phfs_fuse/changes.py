@@ -26,7 +26,7 @@ from phfs_fuse.endings import Endings
 from phfs_fuse.errors import IllegalName
 from phfs_fuse.gone import Gone
 from phfs_fuse.inodes import Base, Inodes, Node
-from phfs_fuse.journal import Act, Journal, LayerRow, PresentRow
+from phfs_fuse.journal import ENDED, Act, Journal, LayerRow, PresentRow
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.keyusers import KeyUsers
 from phfs_fuse.logspace import CHANGE_BYTES
@@ -84,15 +84,22 @@ class Changes:
             at = at.parent
 
     def new_layer(self, content: bytes) -> Layer:
-        """For a file that is to be `created`. Raises: OSError."""
+        """For a file that is to be `created`, in a transaction that begins after this. Until that is done a restart
+        takes the layer for one that has ended: nobody was told of its bytes. Raises: OSError."""
         layer = self._area.new(seen=0, size=0)
         try:
             if content:
+                with self.batch():
+                    self._journal.put_layer(LayerRow(layer.id, ENDED, 0))
                 layer.write(0, content)
         except OSError:
-            self._area.discard(layer)
+            self.drop_layer(layer)
             raise
         return layer
+
+    def drop_layer(self, layer: Layer) -> None:
+        """It was not `created` after all."""
+        self._area.discard(layer)
 
     def created(self, node: Node, layer: Layer | None) -> None:
         """`node` has just got a name that nothing had, and is not in the store. A file has a `layer`."""

@@ -197,9 +197,15 @@ class Names:
                 return taken
         if parent.detached:
             raise NotFound("create", name.decode(errors="replace"), "its directory was removed")
-        with self._giving_back(info), self._changes.batch():
+        with self._giving_back(info):
             layer = None if info is not None or stat.S_ISDIR(attrs.mode) else self._changes.new_layer(content)
-            return self._add(parent, name, attrs, act, info, layer)
+            try:
+                with self._changes.batch():
+                    return self._add(parent, name, attrs, act, info, layer)
+            except OSError:
+                if layer is not None:
+                    self._changes.drop_layer(layer)
+                raise
 
     @contextmanager
     def _giving_back(self, info: ObjectInfo | None) -> Iterator[None]:

@@ -305,3 +305,14 @@ async def test_a_version_that_no_program_has_seen_is_not_removed_or_moved(
     await world.vfs.unlink(1, b"f")
     await world.settle()
     assert "f" not in stored(store)
+
+
+async def test_bytes_of_a_link_that_was_not_made_yet_are_not_put_aside(
+    world: World, store: FakeStore, tmp_path: Path
+) -> None:
+    """The process dies before the transaction of the link: nobody was told of it, and it is asked for again."""
+    world.changes.new_layer(b"target")
+    shutil.copytree(tmp_path / "state", tmp_path / "copy")
+    after = await recovered(store, tmp_path / "copy")
+    assert list((tmp_path / "copy" / "staging").iterdir()) == []
+    after.journal.close()

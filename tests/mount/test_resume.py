@@ -175,8 +175,6 @@ def test_again_and_again_under_load(place: MountPlace, how: str) -> None:
             assert open(f"{folder}-moved/link").read() == "a" * number
         print(number)
     """
-    # Those of a symbolic link whose worker was killed before it was answered: it is asked for again.
-    place.mount.expected.append("bytes that no file could be found for")
     stop = place.mount.root / "stop"
     workers = [
         subprocess.Popen(
