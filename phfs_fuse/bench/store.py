@@ -158,6 +158,28 @@ class Store:
             self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
 
+class Arrival:
+    """Whether below a prefix are objects of just these sizes, asked again and again for little: a listing of a
+    thousand keys each time would take the machine from what is measured. So one key that the last listing had wrong
+    is asked for alone, until it is right."""
+
+    def __init__(self, store: Store, prefix: str, sizes: Mapping[str, int]) -> None:
+        self._store, self._prefix, self._sizes = store, prefix, sizes
+        self._wrong: str | None = max(sizes, default=None)
+
+    def is_there(self) -> bool:
+        if self._wrong is not None:
+            found = self._store.head(self._prefix + self._wrong)
+            if (found.size if found else None) != self._sizes.get(self._wrong):
+                return False
+            if len(self._sizes) == 1:
+                return True
+        listed = self._store.list(self._prefix)
+        different = {name for name, _ in listed.items() ^ self._sizes.items()}
+        self._wrong = max(different, default=None)
+        return not different
+
+
 def wait_until(stored: Callable[[], bool], seconds: float) -> float:
     """When (CLOCK_MONOTONIC) `stored` was first seen true. Raises: TimeoutError."""
     deadline = time.monotonic() + seconds

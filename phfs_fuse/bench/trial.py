@@ -15,7 +15,7 @@ from phfs_fuse.bench import loads as made
 from phfs_fuse.bench.loads import Loads, Piece
 from phfs_fuse.bench.processes import Actor, Done, Failed
 from phfs_fuse.bench.sizes import Sizes
-from phfs_fuse.bench.store import Store, wait_until
+from phfs_fuse.bench.store import Arrival, Store, wait_until
 
 SYNC_SECONDS: Final = 60
 
@@ -85,17 +85,13 @@ class Trial:
         assert store is not None
         sizes = {name: load.full_size for name, load in loads.items()}
 
-        def stored() -> bool:
-            if len(sizes) != 1:
-                return store.list(self.prefix) == sizes
-            name, size = next(iter(sizes.items()))
-            if edit is not None:
-                return store.range(self.prefix + name, edit.offset, edit.size) == edit.content()
-            found = store.head(self.prefix + name)
-            return found is not None and found.size == size
+        def is_edited() -> bool:
+            assert edit is not None
+            return store.range(self.prefix + next(iter(sizes)), edit.offset, edit.size) == edit.content()
 
+        arrived = is_edited if edit is not None else Arrival(store, self.prefix, sizes).is_there
         try:
-            return wait_until(stored, self.timeout_seconds)
+            return wait_until(arrived, self.timeout_seconds)
         except TimeoutError as exc:
             raise Failed(str(exc)) from exc
 

@@ -7,6 +7,7 @@ import io
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 from rich.console import Console
@@ -16,6 +17,7 @@ from phfs_fuse.bench.figures import Cost, Failure, Figures, Sample, Summary, Tra
 from phfs_fuse.bench.loads import MIB, Load, Piece, random_places, small_files
 from phfs_fuse.bench.relay import RequestCounter
 from phfs_fuse.bench.sizes import SIZES
+from phfs_fuse.bench.store import Arrival, Found, Store
 from phfs_fuse.bench.systems import REFERENCE, SYSTEMS, System, Target, choose
 from phfs_fuse.bench.workloads import WORKLOADS, title
 from phfs_fuse.errors import UsageError
@@ -246,3 +248,45 @@ def test_a_body_that_cannot_be_followed_is_said() -> None:
     counts: Counter[str] = Counter()
     RequestCounter(counts).feed(b"PUT /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nGET\r\n0\r\n\r\n")
     assert counts == {"PUT": 1, "unknown": 1}
+
+
+class Bucket:
+    """Counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+        self.asked: Counter[str] = Counter()
+
+    def head(self, key: str) -> Found | None:
+        self.asked["head"] += 1
+        return Found(self.sizes[key], "etag") if key in self.sizes else None
+
+    def list(self, prefix: str) -> dict[str, int]:
+        self.asked["list"] += 1
+        return {key.removeprefix(prefix): size for key, size in self.sizes.items()}
+
+
+@pytest.mark.parametrize("wanted", [{}, {"a": 1}, {"a": 1, "b": 2, "c": 3}])
+@pytest.mark.parametrize("found", [{}, {"a": 1}, {"a": 9}, {"a": 1, "b": 2, "c": 3}, {"a": 1, "c": 3, "d": 4}])
+def test_what_has_arrived_is_what_was_to_come(wanted: dict[str, int], found: dict[str, int]) -> None:
+    bucket = Bucket()
+    arrival = Arrival(cast(Store, bucket), "p/", wanted)
+    bucket.sizes = {"p/" + name: size for name, size in found.items()}
+    right = found.get("a") == 1 if len(wanted) == 1 else found == wanted  # of one file, it alone is asked for
+    assert [arrival.is_there() for _ in range(3)] == [right] * 3
+    bucket.sizes = {"p/" + name: size for name, size in wanted.items()}
+    assert any(arrival.is_there() for _ in range(3))
+
+
+def test_a_thousand_keys_are_listed_a_few_times_only() -> None:
+    bucket, wanted = Bucket(), {f"f{number:04}": 1 for number in range(1000)}
+    arrival = Arrival(cast(Store, bucket), "", wanted)
+    for name in wanted:
+        assert not arrival.is_there()
+        bucket.sizes[name] = 1
+    assert arrival.is_there()
+    assert (bucket.asked["head"], bucket.asked["list"]) == (1001, 1)
+    del bucket.sizes["f0500"]
+    assert not arrival.is_there()
+    bucket.sizes["f0500"] = 1
+    assert arrival.is_there()
