@@ -29,10 +29,10 @@ _RECORD: Final = struct.Struct("<QQI")
 _CLIP: Final = (1 << 64) - 1  # as `end`: the file was truncated to `start`
 
 
-class _Files(LRUCache[Path, int]):
-    """Open descriptors, least recently used closed first."""
+class _Files(LRUCache[str, int]):
+    """Open descriptors by the path of the file, least recently used closed first."""
 
-    def popitem(self) -> tuple[Path, int]:
+    def popitem(self) -> tuple[str, int]:
         path, fd = super().popitem()
         os.close(fd)
         return path, fd
@@ -51,12 +51,12 @@ class Piece:
 class Layer:
     """One staging file. `extents` are the ranges that it holds (meaningless while `seen` is 0: it holds all)."""
 
-    __slots__ = ("_area", "extents", "id", "path", "seen", "size")
+    __slots__ = ("_area", "data", "extents", "id", "seen", "size")
 
     def __init__(self, area: StagingArea, layer_id: int, seen: int) -> None:
         self._area = area
         self.id = layer_id
-        self.path = area.path(layer_id)
+        self.data = area.data(layer_id)
         self.seen = seen
         self.size = 0
         self.extents = Extents()
@@ -64,7 +64,11 @@ class Layer:
     @property
     def fd(self) -> int:
         """Valid until the next use of the area."""
-        return self._area.fd(self.path)
+        return self._area.fd(self.data)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.data)
 
     @property
     def local_bytes(self) -> int:
@@ -108,7 +112,7 @@ class Layer:
 
     def _log(self, start: int, end: int) -> None:
         body = struct.pack("<QQ", start, end)
-        fd = self._area.fd(self._area.log_path(self.id))
+        fd = self._area.fd(self._area.log(self.id), os.O_APPEND | os.O_CREAT)
         if (count := os.write(fd, body + struct.pack("<I", zlib.crc32(body)))) != _RECORD.size:
             os.ftruncate(fd, os.fstat(fd).st_size - count)  # what follows a torn record would not be found
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -217,18 +221,24 @@ class StagingArea:
     def next_id(self) -> int:
         return self._next
 
+    def data(self, layer_id: int) -> str:
+        """The path of a layer's bytes: text, since each new file needs it a few times."""
+        return f"{self._directory}/{layer_id}.data"
+
+    def log(self, layer_id: int) -> str:
+        return f"{self._directory}/{layer_id}.ext"
+
     def path(self, layer_id: int) -> Path:
-        return self._directory / f"{layer_id}.data"
+        return Path(self.data(layer_id))
 
     def log_path(self, layer_id: int) -> Path:
-        return self._directory / f"{layer_id}.ext"
+        return Path(self.log(layer_id))
 
-    def fd(self, path: Path) -> int:
+    def fd(self, path: str, flags: int = 0) -> int:
         try:
             return self._files[path]
         except KeyError:
-            extra = os.O_APPEND | os.O_CREAT if path.suffix == ".ext" else 0
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | extra, 0o600)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
             self._files[path] = fd
             return fd
 
@@ -236,8 +246,8 @@ class StagingArea:
         """A layer without bytes of its own. Raises: OSError (ENOSPC, EMFILE, ...)."""
         layer = Layer(self, self._next, seen)
         self._next += 1
-        fd = os.open(layer.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        self._files[layer.path] = fd
+        fd = os.open(layer.data, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._files[layer.data] = fd
         if size:
             os.ftruncate(fd, size)
         layer.size = size
@@ -255,10 +265,10 @@ class StagingArea:
     def discard(self, layer: Layer) -> None:
         """Its bytes are of no more use (or its file was taken over)."""
         self.held_bytes -= layer.local_bytes
-        for path in (layer.path, self.log_path(layer.id)):
+        for path in (layer.data, self.log(layer.id)):
             self._close(path)
             with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+                os.unlink(path)
 
     def save_aside(self, path: Path) -> Path | None:
         """Keep a staging file that belongs to no file any more (with its log) where a person finds it."""
@@ -267,16 +277,16 @@ class StagingArea:
         self._aside.mkdir(mode=0o700, exist_ok=True)
         target = self._aside / f"{unused_stamp(self._aside)}-{path.name}"
         for suffix in (".ext", ".data"):
-            self._close(path.with_suffix(suffix))
+            self._close(str(path.with_suffix(suffix)))
             with contextlib.suppress(FileNotFoundError):
                 path.with_suffix(suffix).rename(target.with_suffix(suffix))
         return target
 
     def release(self, layer: Layer) -> None:
         """Close the descriptors of a layer whose file is about to be taken over."""
-        self._close(layer.path)
+        self._close(layer.data)
 
-    def _close(self, path: Path) -> None:
+    def _close(self, path: str) -> None:
         if (fd := self._files.pop(path, None)) is not None:
             os.close(fd)
 
