@@ -8,13 +8,10 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final
 
-from phfs_fuse.types import GIB, S3_PART_BYTES_MAX, S3_PART_BYTES_MIN, S3_PARTS_MAX
+from phfs_fuse.types import COPY_PART_BYTES, S3_PART_BYTES_MAX, S3_PART_BYTES_MIN, S3_PARTS_MAX
 
 Extent = tuple[int, int]
-
-COPY_BYTES_MAX: Final = 5 * GIB  # Source: S3 API, UploadPartCopy
 
 
 class Extents:
@@ -160,18 +157,18 @@ class PartPlan:
 
 
 def plan_parts(
-    size: int, dirty: Extents, base_bytes: int, part_bytes: int, part_bytes_copy_max: int = COPY_BYTES_MAX
+    size: int, dirty: Extents, base_bytes: int, part_bytes: int, copy_part_bytes: int = COPY_PART_BYTES
 ) -> list[PartPlan]:
     """The parts of a new version of `size` bytes, in order: what did not change is copied, the rest uploaded.
 
     Unchanged is what lies in [0, base_bytes) and not in `dirty`. The parts tile [0, size), each but the last
-    has at least 5 MiB, they are at most 10 000 (they grow if need be). Uploads have `part_bytes`, the last
-    of a run up to 5 MiB more; copies up to `part_bytes_copy_max` (>= 10 MiB). A lone small change costs an
-    upload of 5 MiB, an append what was appended.
+    has at least 5 MiB, they are at most 10 000 (they grow if need be). Uploads have `part_bytes`, copies
+    `copy_part_bytes` (>= 5 MiB), the last of a run up to 5 MiB more. A lone small change costs an upload of 5 MiB, an
+    append what was appended.
     """
     changed = _changed(size, dirty, base_bytes)
     least = S3_PART_BYTES_MIN
-    copy_bytes = part_bytes_copy_max - S3_PART_BYTES_MIN
+    copy_bytes = copy_part_bytes
     part_bytes = min(max(part_bytes, -(-size // S3_PARTS_MAX)), S3_PART_BYTES_MAX - S3_PART_BYTES_MIN)
     while True:
         plans = [
@@ -181,7 +178,9 @@ def plan_parts(
         ]
         if len(plans) <= S3_PARTS_MAX:
             return plans
-        least, part_bytes = least * 2, min(part_bytes * 2, S3_PART_BYTES_MAX - S3_PART_BYTES_MIN)
+        least *= 2
+        part_bytes = min(part_bytes * 2, S3_PART_BYTES_MAX - S3_PART_BYTES_MIN)
+        copy_bytes = min(copy_bytes * 2, S3_PART_BYTES_MAX - S3_PART_BYTES_MIN)
 
 
 def _changed(size: int, dirty: Extents, base_bytes: int) -> Extents:

@@ -21,4 +21,5 @@ KEY_BYTES_MAX: Final = 1024  # Source: S3 user guide, object keys
 S3_PART_BYTES_MIN: Final = 5 * MIB  # Source: S3 user guide, multipart limits; the last part may be smaller
 S3_PART_BYTES_MAX: Final = 5 * GIB
 S3_PARTS_MAX: Final = 10_000
+COPY_PART_BYTES: Final = 64 * MIB  # in the store, several at once; more may take longer than the time without a byte
 S3_OBJECT_BYTES_MAX: Final = 5 << 40

@@ -31,7 +31,7 @@ from phfs_fuse.store.events import EventStream
 from phfs_fuse.store.guard import CLEANUP_SECONDS, Guard, quietly
 from phfs_fuse.store.retry import retrying
 from phfs_fuse.store.transfer import Receiver, body_length, holds, multipart_etag
-from phfs_fuse.types import GIB, MIB, S3_PARTS_MAX, ETag, ObjectKey
+from phfs_fuse.types import COPY_PART_BYTES, GIB, MIB, S3_PARTS_MAX, ETag, ObjectKey
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ T = TypeVar("T")
 CHECK_ATTEMPTS: Final = 2  # a wrong endpoint must show soon
 COPY_BYTES_MAX: Final = 256 * MIB  # in one request: more may take longer than the time without a byte
 COPY_ONTO_ITSELF_BYTES_MAX: Final = 5 * GIB  # Source: S3 API reference, CopyObject
-COPY_PART_BYTES: Final = 128 * MIB
 
 
 class S3Store:
@@ -86,6 +85,9 @@ class S3Store:
             self._lists_metadata = True
 
     # -- reading
+
+    async def prepare(self) -> None:
+        await self._guard.kept()
 
     async def head(self, key: ObjectKey) -> ObjectInfo:
         check_key("head", key)

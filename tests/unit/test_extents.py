@@ -6,8 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phfs_fuse.extents import COPY_BYTES_MAX, Extents, PartPlan, plan_parts, split
-from phfs_fuse.types import GIB, KIB, MIB, S3_PART_BYTES_MAX, S3_PART_BYTES_MIN, S3_PARTS_MAX
+from phfs_fuse.extents import Extents, PartPlan, plan_parts, split
+from phfs_fuse.types import (
+    COPY_PART_BYTES,
+    GIB,
+    KIB,
+    MIB,
+    S3_OBJECT_BYTES_MAX,
+    S3_PART_BYTES_MAX,
+    S3_PART_BYTES_MIN,
+    S3_PARTS_MAX,
+)
 
 SPAN = 64
 POSITIONS = st.integers(0, SPAN)
@@ -110,7 +119,7 @@ QUARTERS = st.integers(0, 400).map(lambda n: n * MIB // 4)
     base=QUARTERS,
     dirty=st.lists(st.tuples(QUARTERS, st.integers(1, 3 * MIB)), max_size=8),
     part=st.integers(5, 20).map(lambda n: n * MIB),
-    copy_max=st.integers(10, 64).map(lambda n: n * MIB),
+    copy_max=st.integers(5, 64).map(lambda n: n * MIB),
 )
 def test_parts_are_legal_and_cheap(
     size: int, base: int, dirty: list[tuple[int, int]], part: int, copy_max: int
@@ -118,7 +127,7 @@ def test_parts_are_legal_and_cheap(
     extents = Extents((start, start + length) for start, length in dirty)
     plans = plan_parts(size, extents, base, part, copy_max)
     check(plans, size, extents, base)
-    assert all(plan.length <= (copy_max if plan.is_copy else part + S3_PART_BYTES_MIN) for plan in plans)
+    assert all(plan.length <= (copy_max if plan.is_copy else part) + S3_PART_BYTES_MIN for plan in plans)
     changed_bytes = Extents([*extents, (base, max(base, size))])
     changed_bytes.clip(size)
     if base > S3_PART_BYTES_MIN:  # at most 10 MiB of unchanged bytes go along with each changed range
@@ -130,19 +139,27 @@ def test_a_small_change_in_a_big_object_uploads_one_small_part(at: int) -> None:
     plans = plan_parts(512 * MIB, Extents([(at, at + 4 * KIB)]), 512 * MIB, 8 * MIB)
     check(plans, 512 * MIB, Extents([(at, at + 4 * KIB)]), 512 * MIB)
     assert uploaded(plans) <= 8 * MIB
-    assert len(plans) <= 3
+    assert len(plans) <= 1 + 512 * MIB // COPY_PART_BYTES + 1
 
 
-@pytest.mark.parametrize("base", [128 * MIB, 130 * MIB + 1, 5 * MIB + 1])
-def test_an_append_uploads_what_was_appended(base: int) -> None:
+@pytest.mark.parametrize(
+    ("base", "cuts"),
+    [
+        (128 * MIB, [0, 64 * MIB, 128 * MIB]),
+        (130 * MIB + 1, [0, 64 * MIB, 130 * MIB + 1]),
+        (5 * MIB + 1, [0, 5 * MIB + 1]),
+    ],
+)
+def test_an_append_uploads_what_was_appended(base: int, cuts: list[int]) -> None:
     size = base + 4 * KIB
     plans = plan_parts(size, Extents([(base, size)]), base, 8 * MIB)
-    assert plans == [PartPlan(0, base, True), PartPlan(base, size, False)]
+    copies = [PartPlan(start, end, True) for start, end in pairwise(cuts)]
+    assert plans == [*copies, PartPlan(base, size, False)]
 
 
 def test_a_truncated_object_is_only_copied() -> None:
     plans = plan_parts(100 * MIB + 1, Extents(), 512 * MIB, 8 * MIB)
-    assert plans == [PartPlan(0, 100 * MIB + 1, True)]
+    assert plans == [PartPlan(0, 64 * MIB, True), PartPlan(64 * MIB, 100 * MIB + 1, True)]
 
 
 def test_a_base_too_small_for_ranged_copies_is_uploaded() -> None:
@@ -163,11 +180,12 @@ def test_nothing_has_no_parts() -> None:
     assert plan_parts(0, Extents([(0, 5)]), 100, 8 * MIB) == []
 
 
-def test_copies_stay_within_the_limit_of_the_store() -> None:
-    size = 2 * COPY_BYTES_MAX + 1
+def test_copies_grow_when_they_would_be_too_many() -> None:
+    size = S3_OBJECT_BYTES_MAX - 1
     plans = plan_parts(size + 1, Extents([(size, size + 1)]), size, 8 * MIB)
     check(plans, size + 1, Extents([(size, size + 1)]), size)
     assert uploaded(plans) == 1
+    assert max(plan.length for plan in plans) <= 2 * size // S3_PARTS_MAX + S3_PART_BYTES_MIN
 
 
 @pytest.mark.parametrize("part", [5 * MIB, 8 * MIB, 5 * GIB])
