@@ -137,10 +137,11 @@ class UploadQueue:
         self.enqueue(node, dirty, max(due, dirty.due) if dirty.attempts else due)
 
     def _quiet_seconds(self, node: Node, dirty: DirtyFile) -> float:
-        """Short for new bytes of a file that has been left alone for long: somebody saved it. What is new may be gone
-        or get its name in a moment; what was stored lately may be written once more."""
-        is_saved = node.staged is not None and dirty.over is not None
-        if is_saved and self._key_of(node) not in self._recent:
+        """Short for new bytes of a file that has been left alone for long: somebody saved it; and for a big new one,
+        which nothing but its size takes longer. A small new file may be gone or get its name in a moment; what was
+        stored lately may be written once more."""
+        is_worth_it = dirty.over is not None or node.size >= self._config.multipart_bytes_min
+        if is_worth_it and node.staged is not None and self._key_of(node) not in self._recent:
             return self.delay / REST_PART
         return self.delay
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 import trio
@@ -73,6 +74,7 @@ class Writeback:
         self._queue = queue
         self._config = config
         self._demand = demand
+        self._store = store
         self._uploader = Uploader(store, journal, config, self._upcoming)
         self._sources = Sources(inodes=inodes, blocks=blocks, changes=changes, queue=queue)
         self._markers = Markers(store=store, inodes=inodes, changes=changes, queue=queue)
@@ -102,13 +104,23 @@ class Writeback:
         async with trio.open_nursery() as nursery:
             self._nursery = self._sources.nursery = nursery
             task_status.started()
+            is_prepared = False
             while True:
                 await self._journal.room_to_note()
                 self._start_due()
+                if not is_prepared and self._queue.next_due < math.inf:
+                    is_prepared = True
+                    nursery.start_soon(self._prepare)
                 wake = self._queue.wake
                 with trio.move_on_at(self._next_look()):
                     await wake.wait()
                 self._queue.wake = trio.Event()
+
+    async def _prepare(self) -> None:
+        """While the first change has its quiet time."""
+        if self._config.on_conflict is not OnConflict.OVERWRITE:
+            with suppress(PhfsError):  # who has to write will ask again
+                await self._store.prepare()
 
     def _next_look(self) -> float:
         if self._running >= self._config.uploads_max:

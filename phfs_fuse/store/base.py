@@ -115,6 +115,9 @@ class ObjectStore(Protocol):
     async def check_bucket(self, *, create: bool = False) -> None:
         """Return if the bucket can be listed; probe what the store can do. Creates it if asked to."""
 
+    async def prepare(self) -> None:
+        """Find out what conditional writes rest on; the first one does otherwise."""
+
     async def head(self, key: ObjectKey) -> ObjectInfo: ...
 
     async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:

@@ -93,6 +93,33 @@ async def test_a_file_that_was_left_alone_is_stored_soon_and_then_at_leisure(
     assert content(world, "f") == b"three"
 
 
+async def test_a_big_new_file_is_stored_soon_and_then_at_leisure(world: World, autojump_clock: MockClock) -> None:
+    big = b"x" * 8 * MIB
+    await world.write("small", b"x")
+    await world.write("big.tmp", big)
+    await world.vfs.rename(1, b"big.tmp", 1, b"big", 0)
+    await trio.sleep(0.1)
+    assert keys(world) == ["big"]
+    assert content(world, "big") == big
+    assert world.store.requests["copy"] == 0
+    await world.write("big", b"y" * 8 * MIB)
+    await trio.sleep(0.4)
+    assert content(world, "big") == big
+
+
+async def test_the_first_change_has_the_store_looked_at_before_it_is_due(
+    world: World, autojump_clock: MockClock
+) -> None:
+    with pytest.raises(NotFound):
+        await world.vfs.lookup(1, b"f")
+    await trio.sleep(10)
+    assert not world.store.is_prepared
+    await world.write("f", b"x")
+    await trio.sleep(0.1)
+    assert world.store.is_prepared
+    assert keys(world) == []
+
+
 async def test_a_file_left_alone_that_is_replaced_by_rename_is_stored_soon(
     world: World, autojump_clock: MockClock
 ) -> None:

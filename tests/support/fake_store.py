@@ -98,6 +98,7 @@ class FakeStore:
         self._upload_count = 0
         self.half_deleted: set[str] = set()  # keys that a listing shows as folders, as MinIO's does for a moment
         self.has_events = True
+        self.is_prepared = False
         self._listeners: list[tuple[str, Listener]] = []
         self._cut = trio.Event()
 
@@ -125,6 +126,9 @@ class FakeStore:
     async def check_bucket(self, *, create: bool = False) -> None:
         self.bucket_exists = self.bucket_exists or create
         await self._request("check_bucket", "bucket")
+
+    async def prepare(self) -> None:
+        self.is_prepared = True
 
     async def head(self, key: ObjectKey) -> ObjectInfo:
         await self._request("head", key)

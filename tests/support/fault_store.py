@@ -156,6 +156,9 @@ class FaultStore:
     async def check_bucket(self, *, create: bool = False) -> None:
         await self._through("check_bucket", "", lambda: self.inner.check_bucket(create=create))
 
+    async def prepare(self) -> None:
+        await self._through("prepare", "", self.inner.prepare)
+
     async def head(self, key: ObjectKey) -> ObjectInfo:
         return await self._through("head", key, lambda: self.inner.head(key))
 
