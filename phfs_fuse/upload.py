@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -167,21 +168,19 @@ class Uploader:
     async def _multipart(self, snap: Snapshot, layer: Layer) -> ObjectInfo:
         plans = self._plan(snap, layer)
         upload_id = await self._store.create_multipart(snap.key, snap.metadata)
-        self._journal.put_upload(upload_id, snap.key)
-        fd = os.open(layer.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            parts = await gather(
-                [
-                    partial(self._part, snap, layer, fd, upload_id, part_no, plan)
-                    for part_no, plan in enumerate(plans, 1)
-                ]
-            )
+            self._journal.put_upload(upload_id, snap.key)
+            with layer.path.open("rb", buffering=0) as file:
+                parts = await gather(
+                    [
+                        partial(self._part, snap, layer, file.fileno(), upload_id, part_no, plan)
+                        for part_no, plan in enumerate(plans, 1)
+                    ]
+                )
             info = await self._store.complete_multipart(snap.key, upload_id, parts, expect=snap.expect)
         except BaseException:
             await self._abort(snap.key, upload_id)
             raise
-        finally:
-            os.close(fd)
         self._journal.drop_upload(upload_id)
         return info
 
@@ -205,7 +204,8 @@ class Uploader:
             except PhfsError as exc:
                 log.warning("multipart upload of key=%s is left for the next mount to abort: %s", key, exc)
             else:
-                self._journal.drop_upload(upload_id)
+                with suppress(OSError):  # one that is no more is aborted once more by the next mount
+                    self._journal.drop_upload(upload_id)
 
     async def abort_stale(self) -> None:
         """Abort the uploads that an earlier process of this state directory left behind; no others."""

@@ -107,6 +107,23 @@ async def test_a_big_new_file_is_stored_soon_and_then_at_leisure(world: World, a
     assert content(world, "big") == big
 
 
+async def test_a_multipart_upload_that_cannot_be_noted_is_aborted(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = world.journal.put_upload
+
+    def refused(upload_id: str, key: ObjectKey) -> None:
+        monkeypatch.setattr(world.journal, "put_upload", noted)
+        raise OSError(errno.EIO, "journal")
+
+    monkeypatch.setattr(world.journal, "put_upload", refused)
+    await world.write("big", b"x" * 8 * MIB)
+    await world.settle()
+    assert content(world, "big") == b"x" * 8 * MIB
+    assert world.store.requests["create_multipart"] == 2
+    assert not world.store.uploads
+
+
 async def test_the_first_change_has_the_store_looked_at_before_it_is_due(
     world: World, autojump_clock: MockClock
 ) -> None:
