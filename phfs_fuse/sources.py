@@ -111,7 +111,7 @@ class Sources:
         fill = self.filler(node)
         try:
             for start, end in layer.gaps():
-                fd = os.open(layer.path, os.O_RDWR | os.O_CLOEXEC)
+                fd = os.open(layer.data, os.O_RDWR | os.O_CLOEXEC)
                 try:
                     await fill(fd, start, end)
                 finally:

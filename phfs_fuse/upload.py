@@ -142,7 +142,7 @@ class Uploader:
     async def _put(self, snap: Snapshot, layer: Layer) -> ObjectInfo:
         if layer.size == 0:
             return await self._store.put(snap.key, b"", snap.metadata, expect=snap.expect)
-        fd = os.open(layer.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(layer.data, os.O_RDONLY | os.O_CLOEXEC)
         try:
             return await self._store.put(snap.key, FileRange(fd, 0, layer.size), snap.metadata, expect=snap.expect)
         finally:
@@ -153,7 +153,7 @@ class Uploader:
         if not layer.seen:
             return
         for gap_start, gap_end in layer.extents.gaps(start, min(end, layer.seen)):
-            fd = os.open(layer.path, os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(layer.data, os.O_RDWR | os.O_CLOEXEC)
             try:
                 await snap.fill(fd, gap_start, gap_end)
             finally:
