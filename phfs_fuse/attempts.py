@@ -8,8 +8,8 @@ import json
 from collections.abc import Mapping
 
 from phfs_fuse.attrs import to_metadata
-from phfs_fuse.inodes import Node
 from phfs_fuse.journal import Journal
+from phfs_fuse.nodes import Node
 from phfs_fuse.store.base import ObjectInfo
 from phfs_fuse.types import ObjectKey
 

@@ -25,11 +25,13 @@ from phfs_fuse.dirtyfiles import DirtyFiles
 from phfs_fuse.endings import Endings
 from phfs_fuse.errors import IllegalName
 from phfs_fuse.gone import Gone
-from phfs_fuse.inodes import Base, Inodes, Node
-from phfs_fuse.journal import ENDED, Act, Journal, LayerRow, PresentRow
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.journal import Journal
+from phfs_fuse.journalrows import ENDED, Act, LayerRow, PresentRow
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.keyusers import KeyUsers
 from phfs_fuse.logspace import CHANGE_BYTES
+from phfs_fuse.nodes import Base, Node
 from phfs_fuse.quota import Quotas
 from phfs_fuse.removed import Removed
 from phfs_fuse.staging import Layer, Staged, StagingArea

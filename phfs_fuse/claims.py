@@ -12,7 +12,7 @@ import trio
 
 from phfs_fuse.changes import Changes
 from phfs_fuse.errors import Exists, NotFound, StoreTimeout, VersionChanged
-from phfs_fuse.inodes import Node
+from phfs_fuse.nodes import Node
 from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
 from phfs_fuse.types import ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue

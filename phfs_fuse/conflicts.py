@@ -18,8 +18,9 @@ from phfs_fuse.changes import Changes
 from phfs_fuse.config import OnConflict
 from phfs_fuse.dirty import DirtyFile
 from phfs_fuse.errors import NameTooLong, NoSpace, NotFound, PhfsError, StaleVersion
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
+from phfs_fuse.nodes import Node
 from phfs_fuse.sources import Sources
 from phfs_fuse.staging import StagingArea
 from phfs_fuse.store.base import ObjectInfo, ObjectStore

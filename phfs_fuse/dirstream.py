@@ -13,10 +13,11 @@ from contextlib import aclosing
 
 import trio
 
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Inodes
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.listahead import ListAhead
 from phfs_fuse.namespace import Namespace
+from phfs_fuse.nodes import Node
 from phfs_fuse.settling import Settling
 from phfs_fuse.types import Fh
 

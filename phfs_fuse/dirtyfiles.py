@@ -11,9 +11,11 @@ import trio
 
 from phfs_fuse.dirty import DirtyFile
 from phfs_fuse.endings import Endings
-from phfs_fuse.inodes import Inodes, Node
-from phfs_fuse.journal import Journal, PresentRow
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.journal import Journal
+from phfs_fuse.journalrows import PresentRow
 from phfs_fuse.kernelstate import KernelState
+from phfs_fuse.nodes import Node
 from phfs_fuse.types import ETag, Ino
 
 

@@ -10,8 +10,9 @@ import trio
 
 from phfs_fuse import keys
 from phfs_fuse.errors import IllegalName, NameTooLong
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Inodes
 from phfs_fuse.known import Known
+from phfs_fuse.nodes import Node
 from phfs_fuse.types import Ino
 
 

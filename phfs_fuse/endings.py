@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from phfs_fuse.inodes import Node
+from phfs_fuse.nodes import Node
 from phfs_fuse.types import Ino
 
 

@@ -10,7 +10,8 @@ from phfs_fuse.changes import Changes
 from phfs_fuse.config import PosixAttrs, TreeConfig
 from phfs_fuse.defaults import Defaults
 from phfs_fuse.errors import NoAttribute, NoSpace, NotSupported, StaleVersion
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import OpenFiles
 from phfs_fuse.writable import Writable
 

@@ -6,41 +6,16 @@ a version that somebody else has replaced in the store) lives on until the kerne
 
 from __future__ import annotations
 
-import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from sys import intern
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs
-from phfs_fuse.dirty import DirtyFile
 from phfs_fuse.errors import StaleVersion
-from phfs_fuse.types import ROOT_INO, ETag, Ino, ObjectKey
-
-if TYPE_CHECKING:
-    from phfs_fuse.blocks import Version
-    from phfs_fuse.staging import Staged
-
-NEVER = float("-inf")
-_MD5 = re.compile("[0-9a-f]{32}")
-# Apart from the classes: a file has no room for what only directories have, and reads the values of the class.
-_OF_ALL = (
-    "_base_etag", "_base_folder", "_base_name", "_base_size", "_few", "atime_ns", "checked_at", "ctime_ns",
-    "detached", "dirty", "gid", "holds", "ino", "lookups", "mode", "mtime_ns", "name", "noted", "opens", "parent",
-    "seq", "size", "uid", "version",
-)  # fmt: skip
-_OF_FOLDERS = ("complete_at", "gaps", "kids", "marker", "misses", "own_attrs", "subdirs", "unseen")
-T = TypeVar("T")
-
-
-@lru_cache(4096)
-def _same(value: int) -> int:
-    """One object for equal numbers: modes and owners are few, nodes are many."""
-    return value
+from phfs_fuse.nodes import NEVER, Folder, Node
+from phfs_fuse.types import ROOT_INO, Ino, ObjectKey
 
 
 @dataclass(slots=True, eq=False)
@@ -51,175 +26,6 @@ class Question:
     seq: int
     at: float
     heard: set[bytes] = field(default_factory=set)
-
-
-class Base(NamedTuple):
-    """Where the stored bytes of a file are: one version of one object."""
-
-    key: ObjectKey
-    etag: ETag
-    size: int
-
-
-class Few(Generic[T]):
-    """An attribute that few nodes have at a time: the others read its default, and have no room for it."""
-
-    def __init__(self, default: T) -> None:
-        self._default = default
-
-    def __set_name__(self, owner: type[Node], name: str) -> None:
-        self._name = name
-
-    def __get__(self, node: Node, owner: type[Node]) -> T:
-        few = node._few
-        return self._default if few is None else few.get(self._name, self._default)
-
-    def __set__(self, node: Node, value: T) -> None:
-        if value == self._default:
-            if node._few is not None and node._few.pop(self._name, None) is not None and not node._few:
-                node._few = None
-        elif node._few is None:
-            node._few = {self._name: value}
-        else:
-            node._few[self._name] = value
-
-
-class Node:
-    """One file, symlink or special file; a directory is a `Folder`. Its methods do not await.
-
-    There is one for each known name, and there may be a million: what a slot or an object more costs, all pay.
-    """
-
-    __slots__ = _OF_ALL
-
-    _segment: Few[str | None] = Few(None)  # None: the name, as text
-    rdev: Few[int] = Few(0)
-    xattrs: Few[Mapping[bytes, bytes] | None] = Few(None)
-    link: Few[bytes | None] = Few(None)
-    staged: Few[Staged | None] = Few(None)
-    writers: Few[int] = Few(0)  # of `opens`, open for writing
-    direct_writers: Few[int] = Few(0)  # of these, past the kernel's cache
-    misjudged: Few[bool] = Few(False)  # the kernel takes it for longer, or older, than it is
-    doubted_at: Few[float] = Few(NEVER)  # when somebody else changed the name: answers from before do not count
-
-    # of directories only; a file has these values and cannot be given others
-    kids: dict[bytes, Node] | None = None
-    complete_at: float = NEVER  # when `kids` was all that there is
-    marker: ETag | None = None  # version of the marker object in the store
-    own_attrs: bool = False  # has attributes that only a marker can keep
-    gaps: int = 0  # how often `kids` lost a name that the store has
-    subdirs: int = 0
-    unseen: bool = False  # the store has more in it than `kids`
-    misses: int = 0  # names that had to be asked for since `complete_at`
-
-    def __init__(self, ino: Ino, attrs: Attrs, *, ctime_ns: int) -> None:
-        self.ino = ino
-        self.parent: Node | None = None
-        self.name = b""
-        self._few: dict[str, Any] | None = None  # see `Few`
-        self.size = 0
-        self.set_attrs(attrs)
-        self.ctime_ns = ctime_ns
-        self.atime_ns = attrs.mtime_ns
-        self.base = None
-        self.lookups = 0  # references that the kernel holds
-        self.noted = False  # kernel state on disk has it as it is
-        self.opens = 0  # open files and directory streams
-        self.holds = 0  # directory streams that are about to show it
-        self.checked_at = NEVER  # when the store was last asked and said that this is what the name means
-        self.seq = 0  # of the last local change: answers that are older say nothing about it
-        self.detached = False
-        self.dirty: DirtyFile | None = None
-        self.version: Version | None = None
-
-    @property
-    def base(self) -> Base | None:
-        """None: the store has no bytes of it."""
-        if (folder := self._base_folder) is None:
-            return None
-        etag = self._base_etag
-        text = f"{etag:032x}" if isinstance(etag, int) else etag
-        return Base(ObjectKey(folder + self._base_name.decode()), ETag(text), self._base_size)
-
-    @base.setter
-    def base(self, base: Base | None) -> None:
-        """Kept small: the key as its folder, one object for all in there, and the name; an MD5 as a number."""
-        key, etag, self._base_size = base or (None, "", 0)
-        text = self.name.decode(errors="replace")
-        is_ours = key is not None and text != "" and key.endswith(text) and text.encode() == self.name
-        self._base_folder: str | None = intern(key[: -len(text)]) if key is not None and is_ours else key
-        self._base_name = self.name if is_ours else b""
-        self._base_etag: int | str = int(etag, 16) if _MD5.fullmatch(etag) else etag
-
-    @property
-    def segment(self) -> str:
-        """Of the key, for this name."""
-        return self.name.decode() if self._segment is None else self._segment
-
-    def set_name(self, name: bytes, segment: str) -> None:
-        self.name = name
-        self._segment = None if segment.encode("utf-8", "surrogatepass") == name else segment
-
-    @property
-    def is_dir(self) -> bool:
-        return stat.S_ISDIR(self.mode)
-
-    @property
-    def is_file(self) -> bool:
-        return stat.S_ISREG(self.mode)
-
-    @property
-    def is_symlink(self) -> bool:
-        return stat.S_ISLNK(self.mode)
-
-    @property
-    def nlink(self) -> int:
-        if self.detached:
-            return 0
-        if not self.is_dir or self.complete_at == NEVER:  # 1 for a directory says: not counted
-            return 1
-        return 2 + self.subdirs
-
-    @property
-    def attrs(self) -> Attrs:
-        return Attrs(
-            mode=self.mode,
-            uid=self.uid,
-            gid=self.gid,
-            mtime_ns=self.mtime_ns,
-            rdev=self.rdev,
-            xattrs=self.xattrs,
-            link=self.link,
-        )
-
-    def set_attrs(self, attrs: Attrs) -> None:
-        self.mode, self.uid, self.gid = _same(attrs.mode), _same(attrs.uid), _same(attrs.gid)
-        self.mtime_ns, self.rdev, self.xattrs = attrs.mtime_ns, attrs.rdev, attrs.xattrs
-        self.link = attrs.link
-
-    @property
-    def stored_size(self) -> int:
-        """How many bytes its object has, or shall have."""
-        return 0 if self.link is not None or self.is_dir else self.size
-
-    @property
-    def busy(self) -> bool:
-        """Whether something still refers to it."""
-        return bool(self.lookups or self.opens or self.holds or self.dirty)
-
-
-class Folder(Node):
-    """A directory."""
-
-    __slots__ = _OF_FOLDERS
-
-    def __init__(self, ino: Ino, attrs: Attrs, *, ctime_ns: int) -> None:
-        super().__init__(ino, attrs, ctime_ns=ctime_ns)
-        self.kids = {}
-        self.complete_at = NEVER
-        self.marker = None
-        self.own_attrs = self.unseen = False
-        self.gaps = self.subdirs = self.misses = 0
 
 
 class Inodes:

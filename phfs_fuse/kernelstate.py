@@ -25,7 +25,8 @@ import trio
 
 from phfs_fuse import __version__
 from phfs_fuse.errors import LocalStateError
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.nodes import Node
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.nodes import Node
 from phfs_fuse.types import ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue
 

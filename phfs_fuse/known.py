@@ -12,7 +12,8 @@ import trio
 from cachetools import LRUCache
 
 from phfs_fuse.errors import AccessDenied, BucketNotFound, NotADirectory, NotFound, PhfsError, StoreUnavailable
-from phfs_fuse.inodes import NEVER, Inodes, Node
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.nodes import NEVER, Node
 from phfs_fuse.trust import Trust
 
 AWAY_SECONDS = 2.0  # after a request that found the store away, names are answered from memory

@@ -13,8 +13,9 @@ import trio
 from cachetools import LRUCache
 
 from phfs_fuse.errors import PhfsError
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Inodes
 from phfs_fuse.namespace import Namespace
+from phfs_fuse.nodes import Node
 from phfs_fuse.types import Ino
 
 AHEAD = 4  # folders at a time

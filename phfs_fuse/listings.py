@@ -13,9 +13,10 @@ import trio
 from phfs_fuse import keys
 from phfs_fuse.changes import Changes
 from phfs_fuse.errors import IllegalName
-from phfs_fuse.inodes import NEVER, Inodes, Node, Question
+from phfs_fuse.inodes import Inodes, Question
 from phfs_fuse.known import REFUSED, Known
 from phfs_fuse.merging import Merging
+from phfs_fuse.nodes import NEVER, Node
 from phfs_fuse.probes import Probes
 from phfs_fuse.store.base import Listing, ObjectInfo, ObjectStore
 

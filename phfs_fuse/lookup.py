@@ -10,11 +10,12 @@ import trio
 
 from phfs_fuse import keys
 from phfs_fuse.errors import NameTooLong, NotFound
-from phfs_fuse.inodes import Inodes, Node, Question
+from phfs_fuse.inodes import Inodes, Question
 from phfs_fuse.known import REFUSED, Known
 from phfs_fuse.listings import Listings
 from phfs_fuse.merging import Merging
 from phfs_fuse.namewalks import NameWalks
+from phfs_fuse.nodes import Node
 from phfs_fuse.probes import Probes
 from phfs_fuse.store.base import ObjectInfo
 from phfs_fuse.tasks import gather

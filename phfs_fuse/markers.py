@@ -8,7 +8,8 @@ from __future__ import annotations
 from phfs_fuse.attrs import to_metadata
 from phfs_fuse.changes import Changes
 from phfs_fuse.dirty import DirtyFile, Event, State
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.nodes import Node
 from phfs_fuse.store.base import ObjectStore
 from phfs_fuse.types import ETag, ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue

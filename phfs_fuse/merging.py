@@ -17,7 +17,8 @@ from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.changes import Changes
 from phfs_fuse.defaults import Defaults
-from phfs_fuse.inodes import Base, Inodes, Node, Question
+from phfs_fuse.inodes import Inodes, Question
+from phfs_fuse.nodes import Base, Node
 from phfs_fuse.store.base import ObjectInfo
 
 

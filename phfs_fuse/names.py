@@ -30,9 +30,10 @@ from phfs_fuse.errors import (
     PhfsError,
     StaleVersion,
 )
-from phfs_fuse.inodes import Inodes, Node
-from phfs_fuse.journal import Act
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.journalrows import Act
 from phfs_fuse.namespace import Namespace
+from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import OpenFiles
 from phfs_fuse.quota import Quotas
 from phfs_fuse.staging import Layer

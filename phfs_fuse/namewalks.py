@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cachetools import LRUCache
 
-from phfs_fuse.inodes import Node
+from phfs_fuse.nodes import Node
 from phfs_fuse.types import Ino
 
 WALKS_MAX = 16

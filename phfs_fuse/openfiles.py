@@ -13,8 +13,9 @@ import time
 from phfs_fuse.blocks import BlockCache, Version
 from phfs_fuse.changes import Changes
 from phfs_fuse.errors import IsADirectory, NoSpace, QuotaExceeded, StaleVersion, TooLarge
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Inodes
 from phfs_fuse.kernelstate import KernelState
+from phfs_fuse.nodes import Node
 from phfs_fuse.quota import Quotas
 from phfs_fuse.settling import Settling
 from phfs_fuse.types import S3_OBJECT_BYTES_MAX, Fh

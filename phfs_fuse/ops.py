@@ -22,8 +22,8 @@ from phfs_fuse import metrics
 from phfs_fuse.config import TreeConfig
 from phfs_fuse.demand import Demand
 from phfs_fuse.errors import NotFound, PhfsError
-from phfs_fuse.inodes import Node
-from phfs_fuse.journal import Act
+from phfs_fuse.journalrows import Act
+from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import DIRECT
 from phfs_fuse.quota import Room
 from phfs_fuse.types import ROOT_INO, Fh

@@ -15,8 +15,10 @@ from pathlib import Path
 from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.errors import IllegalName
-from phfs_fuse.inodes import Base, Inodes, Node
-from phfs_fuse.journal import ENDED, Journal, LayerRow, PresentRow
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.journal import Journal
+from phfs_fuse.journalrows import ENDED, LayerRow, PresentRow
+from phfs_fuse.nodes import Base, Node
 from phfs_fuse.staging import Layer, Staged, StagingArea
 from phfs_fuse.types import Ino, ObjectKey
 

@@ -10,10 +10,11 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from phfs_fuse.attrs import Attrs
-from phfs_fuse.inodes import Base, Inodes, Node
-from phfs_fuse.journal import Act
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.journalrows import Act
 from phfs_fuse.kernelstate import Known, NodeRecord, Refs
 from phfs_fuse.keys import segment_of
+from phfs_fuse.nodes import Base, Node
 from phfs_fuse.types import ROOT_INO, Ino
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,8 @@ from phfs_fuse.errors import (
     VersionChanged,
 )
 from phfs_fuse.gone import Gone
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.nodes import Node
 from phfs_fuse.staging import StagingArea
 from phfs_fuse.tasks import gather
 from phfs_fuse.uploadqueue import UploadQueue

@@ -16,7 +16,8 @@ from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.dirty import Event, State
 from phfs_fuse.errors import PhfsError, StaleVersion
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.nodes import Node
 from phfs_fuse.types import ObjectKey
 from phfs_fuse.upload import Fill
 from phfs_fuse.uploadqueue import UploadQueue, Work

@@ -20,8 +20,8 @@ import trio
 from phfs_fuse.config import WritebackConfig
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.extents import Extents, PartPlan, plan_parts
-from phfs_fuse.inodes import Base
 from phfs_fuse.journal import Journal
+from phfs_fuse.nodes import Base
 from phfs_fuse.staging import Layer
 from phfs_fuse.store.base import LOOK_SECONDS, Expect, FileRange, ObjectInfo, ObjectStore, Part
 from phfs_fuse.tasks import gather

@@ -19,7 +19,7 @@ from cachetools import TTLCache
 from phfs_fuse.config import WritebackConfig
 from phfs_fuse.dirty import DirtyFile
 from phfs_fuse.gone import Gone
-from phfs_fuse.inodes import Node
+from phfs_fuse.nodes import Node
 from phfs_fuse.types import MIB, ObjectKey
 
 Work = Node | Gone

@@ -17,11 +17,12 @@ from phfs_fuse.defaults import Defaults
 from phfs_fuse.dirstream import DirStreams
 from phfs_fuse.errors import PhfsError, StaleVersion
 from phfs_fuse.fileattrs import Change, FileAttrs
-from phfs_fuse.inodes import Inodes, Node
-from phfs_fuse.journal import Act
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.journalrows import Act
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.names import Names
 from phfs_fuse.namespace import Namespace
+from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import OpenFiles
 from phfs_fuse.quota import Quotas, Room
 from phfs_fuse.settling import Settling

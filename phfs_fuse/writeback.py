@@ -31,9 +31,10 @@ from phfs_fuse.dirty import DirtyFile, Event, State
 from phfs_fuse.errors import PhfsError, StaleVersion, VersionChanged
 from phfs_fuse.extents import Extents
 from phfs_fuse.gone import Gone
-from phfs_fuse.inodes import Base, Inodes, Node
+from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
 from phfs_fuse.markers import Markers
+from phfs_fuse.nodes import Base, Node
 from phfs_fuse.settling import FINAL
 from phfs_fuse.sources import Sources
 from phfs_fuse.staging import Layer, StagingArea

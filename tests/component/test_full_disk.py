@@ -20,8 +20,8 @@ from trio.testing import MockClock
 
 from phfs_fuse import logspace
 from phfs_fuse.config import ExclusiveCreate
-from phfs_fuse.inodes import Node
 from phfs_fuse.journal import Journal
+from phfs_fuse.nodes import Node
 from phfs_fuse.recovery import Recovery
 from phfs_fuse.types import KIB, MIB, ObjectKey
 from phfs_fuse.vfs import Change

@@ -14,8 +14,9 @@ import trio
 
 from phfs_fuse import memory
 from phfs_fuse.attrs import Attrs, to_metadata
-from phfs_fuse.inodes import Base, Inodes, Node
+from phfs_fuse.inodes import Inodes
 from phfs_fuse.memory import FORGOTTEN_MIN, Memory
+from phfs_fuse.nodes import Base, Node
 from phfs_fuse.types import ETag, ObjectKey
 from tests.support.fake_store import FakeStore
 from tests.support.world import PREFIX, World, made

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phfs_fuse.errors import LocalStateError
-from phfs_fuse.journal import Journal, LayerRow, PresentRow
+from phfs_fuse.journal import Journal
+from phfs_fuse.journalrows import LayerRow, PresentRow
 from phfs_fuse.staging import Layer, Staged, StagingArea
 from phfs_fuse.types import ETag, Ino, ObjectKey
 

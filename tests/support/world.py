@@ -20,10 +20,11 @@ from phfs_fuse.defaults import Defaults
 from phfs_fuse.demand import Demand
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.events import Events
-from phfs_fuse.inodes import Inodes, Node
+from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.namespace import Namespace
+from phfs_fuse.nodes import Node
 from phfs_fuse.quota import Quotas
 from phfs_fuse.settling import Settling
 from phfs_fuse.staging import StagingArea

@@ -62,6 +62,7 @@ recovery resume
 kernelstate memory
 namewalks defaults attempts endings writable
 inodes trust
+nodes
 blocks staging
 adoption
 version
@@ -69,8 +70,9 @@ fills
 blockfile
 cachedisk
 journal readahead cachedir
+database
 cachefile logspace
-gone demand
+gone demand journalrows
 store
 store.crt
 store.s3
