@@ -26,7 +26,7 @@ ENTRY_BYTES: Final = 4
 TAIL_BYTES: Final = 8  # behind all that is ever written: if the file was cut off, its length tells for good
 COPY_BYTES: Final = 4 * MIB
 
-Buffer = bytes | bytearray  # what a read gives
+Buffer = bytes | bytearray | memoryview  # what a read gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class Checksum:
     """A running checksum of 32 bits; the name goes into the cache directory's format."""
 
     name: str
-    update: Callable[[Buffer | memoryview, int], int]
+    update: Callable[[Buffer, int], int]
 
-    def of(self, data: Buffer | memoryview) -> int:
+    def of(self, data: Buffer) -> int:
         """As it is written: never 0."""
         return self.update(data, 0) or 1
 

@@ -11,6 +11,7 @@ import os
 import time
 
 from phfs_fuse.blocks import BlockCache, Version
+from phfs_fuse.cachefile import Buffer
 from phfs_fuse.changes import Changes
 from phfs_fuse.errors import IsADirectory, NoSpace, QuotaExceeded, StaleVersion, TooLarge
 from phfs_fuse.inodes import Inodes
@@ -91,11 +92,12 @@ class OpenFiles:
         alone = not node.opens and flags & os.O_ACCMODE == os.O_WRONLY
         return alone and self._quotas.is_tight(self._inodes.key(node))
 
-    async def read(self, fh: int, offset: int, length: int) -> bytes | bytearray:
+    async def read(self, fh: int, offset: int, length: int) -> Buffer:
+        """To be answered before the next await: the next read may come into the same buffer."""
         node = self._inodes.get((fh & ~DIRECT) >> 1)
         return await self.read_node(node, offset, offset + length)
 
-    async def read_node(self, node: Node, start: int, end: int) -> bytes | bytearray:
+    async def read_node(self, node: Node, start: int, end: int) -> Buffer:
         end = min(end, node.size)
         if start >= end:
             return b""
@@ -111,7 +113,7 @@ class OpenFiles:
         node.version = self._blocks.open(base.key, base.etag, base.size)
         return node.version
 
-    async def _read_staged(self, node: Node, start: int, end: int) -> bytes | bytearray:
+    async def _read_staged(self, node: Node, start: int, end: int) -> Buffer:
         """Layers first, in one go: after an await they may be gone, uploaded; the base's version stays open."""
         staged = node.staged
         assert staged is not None

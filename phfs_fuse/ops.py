@@ -19,6 +19,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from phfs_fuse import metrics
+from phfs_fuse.cachefile import Buffer
 from phfs_fuse.config import TreeConfig
 from phfs_fuse.demand import Demand
 from phfs_fuse.errors import NotFound, PhfsError
@@ -203,7 +204,7 @@ class Operations(pyfuse3.Operations):
         return _opened(fh), self._counted(node)
 
     @_answers
-    async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:  # type: ignore[override]  # a buffer
+    async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]  # a buffer
         return await self._vfs.read(fh, off, size)
 
     @_answers

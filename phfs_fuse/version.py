@@ -23,6 +23,7 @@ from phfs_fuse.types import MIB, ETag, ObjectKey
 
 TRIES: Final = 3  # of a read, before it goes past the cache
 DROP_BYTES: Final = 64 * MIB  # at a time; a multiple of every block size
+ANSWER_BYTES: Final = MIB  # the kernel asks for no more at once
 
 
 @dataclass(slots=True)
@@ -32,6 +33,7 @@ class Shared:
     disk: CacheDisk
     fetching: Fetching
     versions: dict[str, Version] = field(default_factory=dict)  # that are open, by name
+    answer: memoryview = field(default_factory=lambda: memoryview(bytearray(ANSWER_BYTES)))  # of `read_now`
 
 
 class Version:
@@ -57,19 +59,24 @@ class Version:
     # -- for readers
 
     def read_now(self, start: int, end: int) -> Buffer | None:
-        """The bytes of [start, end), up to the size, if that takes no waiting at all, else None. Atomic."""
+        """The bytes of [start, end), up to the size, if that takes no waiting at all, else None. Atomic. Valid until
+        the next call for any version of the cache: a new buffer for each answer would have to be cleared first."""
         if end > self.size:
             end = self.size
         if start >= end:
             return b""
-        if not self.file.complete and not self._seen(start, end):
+        length = end - start
+        return self._into(start, self._shared.answer[:length] if length <= ANSWER_BYTES else bytearray(length))
+
+    def _into(self, start: int, data: bytearray | memoryview) -> Buffer | None:
+        """`data`, filled with the bytes from `start` on, if that takes no waiting."""
+        if not self.file.complete and not self._seen(start, start + len(data)):
             return None
-        data = bytearray(end - start)
         try:
             count = os.preadv(self.file.fd, (data,), start, os.RWF_NOWAIT)
         except OSError:  # not in memory, or the file is not open
             return None
-        if count != end - start:
+        if count != len(data):
             return None
         self._disk.counts.hits += 1
         return data
@@ -136,7 +143,7 @@ class Version:
                     self.fills.request(*piece)
                 waited = True
                 await self.fills.arrival(start, end)
-            data = self.read_now(start, end) or await self._read_slowly(start, end)
+            data = self._into(start, bytearray(end - start)) or await self._read_slowly(start, end)
             if data is not None:
                 counts.hits -= waited
                 counts.misses += waited

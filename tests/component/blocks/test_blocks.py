@@ -47,6 +47,19 @@ async def test_a_read_gives_the_bytes_up_to_the_size(tmp_path: Path, store: Rang
         assert store.requests["get"] == (1 if start < min(end, SIZE) else 0)
 
 
+async def test_what_a_read_gave_stays_while_others_are_answered_at_once(tmp_path: Path, store: RangeStore) -> None:
+    async with running(store, tmp_path) as cache:
+        version = store.open(cache)
+        await version.read(0, SIZE)
+        first = await version.read(0, 10)
+        at_once = version.read_now(0, 10)
+        assert at_once == DATA[:10]
+        assert version.read_now(10, 20) == DATA[10:20]
+        assert first == DATA[:10]
+        assert version.read_now(0, SIZE) == DATA
+        version.close()
+
+
 async def test_nothing_is_there_at_once_before_it_was_read(tmp_path: Path, store: RangeStore) -> None:
     async with running(store, tmp_path) as cache:
         version = store.open(cache)
