@@ -356,6 +356,23 @@ def test_stats_and_condition(plugin: Plugin, bucket: str, store: Proxy) -> None:
     assert plugin.code("NodeGetVolumeStats", elsewhere) == "NOT_FOUND"
 
 
+def test_the_quota_is_what_the_kubelet_is_told(plugin: Plugin, bucket: str) -> None:
+    volume = Volume(plugin, bucket, quota="64M")
+    volume.stage()
+    target = volume.publish()
+
+    def told() -> tuple[int, int, int]:
+        request = csi_pb2.NodeGetVolumeStatsRequest(volume_id="vol", volume_path=str(target))
+        usage = plugin.call("NodeGetVolumeStats", request).usage[0]
+        return usage.total, usage.used, usage.available
+
+    eventually(lambda: told() == (64 * MIB, 0, 64 * MIB), lambda: str(told()))
+    sh('head -c 16M /dev/urandom > "$1/file"', target)
+    eventually(lambda: told() == (64 * MIB, 16 * MIB, 48 * MIB), lambda: str(told()))
+    assert sh('head -c 60M /dev/zero > "$1/other" || echo refused; rm "$1/other"', target) == "refused\n"
+    eventually(lambda: told() == (64 * MIB, 16 * MIB, 48 * MIB), lambda: str(told()))
+
+
 def test_no_secret_in_any_log(plugin: Plugin, volume: Volume, bucket: str) -> None:
     volume.stage()
     volume.publish()
