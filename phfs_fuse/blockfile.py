@@ -71,7 +71,8 @@ class BlockFile:
         entry = self.disk.directory.entry(self.name)
         size = self.layout.size
         if status.st_size != self.layout.file_bytes:
-            os.ftruncate(self.fd, 0)
+            if status.st_size:  # else ext4 writes a file out when it is closed (Source: auto_da_alloc in ext4(5))
+                os.ftruncate(self.fd, 0)
             os.ftruncate(self.fd, self.layout.file_bytes)
             self._set_content(Extents(), Extents())
             self.disk.resize(entry, TRAILER_BYTES)

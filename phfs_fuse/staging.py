@@ -87,7 +87,10 @@ class Layer:
         """Raises: OSError (ENOSPC, ...): then nothing has changed."""
         if self.seen and size < self.size:
             self._log(size, _CLIP)
-        os.ftruncate(self.fd, size)
+        if size:
+            os.ftruncate(self.fd, size)
+        elif self.size:
+            self._area.empty(self.data)
         if self.seen and size < self.size:
             self.seen = min(self.seen, size)
         before = self.extents.total_bytes
@@ -253,6 +256,22 @@ class StagingArea:
         layer.size = size
         return layer
 
+    def empty(self, path: str) -> None:
+        """Make the file at `path` a new one: one that is truncated to nothing is written out by ext4 when it is closed,
+        0.3 s for 512 MiB, while everybody waits (Source: auto_da_alloc in ext4(5)). Raises: OSError."""
+        try:
+            fd = os.open(f"{path}.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        except OSError:  # no room, which truncating gives
+            os.ftruncate(self.fd(path), 0)
+            return
+        try:
+            os.rename(f"{path}.new", path)
+        except OSError:
+            os.close(fd)
+            raise
+        self._close(path)
+        self._files[path] = fd
+
     def reopen(self, layer_id: int, seen: int) -> Layer:
         """A layer from before a restart. Raises: FileNotFoundError if its file is gone."""
         if not self.path(layer_id).exists():
@@ -295,7 +314,7 @@ class StagingArea:
         return [
             path
             for path in self._directory.iterdir()
-            if path.suffix in (".data", ".ext") and not (path.stem.isdigit() and known(int(path.stem)))
+            if path.suffix in (".data", ".ext", ".new") and not (path.stem.isdigit() and known(int(path.stem)))
         ]
 
     def close(self) -> None:

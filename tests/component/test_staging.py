@@ -86,6 +86,20 @@ def test_layers_are_one_file_and_are_found_again(
     again.close()
 
 
+def test_an_emptied_layer_is_a_new_file_and_a_half_made_one_is_an_orphan(tmp_path: Path) -> None:
+    area = StagingArea(tmp_path, first_id=1)
+    layer = area.new(seen=0, size=0)
+    layer.write(0, b"x" * 100)
+    old = layer.path.stat().st_ino
+    layer.truncate(0)
+    layer.write(0, b"y")
+    assert layer.path.stat().st_ino != old
+    assert layer.path.read_bytes() == b"y"
+    area.close()
+    (half := tmp_path / "1.data.new").touch()
+    assert area.orphans({1}.__contains__) == [half]
+
+
 @pytest.mark.parametrize("cut", range(1, 41))
 def test_torn_extent_log_loses_only_what_was_not_answered(tmp_path: Path, cut: int) -> None:
     area = StagingArea(tmp_path, first_id=1)
