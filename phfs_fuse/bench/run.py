@@ -15,6 +15,7 @@ from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 
 from phfs_fuse.bench.figures import Cost, Failure, Figures, Sample, Traffic
+from phfs_fuse.bench.loads import MIB
 from phfs_fuse.bench.processes import Actor, Failed, Relay, actor, mounted
 from phfs_fuse.bench.sizes import Sizes
 from phfs_fuse.bench.store import Store
@@ -25,6 +26,7 @@ from phfs_fuse.bench.workloads import Workload
 from phfs_fuse.mountpoint import mount_table
 
 COUNTING: Final = -1  # the repetition that counts requests and is not timed
+KEPT_BYTES_MAX: Final = 64 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +121,7 @@ class Runner:
 
     @contextmanager
     def _place(self, step: Step) -> Iterator[tuple[str, Path]]:
-        """A prefix with the seed in it, nothing of it in a cache, and a folder; both are removed afterwards."""
+        """A prefix with the seed in it, nothing of it in a cache, and a folder; both are for this step alone."""
         store, prefix = self._plan.store, self._seed(step.workload)
         assert store is not None
         work = self._fresh_folder()
@@ -132,7 +134,17 @@ class Runner:
             store.warm(prefix, step.workload.seed(self._plan.sizes))
             yield prefix, work
         finally:
-            store.clean(own)
+            self._clear(own, work)
+
+    def _clear(self, prefix: str, work: Path) -> None:
+        """Remove what is big. Many small files stay until the run ends: for each new file ext4 passes over all inodes
+        that were freed within a minute, for which the next system would pay. Source: fs/ext4/ialloc.c,
+        recently_deleted."""
+        store = self._plan.store
+        assert store is not None
+        if sum(store.list(prefix).values()) > KEPT_BYTES_MAX:
+            store.clean(prefix)
+        if _bytes_in(work) > KEPT_BYTES_MAX:
             remove_folder(work)
 
     def _fresh_folder(self) -> Path:
@@ -243,9 +255,21 @@ class Runner:
         self.figures.traffic.append(Traffic(step.workload.name, step.name, requests, up, down))
 
 
+def _is_free(folder: Path) -> bool:
+    """Whether nothing is mounted below."""
+    return not any(place.startswith(f"{folder}/") for place in mount_table())
+
+
+def _bytes_in(folder: Path) -> int:
+    """On the disk; 0 if something is still mounted there."""
+    if not _is_free(folder):
+        return 0
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))  # Source: stat(2), the unit
+
+
 def remove_folder(folder: Path) -> None:
     """Unless something is still mounted below: what is in that mount is not ours to remove."""
-    if not any(place.startswith(f"{folder}/") for place in mount_table()):
+    if _is_free(folder):
         shutil.rmtree(folder, ignore_errors=True)
 
 
