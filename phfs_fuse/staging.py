@@ -257,7 +257,7 @@ class StagingArea:
         return layer
 
     def empty(self, path: str) -> None:
-        """Make the file at `path` a new one: one that is truncated to nothing is written out by ext4 when it is closed,
+        """Make the file at `path` a new one: what is truncated to nothing is written out by ext4 when it is closed,
         0.3 s for 512 MiB, while everybody waits (Source: auto_da_alloc in ext4(5)). Raises: OSError."""
         try:
             fd = os.open(f"{path}.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
