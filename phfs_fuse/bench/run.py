@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -264,7 +264,11 @@ def _bytes_in(folder: Path) -> int:
     """On the disk; 0 if something is still mounted there."""
     if not _is_free(folder):
         return 0
-    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))  # Source: stat(2), the unit
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # a log or a socket of a program that is just ending
+            total += path.lstat().st_blocks * 512  # Source: stat(2), the unit
+    return total
 
 
 def remove_folder(folder: Path) -> None:
