@@ -94,7 +94,11 @@ class Looks:
         if len(wanted) < LOOKS_MIN:
             return
         at = trio.current_time()
-        found = await self._store.look(list(wanted))
+        try:
+            found = await self._store.look(list(wanted))
+        except PhfsError as exc:  # perhaps about another key: each copy then looks itself
+            log.debug("%d keys could not be looked at together: %s", len(wanted), exc)
+            return
         self._seen |= {key: (found.get(key), at) for key in wanted}
 
 

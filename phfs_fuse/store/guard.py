@@ -145,8 +145,12 @@ class Guard:
             rest = rest[seen:]
             if seen < LISTED_MIN:
                 break
-        single = await gather([partial(self.etag_now, key) for key in rest])
+        single = await gather([partial(self._etag_surely, key) for key in rest])
         return found | {key: etag for key, etag in zip(rest, single, strict=True) if etag is not None}
+
+    async def _etag_surely(self, key: ObjectKey) -> ETag | None:
+        """With retries: of many questions one fails soon."""
+        return await self.retrying(lambda _: self.etag_now(key))
 
     async def _versions_behind(self, after: str, prefix: str, count: int) -> Listing:
         options = {"StartAfter": after}

@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from phfs_fuse.errors import PhfsError, StoreUnavailable
 from phfs_fuse.store.base import LOOK_SECONDS, Expect, ObjectStore
 from phfs_fuse.types import ETag, ObjectKey
 from phfs_fuse.upload import LOOKS_MAX, LOOKS_MIN, Looks
@@ -24,10 +25,13 @@ class SeenStore:
     def __init__(self) -> None:
         self.there: dict[ObjectKey, ETag] = {}
         self.looks: list[set[ObjectKey]] = []
+        self.error: PhfsError | None = None
 
     async def look(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
         self.looks.append(set(keys))
         await trio.sleep(LOOK_SECONDS / 100)
+        if self.error is not None:
+            raise self.error
         return {key: etag for key, etag in self.there.items() if key in keys}
 
 
@@ -62,6 +66,14 @@ async def test_a_few_are_not_worth_a_look(store: SeenStore, autojump_clock: Mock
     assert await seen.seen_at(KEYS[0], ABSENT) == -inf
     assert await looks(store, KEYS).seen_at(KEYS[0], None) == -inf
     assert not store.looks
+
+
+async def test_a_look_that_fails_fails_no_copy(store: SeenStore, autojump_clock: MockClock) -> None:
+    store.error = StoreUnavailable("head", KEYS[5], "HTTP 503")
+    seen = looks(store, KEYS[:20])
+    assert await seen.seen_at(KEYS[0], ABSENT) == -inf
+    store.error = None
+    assert await seen.seen_at(KEYS[0], ABSENT) > -inf
 
 
 @pytest.mark.parametrize(("there", "expected"), [(None, "v1"), ("v1", None), ("v1", "v2")])
