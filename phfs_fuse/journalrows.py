@@ -32,15 +32,8 @@ CREATE TABLE IF NOT EXISTS conflict (
     PRIMARY KEY (path, kept_as)) WITHOUT ROWID;
 """
 
-
-TABLES: Final = (
-    "present",
-    "layer",
-    "gone",
-    "upload",
-    "attempt",
-    "conflict",
-)  # what is carried over from a damaged file
+# What is carried over from a damaged file.
+TABLES: Final = ("present", "layer", "gone", "upload", "attempt", "conflict")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,7 +56,7 @@ class Recovery:
         for layer in self._journal.layers():
             layers[layer.ino].append(layer)
         for layer in layers.pop(ENDED, []):
-            self._unlink(layer)
+            self._area.unlink(layer.id)
         self._journal.forget_ended()
         known = {layer.id for rows in layers.values() for layer in rows}
         found = []
@@ -90,12 +90,8 @@ class Recovery:
 
     def _drop(self, row: PresentRow, layers: list[LayerRow]) -> None:
         for layer in layers:
-            self._unlink(layer)
+            self._area.unlink(layer.id)
         self._journal.drop(row.ino)
-
-    def _unlink(self, layer: LayerRow) -> None:
-        self._area.path(layer.id).unlink(missing_ok=True)
-        self._area.log_path(layer.id).unlink(missing_ok=True)
 
     def _place(self, row: PresentRow, rows: list[LayerRow]) -> Node | None:
         if row.ino == self._inodes.root.ino:

@@ -124,7 +124,7 @@ class Layer:
         """Read size and extents back after a restart; a torn record at the end is a write that was not answered."""
         self.size = os.fstat(self.fd).st_size
         if self.seen:
-            for start, end in _records(self._area.log_path(self.id)):
+            for start, end in _records(Path(self._area.log(self.id))):
                 if end == _CLIP:
                     self.seen = min(self.seen, start)
                     self.extents.clip(start)
@@ -234,9 +234,6 @@ class StagingArea:
     def path(self, layer_id: int) -> Path:
         return Path(self.data(layer_id))
 
-    def log_path(self, layer_id: int) -> Path:
-        return Path(self.log(layer_id))
-
     def fd(self, path: str, flags: int = 0) -> int:
         try:
             return self._files[path]
@@ -284,7 +281,11 @@ class StagingArea:
     def discard(self, layer: Layer) -> None:
         """Its bytes are of no more use (or its file was taken over)."""
         self.held_bytes -= layer.local_bytes
-        for path in (layer.data, self.log(layer.id)):
+        self.unlink(layer.id)
+
+    def unlink(self, layer_id: int) -> None:
+        """Remove the files of a layer, as far as there are any."""
+        for path in (self.data(layer_id), self.log(layer_id)):
             self._close(path)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)

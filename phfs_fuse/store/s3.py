@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from math import inf
 from typing import Any, Final, TypeVar
 
@@ -23,6 +24,7 @@ from phfs_fuse.errors import (
     PhfsError,
     VersionChanged,
 )
+from phfs_fuse.extents import split
 from phfs_fuse.store.answers import NO_SUCH_UPLOAD, check_key, check_metadata, check_text
 from phfs_fuse.store.base import LOOK_SECONDS, Body, Expect, Listener, Listing, ObjectInfo, Part, Sink, Upload
 from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
@@ -31,6 +33,7 @@ from phfs_fuse.store.events import EventStream
 from phfs_fuse.store.guard import CLEANUP_SECONDS, Guard, quietly
 from phfs_fuse.store.retry import retrying
 from phfs_fuse.store.transfer import Receiver, body_length, holds, multipart_etag
+from phfs_fuse.tasks import gather
 from phfs_fuse.types import COPY_PART_BYTES, GIB, MIB, S3_PARTS_MAX, ETag, ObjectKey
 
 log = logging.getLogger(__name__)
@@ -335,24 +338,12 @@ class S3Store:
         self, source: ObjectKey, source_etag: ETag, key: ObjectKey, size: int, upload_id: str
     ) -> Sequence[Part]:
         step = max(COPY_PART_BYTES, -(-size // S3_PARTS_MAX))
-        parts: list[Part] = []
-        failed: list[PhfsError] = []
-
-        async def copy_part(start: int) -> None:
-            part_no, end = start // step + 1, min(start + step, size)
-            try:
-                part = await self.upload_part_copy(key, upload_id, part_no, source, source_etag, start, end)
-                parts.append(part)
-            except PhfsError as exc:
-                failed.append(exc)
-                nursery.cancel_scope.cancel()
-
-        async with trio.open_nursery() as nursery:
-            for start in range(0, size, step):
-                nursery.start_soon(copy_part, start)
-        if failed:
-            raise failed[0]
-        return parts
+        return await gather(
+            [
+                partial(self.upload_part_copy, key, upload_id, part_no, source, source_etag, start, end)
+                for part_no, (start, end) in enumerate(split(0, size, step), 1)
+            ]
+        )
 
 
 def _has_metadata(page: Listing) -> bool | None:
