@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pyfuse3
 import pytest
 
 from phfs_fuse import eager
-from phfs_fuse.eager import eager_requests
+from phfs_fuse.eager import SPIN_SECONDS, eager_requests
 
 
 class Connection:
@@ -45,6 +47,51 @@ async def test_what_waits_already_is_taken_at_once(connection: Connection, monke
         assert await connection.next()
         assert await connection.next()
         assert connection.waits == 1
+
+
+async def test_what_comes_a_moment_later_needs_no_turn(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eager, "TURN_SECONDS", 60.0)
+    monkeypatch.setattr(eager, "SPIN_SECONDS", 60.0)
+    with eager_requests(connection.ours.fileno()):
+        assert await connection.next()
+        connection.ours.recv(100)
+        program = threading.Thread(target=connection.kernel.send, args=(b"request",))
+        program.start()
+        assert await connection.next()
+        program.join()
+        assert connection.waits == 1
+
+
+async def test_who_asks_late_is_not_waited_for_busily(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was spent in vain comes back a little with each turn."""
+    looks = 0
+
+    def clock() -> float:
+        nonlocal looks
+        looks += 1
+        return looks * 1e-6
+
+    async def late() -> bool:
+        connection.kernel.send(b"request")
+        return True
+
+    monkeypatch.setattr(eager, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(pyfuse3, "_wait_fuse_readable", late)
+    with eager_requests(connection.ours.fileno()):
+        looked = []
+        for _ in range(300):
+            before = looks
+            assert await connection.next()
+            looked.append(looks - before)
+            connection.ours.recv(100)
+    often = SPIN_SECONDS / 1e-6
+    assert looked[1] >= often
+    spins = sum(count >= often for count in looked)
+    assert 1 < spins < 300 / 5
 
 
 async def test_after_a_while_the_loop_has_its_turn(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
