@@ -14,7 +14,7 @@ import errno
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from phfs_fuse import metrics
@@ -166,40 +166,39 @@ class Database:
             code = errno.ENOSPC if exc.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
             raise OSError(code, f"journal: {exc}") from exc
 
-    @contextmanager
-    def batch(self, log_bytes: int = NOTE_BYTES) -> Iterator[None]:
+    def batch(self, log_bytes: int = NOTE_BYTES) -> AbstractContextManager[None]:
         """One transaction for all calls inside, with so much room in the log. Must not be held over an await.
         Raises: OSError (ENOSPC), before anything inside has run."""
+        return _Batch(self, log_bytes)
+
+    def _begin(self, log_bytes: int) -> None:
         if self._depth == 0:
             self.reserve.review()
             self._run("BEGIN IMMEDIATE", log_bytes=log_bytes)
         self._depth += 1
-        try:
-            yield
-        except BaseException:
-            self._depth -= 1
-            if self._depth == 0:
-                self._undone()
-                if self._db.in_transaction:  # SQLite ends it itself when the disk is full
-                    self._run("ROLLBACK")
-            raise
-        self._depth -= 1
-        if self._depth == 0:
-            self._commit()
-            if log_bytes > CHANGE_BYTES:
-                self._log.give_back()
-            after, self._after = self._after, []
-            for call in after:
-                call()
 
-    def _commit(self) -> None:
+    def _end(self, log_bytes: int, *, failed: bool) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        if failed:
+            self._roll_back()
+            return
         try:
             self._run("COMMIT")
         except OSError:
-            self._undone()
-            if self._db.in_transaction:
-                self._run("ROLLBACK")
+            self._roll_back()
             raise
+        if log_bytes > CHANGE_BYTES:
+            self._log.give_back()
+        after, self._after = self._after, []
+        for call in after:
+            call()
+
+    def _roll_back(self) -> None:
+        self._undone()
+        if self._db.in_transaction:  # SQLite ends it itself when the disk is full
+            self._run("ROLLBACK")
 
     def _undone(self) -> None:
         """The transaction under way has failed."""
@@ -228,6 +227,21 @@ class Database:
             return os.stat(str(self.path) + "-wal").st_size
         except FileNotFoundError:
             return 0
+
+
+class _Batch(AbstractContextManager[None]):
+    """See `Database.batch`. A class, since each change of a program has some: a generator costs twice as much."""
+
+    __slots__ = ("_db", "_log_bytes")
+
+    def __init__(self, db: Database, log_bytes: int) -> None:
+        self._db, self._log_bytes = db, log_bytes
+
+    def __enter__(self) -> None:
+        self._db._begin(self._log_bytes)
+
+    def __exit__(self, kind: object, exc: object, trace: object) -> None:
+        self._db._end(self._log_bytes, failed=kind is not None)
 
 
 def _readable_rows(db: sqlite3.Connection, table: str) -> Iterator[tuple[object, ...]]:

@@ -32,7 +32,8 @@ class Inodes:
     """All nodes of a mount by number, and the tree of names. Numbers are never used twice."""
 
     def __init__(self, prefix: str, root_attrs: Attrs, *, now_ns: int, first_ino: int = ROOT_INO + 1) -> None:
-        self._prefix = prefix
+        self._prefix = ObjectKey(prefix)
+        self._places = 0  # how often a folder got a place in the tree
         self._next = first_ino
         self._nodes: dict[int, Node] = {}
         self._questions: dict[Ino, list[Question]] = {}  # by directory, those under way
@@ -86,6 +87,7 @@ class Inodes:
         self._displaced.discard(node.ino)
         if node.is_dir:
             parent.subdirs += 1
+            self._places += 1
 
     def displace(self, node: Node) -> None:
         """Others have stored something else under the name of `node`, or removed it. It is detached; should somebody
@@ -130,16 +132,18 @@ class Inodes:
 
     def key(self, node: Node) -> ObjectKey:
         """The key that the node's name stands for; a directory's ends in "/". Raises: NameTooLong."""
-        if node.parent is None:
-            return ObjectKey(self._prefix)
-        parts: list[str] = []
-        at: Node | None = node
-        while at is not None and at.parent is not None:
-            parts.append(at.segment)
-            at = at.parent
-        parts.append(self._prefix + parts.pop())
-        key = "/".join(reversed(parts))
-        return keys.join("", key + "/" if node.is_dir else key)
+        if node.is_dir:
+            return self._folder_key(node)
+        return keys.join(self._folder_key(node.parent), node.segment) if node.parent is not None else self._prefix
+
+    def _folder_key(self, folder: Node) -> ObjectKey:
+        """Worked out once, until some folder gets another place."""
+        if folder.parent is None:
+            return self._prefix
+        if folder.keyed is None or folder.keyed[0] != self._places:
+            key = keys.join(self._folder_key(folder.parent), folder.segment + "/")
+            folder.keyed = self._places, key
+        return folder.keyed[1]
 
     def path(self, node: Node) -> str:
         """Path below the mount point, for people."""

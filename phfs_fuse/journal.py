@@ -48,14 +48,7 @@ class Journal(Database):
         """Costs nothing if the row is as it was."""
         if self._rows.get(row.ino) == row:
             return
-        self._run(
-            "INSERT OR REPLACE INTO present VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-            (
-                row.ino, row.key, row.name, row.detached, row.mode, row.uid, row.gid, row.rdev, row.mtime_ns,
-                row.ctime_ns, row.xattrs, row.link, row.own_attrs, row.base_key, row.base_etag, row.base_size,
-                row.over, row.attrs,
-            ),
-        )  # fmt: skip
+        self._run("INSERT OR REPLACE INTO present VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", row)
         self._rows[row.ino] = row
 
     def drop(self, ino: Ino) -> None:
@@ -150,11 +143,7 @@ class Journal(Database):
     # after a restart
 
     def present(self) -> list[PresentRow]:
-        names = PresentRow.__slots__
-        return [
-            PresentRow(**dict(zip(names, row, strict=True)))
-            for row in self._run("SELECT * FROM present ORDER BY key")
-        ]
+        return [PresentRow(*row) for row in self._run("SELECT * FROM present ORDER BY key")]
 
     def layers(self) -> list[LayerRow]:
         return [LayerRow(*row) for row in self._run("SELECT id, ino, seen FROM layer ORDER BY ino, id")]

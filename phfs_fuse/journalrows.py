@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
@@ -36,8 +36,7 @@ CREATE TABLE IF NOT EXISTS conflict (
 TABLES: Final = ("present", "layer", "gone", "upload", "attempt", "conflict")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PresentRow:
+class PresentRow(NamedTuple):
     """One row of `present`, in the order of its columns. `xattrs` is opaque here."""
 
     ino: Ino

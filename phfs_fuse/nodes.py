@@ -28,7 +28,7 @@ _OF_ALL = (
     "detached", "dirty", "gid", "holds", "ino", "lookups", "mode", "mtime_ns", "name", "noted", "opens", "parent",
     "seq", "size", "uid", "version",
 )  # fmt: skip
-_OF_FOLDERS = ("complete_at", "gaps", "kids", "marker", "misses", "own_attrs", "subdirs", "unseen")
+_OF_FOLDERS = ("complete_at", "gaps", "keyed", "kids", "marker", "misses", "own_attrs", "subdirs", "unseen")
 T = TypeVar("T")
 
 
@@ -96,6 +96,7 @@ class Node:
     subdirs: int = 0
     unseen: bool = False  # the store has more in it than `kids`
     misses: int = 0  # names that had to be asked for since `complete_at`
+    keyed: tuple[int, ObjectKey] | None = None  # its key, and when that was so: see `Inodes.key`
 
     def __init__(self, ino: Ino, attrs: Attrs, *, ctime_ns: int) -> None:
         self.ino = ino
@@ -202,6 +203,6 @@ class Folder(Node):
         super().__init__(ino, attrs, ctime_ns=ctime_ns)
         self.kids = {}
         self.complete_at = NEVER
-        self.marker = None
+        self.marker = self.keyed = None
         self.own_attrs = self.unseen = False
         self.gaps = self.subdirs = self.misses = 0
