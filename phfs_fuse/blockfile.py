@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from errno import EXDEV
@@ -25,6 +26,7 @@ from phfs_fuse.types import KIB, ETag, ObjectKey
 log = logging.getLogger(__name__)
 
 TRAILER_BYTES: Final = 4 * KIB  # on disk, per file, beside the blocks
+USE_SECONDS: Final = 60.0  # so exact is the time of use that a restart finds
 
 
 class BlockFile:
@@ -136,8 +138,9 @@ class BlockFile:
         status = os.fstat(self.fd)
         if status.st_nlink:
             self.disk.resize(entry, status.st_blocks * SECTOR_BYTES)
-            with suppress(OSError):
-                os.utime(self.fd)
+            if time.time() - status.st_mtime > USE_SECONDS:
+                with suppress(OSError):
+                    os.utime(self.fd)
         else:
             self.disk.directory.forget_entry(self.name)
 

@@ -90,11 +90,15 @@ class BlockWriter:
     """Takes the bytes of a range of whole blocks in order, as a store's sink, on any thread.
 
     Never raises: after an error of the disk (then in `error`), or once `revoke` returned, it writes nothing.
-    `done` is where the next block to be completed starts; `notify` is called after a chunk that completed some.
+    `done` is where the next block to be completed starts; `notify` is called after a chunk that completed some, but
+    for the last one: whoever fetches learns of that by its return.
     """
 
-    def __init__(self, fd: int, layout: Layout, checksum: Checksum, start: int, notify: Callable[[], None]) -> None:
+    def __init__(
+        self, fd: int, layout: Layout, checksum: Checksum, start: int, end: int, notify: Callable[[], None]
+    ) -> None:
         self.done = start
+        self._end = end
         self.error: OSError | None = None
         self._fd, self._layout, self._checksum, self._notify = fd, layout, checksum, notify
         self._running = 0
@@ -110,7 +114,7 @@ class BlockWriter:
                 self._write(offset, memoryview(chunk))
             except OSError as exc:
                 self.error, self._revoked = exc, True
-        if self.done != done or self.error is not None:
+        if self.done not in (done, self._end) or self.error is not None:
             self._notify()
 
     def revoke(self) -> None:

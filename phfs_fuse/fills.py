@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import trio
@@ -69,26 +69,44 @@ class Fills:
     def awaited(self) -> list[Extent]:
         return [(reader.start, reader.end) for reader in self._readers]
 
-    async def arrival(self, start: int, end: int) -> None:
-        """Return when [start, end) is ready, or may be asked for again. Raises: what the fetch of it raised."""
+    async def arrival(self, start: int, end: int, wanted: Iterable[Extent]) -> None:
+        """Request `wanted`. Return when [start, end) is ready, or may be asked for again. Raises: what the fetch of
+        it raised."""
         reader = _Reader(start, end)
         self._readers.append(reader)
         try:
+            if (own := self._request(wanted, self._file.blocks(start, end))) is not None:
+                await self._run(own)
             await reader.event.wait()
         finally:
             self._readers.remove(reader)
         if reader.error is not None:
             raise for_reader(reader.error) from reader.error
 
-    def request(self, start: int, end: int) -> None:
-        """See to it that the blocks of [start, end) are ready or busy."""
-        if self._fetching.nursery is None:
+    def request(self, wanted: Iterable[Extent]) -> None:
+        """See to it that the blocks of `wanted` are ready or busy."""
+        self._request(wanted, None)
+
+    def _request(self, wanted: Iterable[Extent], own: Extent | None) -> _Fill | None:
+        """As `request`, but for a fill that lies in `own`, if there is one: the caller, who would but wait for it, runs
+        that itself."""
+        nursery = self._fetching.nursery
+        if nursery is None:
             raise StoreUnavailable("read", self._file.key, "the block cache is not running")
-        for gap_start, gap_end in self._file.ready.gaps(start, end):
-            for piece in self.busy.gaps(gap_start, gap_end):
-                self.busy.add(*piece)
-                self._fills.add(fill := _Fill(*piece))
-                self._fetching.nursery.start_soon(self._run, fill)
+        kept = None
+        for piece in self._missing(wanted):
+            self.busy.add(*piece)
+            self._fills.add(fill := _Fill(*piece))
+            if kept is None and own is not None and own[0] <= fill.start and fill.end <= own[1]:
+                kept = fill
+            else:
+                nursery.start_soon(self._run, fill)
+        return kept
+
+    def _missing(self, wanted: Iterable[Extent]) -> list[Extent]:
+        """What is neither ready nor busy."""
+        gaps = [gap for extent in wanted for gap in self._file.ready.gaps(*extent)]
+        return [piece for gap in gaps for piece in self.busy.gaps(*gap)]
 
     def cancel(self) -> None:
         """Nobody wants what is being fetched ahead."""
@@ -165,7 +183,7 @@ class Fills:
                 fill.notified = True
                 token.run_sync_soon(self._publish, fill, writer)
 
-        writer = fill.writer = BlockWriter(fill.fd, file.layout, file.disk.checksum, start, notify)
+        writer = fill.writer = BlockWriter(fill.fd, file.layout, file.disk.checksum, start, end, notify)
         try:
             await self.fetch(start, end, writer)
         finally:

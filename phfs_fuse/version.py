@@ -125,8 +125,8 @@ class Version:
     def _seen(self, start: int, end: int) -> bool:
         if not self.file.ready.covers(start, end):
             return False
-        for piece in self._ahead.note(start, end)[1:]:
-            self.fills.request(*piece)
+        if ahead := self._ahead.note(start, end)[1:]:
+            self.fills.request(ahead)
         return True
 
     async def _read(self, start: int, end: int) -> Buffer:
@@ -139,10 +139,8 @@ class Version:
             if not file.ready.covers(start, end):
                 if self._disk.is_full:
                     break
-                for piece in wanted:
-                    self.fills.request(*piece)
                 waited = True
-                await self.fills.arrival(start, end)
+                await self.fills.arrival(start, end, wanted)
             data = self._into(start, bytearray(end - start)) or await self._read_slowly(start, end)
             if data is not None:
                 counts.hits -= waited

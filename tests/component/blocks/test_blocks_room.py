@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from phfs_fuse import cachefile
+from phfs_fuse.blockfile import USE_SECONDS
 from phfs_fuse.blocks import FULL_SECONDS
 from phfs_fuse.types import MIB, ObjectKey
 from tests.component.blocks.samples import DATA, OTHER, FullDisk, files, read_all
@@ -82,6 +84,9 @@ async def test_the_order_of_use_outlives_the_process(tmp_path: Path, store: Rang
     async with running(store, tmp_path) as cache:
         for key in keys:
             await read_all(cache, store, key)
+        for file in files(tmp_path):
+            used_at = file.stat().st_mtime - 2 * USE_SECONDS
+            os.utime(file, (used_at, used_at))
         await read_all(cache, store, keys[0])
     async with running(store, tmp_path, size_max=16 * MIB) as cache:
         assert cache.usage().bytes <= 16 * MIB
