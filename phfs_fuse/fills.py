@@ -88,8 +88,8 @@ class Fills:
         self._request(wanted, None)
 
     def _request(self, wanted: Iterable[Extent], own: Extent | None) -> _Fill | None:
-        """As `request`, but for a fill that lies in `own`, if there is one: the caller, who would but wait for it, runs
-        that itself."""
+        """As `request`, but for a fill that lies in `own`, if there is one: the caller, who would only wait for it,
+        runs that itself."""
         nursery = self._fetching.nursery
         if nursery is None:
             raise StoreUnavailable("read", self._file.key, "the block cache is not running")
