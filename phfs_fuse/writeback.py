@@ -338,7 +338,7 @@ class Writeback:
         self, layer: Layer, info: ObjectInfo, covered: Extents, base: tuple[ObjectKey, ETag, int] | None
     ) -> None:
         self._area.release(layer)
-        self._blocks.adopt(info.key, info.etag, info.size, layer.path, covered, base=base, base_bytes=layer.seen)
+        self._blocks.adopt(info.key, info.etag, info.size, layer.data, covered, base=base, base_bytes=layer.seen)
         self._area.discard(layer)
 
     @property
