@@ -53,14 +53,14 @@ class FakeBlocks:
         key: ObjectKey,
         etag: ETag,
         size: int,
-        path: Path,
+        path: str | Path,
         covered: Extents,
         *,
         base: tuple[ObjectKey, ETag, int] | None = None,
         base_bytes: int = 0,
     ) -> None:
         if covered.covers(0, size):
-            self.adopted[key, etag] = path.read_bytes()
+            self.adopted[key, etag] = Path(path).read_bytes()
 
     def rekey(self, old_key: ObjectKey, old_etag: ETag, new_key: ObjectKey, new_etag: ETag) -> None:
         if (found := self.adopted.pop((old_key, old_etag), None)) is not None:
