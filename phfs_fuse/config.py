@@ -84,8 +84,8 @@ class CacheConfig:
     directory: Path
     size_max: int = 10 * GIB
     block_bytes: int = 128 * KIB
-    window_bytes_max: int = 32 * MIB  # read-ahead of one sequential stream
-    requests_max: int = 4  # of one stream at a time
+    window_bytes_max: int = 96 * MIB  # read-ahead of one sequential stream
+    requests_max: int = 3  # of one stream at a time
 
     def __post_init__(self) -> None:
         if self.block_bytes < 4 * KIB or self.block_bytes & (self.block_bytes - 1) or self.block_bytes > 64 * MIB:

@@ -217,7 +217,7 @@ SETTINGS: Final = (
         "cache.window_bytes_max",
         SIZE,
         "Largest read-ahead of one sequential reader.",
-        "32M",
+        "96M",
     ),
     _tuning(
         "read-requests",
@@ -225,7 +225,7 @@ SETTINGS: Final = (
         "cache.requests_max",
         COUNT,
         "Requests of one reader at a time.",
-        "4",
+        "3",
     ),
     _tuning(
         "events-ttl",
