@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import botocore.exceptions as bexc
 import botocore.session
 import urllib3.exceptions
+from botocore.auth import AUTH_TYPE_MAPS, S3SigV4Auth
 from botocore.config import Config
 from botocore.loaders import Loader, create_loader
 from botocore.parsers import ResponseParserError
@@ -163,6 +164,8 @@ def _client(core: Session, config: StoreConfig, style: str) -> S3Client:
         tcp_keepalive=True,
         user_agent_extra="phfs-fuse",
     )
+    # With awscrt there botocore signs by that, which reads the body 4 KiB at a time, each a call of the interpreter.
+    AUTH_TYPE_MAPS["s3v4"] = S3SigV4Auth
     region = core.get_config_variable("region") or DEFAULT_REGION
     made = core.create_client("s3", region_name=region, endpoint_url=config.endpoint_url, config=settings)
     client = cast("S3Client", made)
