@@ -15,8 +15,9 @@ from phfs_fuse.errors import BadAnswer, VersionChanged
 from phfs_fuse.store.answers import OutOfRange
 from phfs_fuse.store.base import Body, FileRange, ObjectInfo, Part, Sink
 from phfs_fuse.store.headers import etag_of
-from phfs_fuse.types import MIB, ETag, ObjectKey
+from phfs_fuse.types import KIB, MIB, ETag, ObjectKey
 
+PIECE_BYTES: Final = 256 * KIB  # to be hashed or sent at once: as many uploads as there are hold one each
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _MD5: Final = re.compile(r"[0-9a-f]{32}")
 
@@ -49,15 +50,28 @@ class FileBody(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:
+            return self.readall()
+        return self._take(min(size, PIECE_BYTES))
+
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self._take(MIB), b""))
+
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        room = min(len(buffer), self._body.length - self._position)
+        data = self._take(len(buffer))
+        memoryview(buffer)[: len(data)] = data
+        return len(data)
+
+    def _take(self, size: int) -> bytes:
+        room = min(size, self._body.length - self._position)
         if room <= 0:
-            return 0
-        count = os.preadv(self._body.fd, [memoryview(buffer)[:room]], self._body.offset + self._position)
-        if count == 0:
+            return b""
+        data = os.pread(self._body.fd, room, self._body.offset + self._position)
+        if not data:
             raise OSError(errno.EIO, "the file shrank while it was sent")
-        self._position += count
-        return count
+        self._position += len(data)
+        return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._body.length}[whence]

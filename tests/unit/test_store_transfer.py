@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 
 import pytest
 import trio
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from trio.testing import MockClock
 
+from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import AccessDenied, BadAnswer, StoreUnavailable, VersionChanged
 from phfs_fuse.store.answers import OutOfRange
 from phfs_fuse.store.base import Expect, FileRange, ObjectInfo, Part
 from phfs_fuse.store.conditions import Conditions, probe_conditions
 from phfs_fuse.store.retry import BACKOFF_SECONDS_MAX, backoff_seconds, retrying
+from phfs_fuse.store.session import open_clients
 from phfs_fuse.store.transfer import FileBody, Receiver, holds, md5_etag, multipart_etag, read_body
-from phfs_fuse.types import ETag, ObjectKey
+from phfs_fuse.types import MIB, ETag, ObjectKey
 
 HELLO_MD5 = ETag("5d41402abc4b2a76b9719d911017c592")
 
@@ -256,3 +260,45 @@ class ProbedStore:
 @pytest.mark.parametrize("keeps", [KEPT, NO_MATCH, FORGETS, SINGLE])
 async def test_what_a_store_keeps_is_found_out(keeps: Conditions) -> None:
     assert await probe_conditions(ProbedStore(keeps)) == keeps
+
+
+class CountedBody(FileBody):
+    """How often it is read."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads += 1
+        return super().read(size)
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        self.reads += 1
+        return super().readinto(buffer)
+
+
+class NoBody:
+    def stream(self, *_: object, **__: object) -> Iterator[bytes]:
+        yield b""
+
+
+def test_a_body_is_read_in_big_pieces_when_it_is_signed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a call under the interpreter's lock, and all of them run on the machine of whoever waits."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    clients = open_clients(StoreConfig(bucket="bucket", endpoint_url="http://127.0.0.1:9", region="us-east-1"))
+    sent: list[str] = []
+
+    def answer(request: AWSPreparedRequest, **_: object) -> AWSResponse:
+        sent.append(request.headers["X-Amz-Content-SHA256"].decode())
+        return AWSResponse(request.url, 200, {"ETag": '"e"'}, NoBody())
+
+    clients.plain.meta.events.register("before-send.s3", answer)
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.truncate(8 * MIB)
+            body = CountedBody(FileRange(file.fileno(), 0, 8 * MIB))
+            clients.plain.upload_part(Bucket="bucket", Key="key", UploadId="u", PartNumber=1, Body=body)
+    finally:
+        clients.close()
+    assert sent == [hashlib.sha256(bytes(8 * MIB)).hexdigest()]
+    assert body.reads <= 40
