@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import trio
@@ -103,10 +103,11 @@ class Fills:
                 nursery.start_soon(self._run, fill)
         return kept
 
-    def _missing(self, wanted: Iterable[Extent]) -> list[Extent]:
-        """What is neither ready nor busy."""
-        gaps = [gap for extent in wanted for gap in self._file.ready.gaps(*extent)]
-        return [piece for gap in gaps for piece in self.busy.gaps(*gap)]
+    def _missing(self, wanted: Iterable[Extent]) -> Iterator[Extent]:
+        """What is neither ready nor busy, as it is by then."""
+        for extent in wanted:
+            for gap in self._file.ready.gaps(*extent):
+                yield from self.busy.gaps(*gap)
 
     def cancel(self) -> None:
         """Nobody wants what is being fetched ahead."""
