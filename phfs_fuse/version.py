@@ -22,6 +22,7 @@ from phfs_fuse.readahead import ReadAhead
 from phfs_fuse.types import MIB, ETag, ObjectKey
 
 TRIES: Final = 3  # of a read, before it goes past the cache
+WINDOW_PART: Final = 8  # of the cache, which keeps what was asked for ahead: no reader has more of it
 DROP_BYTES: Final = 64 * MIB  # at a time; a multiple of every block size
 ANSWER_BYTES: Final = MIB  # the kernel asks for no more at once
 
@@ -47,7 +48,8 @@ class Version:
         self.file = BlockFile(shared.disk, key, etag, size, name)
         self.fills = Fills(shared.fetching, self.file)
         config = shared.disk.config
-        self._ahead = ReadAhead(size, config.block_bytes, config.window_bytes_max, config.requests_max)
+        window = min(config.window_bytes_max, max(config.size_max // WINDOW_PART, config.block_bytes))
+        self._ahead = ReadAhead(size, config.block_bytes, window, config.requests_max)
         self._drop_at = 0
         self.is_forgotten = False  # the file goes with the last close
 

@@ -14,6 +14,7 @@ from phfs_fuse import cachefile
 from phfs_fuse.blockfile import USE_SECONDS
 from phfs_fuse.blocks import FULL_SECONDS
 from phfs_fuse.types import MIB, ObjectKey
+from phfs_fuse.version import WINDOW_PART
 from tests.component.blocks.samples import DATA, OTHER, FullDisk, files, read_all
 from tests.support.caches import KEY, RangeStore, content, running
 
@@ -96,6 +97,18 @@ async def test_the_order_of_use_outlives_the_process(tmp_path: Path, store: Rang
         assert not store.asked
         await read_all(cache, store, keys[1])
         assert store.asked
+
+
+async def test_a_reader_has_no_more_of_a_small_cache_than_its_part(tmp_path: Path, store: RangeStore) -> None:
+    store.seed(KEY, content(48 * MIB))
+    async with running(store, tmp_path, size_max=64 * MIB, window_bytes_max=64 * MIB) as cache:
+        version = store.open(cache)
+        for at in range(0, 24 * MIB, MIB):
+            await version.read(at, at + MIB)
+            await wait_all_tasks_blocked()
+            assert max(end for _, end in store.asked) <= at + MIB + 64 * MIB // WINDOW_PART
+        version.close()
+    assert max(end for _, end in store.asked) > 24 * MIB
 
 
 async def test_an_open_version_bigger_than_the_cache_stays_within_it(tmp_path: Path, store: RangeStore) -> None:
