@@ -53,12 +53,13 @@ class Attempts:
         text = json.dumps(dict(found.metadata or {}), sort_keys=True)
         return (found.size, text) in self._sent.get(found.key, ())
 
-    def made_before(self, node: Node) -> bool:
-        """Whether `node` is what a call that got no answer has made: then that ends here."""
-        if node.base is None or node.dirty is not None:
+    def made_before(self, node: Node, key: ObjectKey) -> bool:
+        """Whether `node` is what a call for its name `key` has made that got no answer: then that ends here."""
+        base, sent = node.base, self._sent.get(key)
+        if sent is None or node.dirty is not None or (base or node.marker) is None:
             return False
         text = json.dumps(to_metadata(node.attrs), sort_keys=True)
-        if (node.base.size, text) not in self._sent.get(node.base.key, ()):
+        if (base.size if base else 0, text) not in sent:
             return False
-        self.answered(node.base.key)
+        self.answered(key)
         return True

@@ -119,6 +119,7 @@ class Changes:
 
     def created_in_store(self, node: Node, info: ObjectInfo) -> None:
         """`node` has just got a name under which the store has `info`, which is all of it."""
+        self.attempts.answered(info.key)
         self._removed.in_use(info.key, self._seq)
         if node.is_dir:
             node.marker = info.etag

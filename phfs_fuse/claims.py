@@ -40,13 +40,14 @@ class Claims:
 
     async def claim(self, key: ObjectKey, body: bytes, metadata: Mapping[str, str]) -> ObjectInfo:
         """Store an object now, where there is none. What a call without an answer may have left is removed later.
+        The caller notes what the name is now, and in the same transaction that the attempt was `answered`: a worker may
+        die before that, and the next one is asked for the name again.
         Raises: Exists, PhfsError (StoreTimeout while a deletion of the same key waits for the store)."""
         await self._settle(key)
         self._queue.claim(key)
         try:
             self._changes.attempts.begin(key, len(body), metadata)
             info = await self._store.put(key, body, metadata, expect=Expect(None))
-            self._changes.attempts.answered(key)
         except VersionChanged as exc:
             self._changes.attempts.answered(key)
             self._changes.met(key)

@@ -144,13 +144,17 @@ class Names:
                 attrs = self._attrs(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, parent)
                 node = await self._new(parent, name, attrs, act, exclusive=bool(flags & os.O_EXCL))
                 return node, self._files.opened(node, flags)
-            if flags & os.O_EXCL and not (self._claims and self._changes.attempts.made_before(node)):
+            if flags & os.O_EXCL and not self._made_by_us(node):
                 raise Exists("create", self._inodes.path(node))
             return node, self._files.open(node.ino, flags)
 
     async def _made_before(self, ino: Ino, parent: Node, name: bytes) -> Node:
         """What the process before had made; one that the store has already it may not have noted."""
         return self._inodes.find(ino) or await self._namespace.child(parent, name)
+
+    def _made_by_us(self, node: Node) -> bool:
+        """Whether it is in the store since we put it there for a call that got no answer."""
+        return self._claims is not None and self._changes.attempts.made_before(node, self._inodes.key(node))
 
     def _making(self, parent: Node, name: bytes) -> AbstractAsyncContextManager[None]:
         return self._claims.making(parent, name) if self._claims else nullcontext()
@@ -180,7 +184,7 @@ class Names:
             return await self._made_before(ino, parent, name)
         async with self._making(parent, name):
             if (found := await self._namespace.exists(parent, name)) is not None:
-                if self._claims and self._changes.attempts.made_before(found):
+                if self._made_by_us(found):
                     return found
                 raise Exists("create", name.decode(errors="replace"))
             attrs = self._attrs(attrs_mode, uid, gid, parent, rdev)
@@ -195,6 +199,9 @@ class Names:
         if exclusive and self._claims:
             info = await self._claims.claim(key, content, to_metadata(attrs))
             if (taken := self._claims.taken(parent, name, info)) is not None:
+                with self._changes.batch():
+                    self._changes.attempts.answered(key)
+                    self._changes.did(act, taken)
                 return taken
         if parent.detached:
             raise NotFound("create", name.decode(errors="replace"), "its directory was removed")
@@ -401,6 +408,8 @@ class Names:
                 target.ctime_ns = time.time_ns()
                 self._inodes.detach(target)
                 over = self._changes.replaced(target, target_key)
+            if info is not None:
+                self._changes.attempts.answered(info.key)
             self._inodes.move(source, target_dir, to_name)
             source.ctime_ns = time.time_ns()
             # Children first: a folder whose marker is not wanted any more is let go of, with all in it that is clean.

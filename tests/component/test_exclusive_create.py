@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -14,6 +15,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from phfs_fuse.config import ExclusiveCreate
 from phfs_fuse.errors import Exists, NotFound, StoreUnavailable
 from phfs_fuse.names import RENAME_NOREPLACE
+from phfs_fuse.nodes import Node
+from phfs_fuse.store.base import ObjectInfo
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, made, running
@@ -147,6 +150,27 @@ async def test_a_claim_whose_answer_was_lost_is_removed(
     await trio.sleep(20)
     assert "lock" not in names(store)
     await create(one, b"lock")
+
+
+@pytest.mark.parametrize("make", [create, make_dir, make_link])
+async def test_who_dies_before_the_stores_answer_is_noted_has_the_name(
+    one: World, faults: FaultStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make
+) -> None:
+    """The kernel asks the next worker for the same."""
+    noted = one.changes.created_in_store
+
+    def note(node: Node, info: ObjectInfo) -> None:
+        shutil.copytree(tmp_path / "one", tmp_path / "copy")
+        noted(node, info)
+
+    monkeypatch.setattr(one.changes, "created_in_store", note)
+    await make(one, b"lock")
+    after = made(faults, tmp_path / "copy", exclusive_create=ExclusiveCreate.STORE)
+    after.changes.recover(())
+    async with running(after):
+        await make(after, b"lock")
+        with pytest.raises(Exists):
+            await make(after, b"lock")
 
 
 async def test_somebody_elses_is_not_removed_with_it(
