@@ -40,8 +40,8 @@ class Claims:
 
     async def claim(self, key: ObjectKey, body: bytes, metadata: Mapping[str, str]) -> ObjectInfo:
         """Store an object now, where there is none. What a call without an answer may have left is removed later.
-        The caller notes what the name is now, and in the same transaction that the attempt was `answered`: a worker may
-        die before that, and the next one is asked for the name again.
+        The caller notes what the name is now, and in the same transaction that the attempt was `answered`: a worker
+        may die before that, and the next one is asked for the name again.
         Raises: Exists, PhfsError (StoreTimeout while a deletion of the same key waits for the store)."""
         await self._settle(key)
         self._queue.claim(key)
