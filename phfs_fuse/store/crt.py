@@ -20,11 +20,10 @@ from urllib.parse import quote, urlencode, urlsplit
 from xml.etree import ElementTree
 
 import trio
-from awscrt.auth import AwsCredentialsProvider, AwsSignedBodyValue, AwsSigningConfig
+from awscrt.auth import AwsCredentialsProvider, AwsSignedBodyValue
 from botocore.credentials import ReadOnlyCredentials
 from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
-from cachetools import TTLCache
 
 from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
@@ -45,7 +44,6 @@ log = logging.getLogger(__name__)
 SMALL_BYTES_MAX: Final = 2 * MIB  # measured: from here boto3 needs less CPU
 INLINE_BYTES_MAX: Final = 128 * KIB  # read and hashed in less time than a thread takes to start
 CREDENTIALS_SECONDS: Final = 30.0  # how long they are taken for fresh; botocore renews minutes ahead
-SIGNING_SECONDS: Final = 1.0  # for which a signature may say the same time
 UNSIGNED: Final[str] = AwsSignedBodyValue.UNSIGNED_PAYLOAD
 NO_BODY: Final[str] = AwsSignedBodyValue.EMPTY_SHA256
 _UNRESERVED: Final = "/-_.~"
@@ -89,7 +87,6 @@ class _Signed:
     def __init__(self, clients: Clients, endpoint: Endpoint, config: StoreConfig) -> None:
         self._endpoint = endpoint
         self._credentials = Credentials(clients)
-        self._signings: TTLCache[tuple[AwsCredentialsProvider, str], AwsSigningConfig] = TTLCache(2, SIGNING_SECONDS)
         self._http = HttpClient(endpoint, connect_seconds=config.connect_seconds, read_seconds=config.read_seconds)
 
     async def send(
@@ -130,21 +127,12 @@ class _Signed:
     ) -> Mapping[str, str]:
         target = f"{path}?{urlencode(query, quote_via=quote)}" if query else path
         request = build_request(method, self._endpoint, target, headers, body)
-        await sign(request, self._signing(await self._credentials.provider(), payload_hash))
+        await sign(request, signing(await self._credentials.provider(), self._endpoint.region, payload_hash))
         metrics.STORE_REQUESTS.add(1, op)
         exchange = await self._http.send(op, subject, request, consumer)
         if not exchange.is_good:
             raise error_of(op, subject, _error_code(exchange.error_body), exchange.status)
         return exchange.headers
-
-    def _signing(self, provider: AwsCredentialsProvider, payload_hash: str) -> AwsSigningConfig:
-        """That of what has no body, or one that is not signed, is used for a while: to make one takes 20 µs."""
-        if payload_hash not in (NO_BODY, UNSIGNED):
-            return signing(provider, self._endpoint.region, payload_hash)
-        if (found := self._signings.get((provider, payload_hash))) is None:
-            found = signing(provider, self._endpoint.region, payload_hash)
-            self._signings[provider, payload_hash] = found
-        return found
 
     def payload_hash(self, body: bytes) -> str:
         """Over TLS the channel protects the body; else the signature has to cover it."""
