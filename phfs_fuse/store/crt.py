@@ -31,7 +31,7 @@ from phfs_fuse.errors import AccessDenied, BadAnswer
 from phfs_fuse.store.answers import error_of
 from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part
 from phfs_fuse.store.calls import BotoCalls
-from phfs_fuse.store.crt_http import Consumer, Endpoint, HttpClient, Unreadable, build_request, sign, signing
+from phfs_fuse.store.crt_http import Consumer, Endpoint, HttpClient, Unreadable, build_request, sign
 from phfs_fuse.store.headers import META_PREFIX, content_type, etag_of, info_of, quoted, stored_info
 from phfs_fuse.store.listing import parse_listing
 from phfs_fuse.store.s3 import S3Store
@@ -127,7 +127,7 @@ class _Signed:
     ) -> Mapping[str, str]:
         target = f"{path}?{urlencode(query, quote_via=quote)}" if query else path
         request = build_request(method, self._endpoint, target, headers, body)
-        await sign(request, signing(await self._credentials.provider(), self._endpoint.region, payload_hash))
+        await sign(request, await self._credentials.provider(), self._endpoint.region, payload_hash)
         metrics.STORE_REQUESTS.add(1, op)
         exchange = await self._http.send(op, subject, request, consumer)
         if not exchange.is_good:

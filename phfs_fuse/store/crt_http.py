@@ -250,9 +250,9 @@ def build_request(method: str, endpoint: Endpoint, path: str, headers: Mapping[s
     return HttpRequest(method, path, HttpHeaders(pairs), None if body is None else BytesIO(body))
 
 
-def signing(provider: AwsCredentialsProvider, region: str, payload_hash: str) -> AwsSigningConfig:
-    """How requests of just now are signed. `payload_hash` as in `x-amz-content-sha256`."""
-    return AwsSigningConfig(
+async def sign(request: HttpRequest, provider: AwsCredentialsProvider, region: str, payload_hash: str) -> None:
+    """Add a Signature Version 4. `payload_hash` as in `x-amz-content-sha256`."""
+    config = AwsSigningConfig(
         algorithm=AwsSigningAlgorithm.V4,
         credentials_provider=provider,
         region=region,
@@ -262,10 +262,6 @@ def signing(provider: AwsCredentialsProvider, region: str, payload_hash: str) ->
         use_double_uri_encode=False,
         should_normalize_uri_path=False,
     )
-
-
-async def sign(request: HttpRequest, config: AwsSigningConfig) -> None:
-    """Add a Signature Version 4."""
     future = sign_request(request, config)
     if not future.done():  # with known credentials it is
         await _done(future).wait()
