@@ -1,5 +1,6 @@
-"""Takes the kernel's next request at once where one waits or is about to come. Owns when the loop has its turn, and for
-how long it may still be polled in vain.
+"""Takes the kernel's next request at once where one waits or is about to come.
+
+Owns when the loop has its turn, and for how long it may still be polled in vain.
 
 pyfuse3 takes each request by a lock and a wait for the descriptor, two turns of trio's loop: 30 µs of CPU on a
 machine where its handlers need 5. A program that works on a mount asks again as soon as it has its answer: the next
