@@ -1,7 +1,7 @@
 """What cannot be asked of a store, and what its answers mean: S3 codes to `PhfsError`s. Pure; owns no state.
 
 Decided on codes and statuses alone. The store's message text is dropped: it may name credentials.
-Source: S3 API reference, "List of error codes"; MinIO's `XMinio` codes.
+Source: S3 API reference, "List of error codes"; MinIO's `XMinio` codes; versitygw 1.8, `s3err`.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ _BY_CODE: Final[Mapping[str, type[PhfsError]]] = {
     "XMinioObjectExistsAsDirectory": IsADirectory,
     "XMinioParentIsObject": NotADirectory,
     "XMinioStorageFull": NoSpace,
+    "ExistingObjectIsDirectory": IsADirectory,  # versitygw and SeaweedFS, whose objects are files of a file system
+    "ObjectParentIsFile": NotADirectory,
+    "InsufficientStorage": NoSpace,
     "XMinioAdminBucketQuotaExceeded": QuotaExceeded,
     "QuotaExceeded": QuotaExceeded,
     "InvalidObjectState": NotSupported,  # archived

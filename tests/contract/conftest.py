@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import count
+from pathlib import Path
 
 import botocore.loaders
 import pytest
@@ -18,9 +19,19 @@ from phfs_fuse.store.s3 import S3Store
 from tests.contract.place import Place
 from tests.support.fake_store import FakeStore
 from tests.support.proxy import Proxy, proxy
-from tests.support.servers import Server, credentials_env, minio, minio_binary, moto
+from tests.support.servers import (
+    ACCESS_KEY,
+    SECRET_KEY,
+    Server,
+    credentials_env,
+    minio,
+    minio_binary,
+    moto,
+    versitygw,
+)
 
 BUCKET = "contract"
+GIVEN = os.environ.get("PHFS_TEST_ENDPOINT")  # any other store, with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY
 KINDS: Mapping[str, type[S3Store]] = {"boto": S3Store, "crt": CrtStore}
 STORES = [
     "fake",
@@ -28,7 +39,11 @@ STORES = [
     "crt-moto",
     pytest.param("boto-minio", marks=pytest.mark.minio),
     pytest.param("crt-minio", marks=pytest.mark.minio),
+    pytest.param("boto-versitygw", marks=pytest.mark.versitygw),
+    pytest.param("crt-versitygw", marks=pytest.mark.versitygw),
 ]
+if GIVEN:
+    STORES += ["boto-given", "crt-given"]
 numbers = count(1)
 
 
@@ -42,6 +57,20 @@ def moto_server(credentials: None) -> Iterator[Server]:
 def minio_server(credentials: None) -> Iterator[Server]:
     with minio() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def versitygw_server(credentials: None) -> Iterator[Server]:
+    with versitygw() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def given_server() -> Server:
+    """The store at $PHFS_TEST_ENDPOINT, with the credentials of the environment."""
+    assert GIVEN
+    keys = os.environ.get("AWS_ACCESS_KEY_ID", ACCESS_KEY), os.environ.get("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    return Server(GIVEN, *keys, pid=0, log=Path(os.devnull))
 
 
 @pytest.fixture(scope="session")

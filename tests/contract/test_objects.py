@@ -256,6 +256,8 @@ async def test_delete_many(place: Place) -> None:
 def name(place: Place, request: pytest.FixtureRequest) -> str:
     if "moto" in place.store_name and "\n" in request.param:
         pytest.skip("moto routes no path with a line feed")  # within the async test the reason would be lost
+    if "versitygw" in place.store_name and "\x01" in request.param:
+        pytest.skip("versitygw 1.8 ignores encoding-type=url: its listings cannot spell control characters")
     return str(request.param)
 
 

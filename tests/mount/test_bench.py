@@ -26,7 +26,7 @@ from phfs_fuse.bench.systems import System, Target
 from phfs_fuse.bench.trial import Sources, Trial
 from phfs_fuse.mountpoint import mount_table
 from tests.support.mounts import s3_client
-from tests.support.servers import Server, minio, minio_binary, moto
+from tests.support.servers import Server, real_store
 
 SECONDS = 300
 BUCKET = "benched"
@@ -35,7 +35,7 @@ needs_fuse = pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="no /dev
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with minio() if minio_binary() else moto() as found, closing(s3_client(found)) as client:
+    with real_store() as found, closing(s3_client(found)) as client:
         client.create_bucket(Bucket=BUCKET)
         yield found
 

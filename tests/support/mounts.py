@@ -32,7 +32,7 @@ from phfs_fuse.mountpoint import mount_table
 from phfs_fuse.registry import MountRecord
 from phfs_fuse.waiting import ended
 from tests.support import disks
-from tests.support.servers import Server, minio, minio_binary, moto
+from tests.support.servers import Server, real_store
 
 COMMAND_SECONDS = 120.0
 END_SECONDS = 20.0
@@ -43,10 +43,10 @@ LOUD = re.compile(r"^\S+ (WARNING|ERROR|CRITICAL) |^Traceback |^\{.*\"level\": \
 
 @cache
 def shared_server() -> Server:
-    """MinIO, or moto where there is none; it ends with this process."""
+    """The store of all mounts of this process, with which it ends."""
     stack = ExitStack()
     atexit.register(stack.close)
-    return stack.enter_context(minio() if minio_binary() else moto())
+    return stack.enter_context(real_store())
 
 
 def s3_client(server: Server) -> Any:

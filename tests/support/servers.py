@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,9 +54,14 @@ def credentials_env(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) 
 
 
 def minio_binary() -> Path | None:
-    """Where the MinIO server is: $PHFS_TEST_MINIO, else the cache folder that `.ci/run` fills."""
+    """The MinIO server: $PHFS_TEST_MINIO, else what `./dev test` has built."""
+    return _built("minio", os.environ.get("PHFS_TEST_MINIO"))
+
+
+def _built(name: str, instead: str | None = None) -> Path | None:
+    """A program in the cache folder that `./dev test` fills, or the one given `instead`."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = Path(os.environ.get("PHFS_TEST_MINIO") or cache / "phfs-tests" / "bin" / "minio")
+    path = Path(instead or cache / "phfs-tests" / "bin" / name)
     return path if os.access(path, os.X_OK) else None
 
 
@@ -75,12 +80,33 @@ def minio(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Iterato
 
 
 @contextmanager
+def versitygw(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Iterator[Server]:
+    """A Versity S3 Gateway over a local folder; skips the test where there is no binary."""
+    if (binary := _built("versitygw")) is None:
+        pytest.skip("no versitygw: ./dev test builds it where there is go")
+    env = {"ROOT_ACCESS_KEY": access_key, "ROOT_SECRET_KEY": secret_key}
+    with _folder() as folder, _port() as port:
+        data = folder / "data"
+        data.mkdir()
+        command = [str(binary), "--port", f"127.0.0.1:{port}", "--keep-alive", "--quiet", "--health", "/health"]
+        command += ["posix", str(data)]
+        with _running(command, env, folder, port, "/health") as (pid, log):
+            yield Server(f"http://127.0.0.1:{port}", access_key, secret_key, pid, log)
+
+
+@contextmanager
 def moto(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Iterator[Server]:
     """moto's S3 server, in a process of its own. It checks no credentials."""
     with _folder() as folder, _port() as port:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         with _running(command, {}, folder, port, "/moto-api/") as (pid, log):
             yield Server(f"http://127.0.0.1:{port}", access_key, secret_key, pid, log)
+
+
+def real_store() -> AbstractContextManager[Server]:
+    """The store that mounts are tested on: the one named by $PHFS_TEST_STORE, else MinIO where it was built."""
+    stores = {"minio": minio, "moto": moto, "versitygw": versitygw}
+    return stores[os.environ.get("PHFS_TEST_STORE") or ("minio" if minio_binary() else "moto")]()
 
 
 @contextmanager
