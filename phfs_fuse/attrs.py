@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, unquote_to_bytes
 
+from phfs_fuse.types import ID_MAX, decimal, time_ns
+
 TYPES: Final = frozenset(
     (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 )
@@ -73,19 +75,21 @@ def parse_mode(text: str) -> int | None:
 
 
 def parse_seconds(text: str) -> int | None:
-    """Nanoseconds of `[-]seconds[.fraction]`, or None; no float in between, so no digit is lost."""
+    """Nanoseconds of `[-]seconds[.fraction]`, or None; no float in between, so no digit is lost. A time out of
+    range, as most of the years 1 to 9999 are, is clamped."""
     whole, _, fraction = text.partition(".")
     sign = -1 if whole.startswith("-") else 1
     digits = whole.removeprefix("-")
-    if not digits.isascii() or not digits.isdigit() or len(digits) > 11:
+    if not digits.isascii() or not digits.isdigit() or len(digits) > 12:
         return None
     if fraction and not (fraction.isascii() and fraction.isdigit()):
         return None
-    return sign * (int(digits) * 10**9 + int((fraction + "0" * 9)[:9]))
+    return time_ns(sign * (int(digits) * 10**9 + int((fraction + "0" * 9)[:9])))
 
 
 def _parse_id(text: str | None, default: int) -> int:
-    return int(text) if text and text.isascii() and text.isdigit() and int(text) < 2**32 - 1 else default
+    number = decimal(text or "", ID_MAX)
+    return default if number is None else number
 
 
 def _parse_xattrs(metadata: Mapping[str, str]) -> dict[bytes, bytes] | None:

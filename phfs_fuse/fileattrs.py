@@ -13,6 +13,7 @@ from phfs_fuse.errors import NoAttribute, NoSpace, NotSupported, StaleVersion
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import OpenFiles
+from phfs_fuse.types import time_ns
 from phfs_fuse.writable import Writable
 
 XATTR_BYTES_MAX = 2048  # Source: S3 user guide, user metadata is limited to 2 KB
@@ -20,7 +21,7 @@ XATTR_BYTES_MAX = 2048  # Source: S3 user guide, user metadata is limited to 2 K
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What setattr shall set; None: leave as it is. Times in nanoseconds."""
+    """What setattr shall set; None: leave as it is. Times in nanoseconds; one that does not fit is clamped."""
 
     mode: int | None = None
     uid: int | None = None
@@ -67,14 +68,14 @@ class FileAttrs:
                 self._writable.require_room()
             self._files.truncate(node, change.size)
         changed = self._set_owner(node, change)
-        if change.mtime_ns is not None and change.mtime_ns != node.mtime_ns:
-            node.mtime_ns = change.mtime_ns
+        if change.mtime_ns is not None and (mtime_ns := time_ns(change.mtime_ns)) != node.mtime_ns:
+            node.mtime_ns = mtime_ns
             changed = True
             if node.is_dir:
                 node.own_attrs = True
         if change.atime_ns is not None:
-            node.atime_ns = change.atime_ns
-        node.ctime_ns = change.ctime_ns if change.ctime_ns is not None else time.time_ns()
+            node.atime_ns = time_ns(change.atime_ns)
+        node.ctime_ns = time_ns(change.ctime_ns) if change.ctime_ns is not None else time.time_ns()
         if changed:
             if node.is_dir and not node.own_attrs:
                 node.own_attrs = self._defaults.differs(node.attrs)

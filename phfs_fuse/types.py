@@ -1,4 +1,4 @@
-"""Names for the numbers and strings that travel between the layers, and units. Owns no state."""
+"""Names for the numbers and strings that travel between the layers, their ranges, and units. Owns no state."""
 
 from __future__ import annotations
 
@@ -23,3 +23,23 @@ S3_PART_BYTES_MAX: Final = 5 * GIB
 S3_PARTS_MAX: Final = 10_000
 COPY_PART_BYTES: Final = 64 * MIB  # in the store, several at once; more may take longer than the time without a byte
 S3_OBJECT_BYTES_MAX: Final = 5 << 40
+
+# The ranges of numbers that come from outside: what does not fit is clamped or refused where it is parsed, so that
+# the tree, the journal and the kernel take each number as it is.
+SIZE_BYTES_MAX: Final = 1 << 60  # of any object; leaves room for the cache's checksums behind the bytes
+TIME_NS_MIN: Final = -(1 << 63)  # the year 1677
+TIME_NS_MAX: Final = (1 << 63) - 1  # the year 2262
+ID_MAX: Final = (1 << 32) - 2  # of users, groups and devices; one more means "none"
+
+
+def time_ns(ns: int) -> int:
+    """A time in nanoseconds since the epoch, or the nearest one that 64 bits hold."""
+    return min(max(ns, TIME_NS_MIN), TIME_NS_MAX)
+
+
+def decimal(text: str, most: int) -> int | None:
+    """The whole number that `text` writes in decimal digits alone, from 0 to `most`; None: it is none."""
+    if not (text.isascii() and text.isdigit()) or len(text) > 20:
+        return None
+    number = int(text)
+    return number if number <= most else None

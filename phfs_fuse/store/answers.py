@@ -1,5 +1,7 @@
 """What cannot be asked of a store, and what its answers mean: S3 codes to `PhfsError`s. Pure; owns no state.
 
+`reading` is the border for all that comes from a store: what cannot be read leaves it as `BadAnswer`.
+
 Decided on codes and statuses alone. The store's message text is dropped: it may name credentials.
 Source: S3 API reference, "List of error codes"; MinIO's `XMinio` codes; versitygw 1.8, `s3err`.
 """
@@ -7,8 +9,10 @@ Source: S3 API reference, "List of error codes"; MinIO's `XMinio` codes; versity
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
+from xml.etree import ElementTree
 
 from phfs_fuse.errors import (
     AccessDenied,
@@ -41,6 +45,7 @@ NO_SUCH_KEY: Final = "NoSuchKey"
 NO_SUCH_UPLOAD: Final = "NoSuchUpload"
 
 _TOKEN: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # Source: RFC 9110, 5.6.2
+_CODE: Final = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _FIELD: Final = re.compile(r"(?:[!-~](?:[ -~]*[!-~])?)?")  # no blanks at the ends: they would be lost
 
 _BY_CODE: Final[Mapping[str, type[PhfsError]]] = {
@@ -100,6 +105,27 @@ _REMEDY: Final[Mapping[str, str]] = {
     "RequestTimeTooSkewed": "the clock of this machine is off",
     "SignatureDoesNotMatch": "the secret key is not that of the access key",
 }
+
+
+@contextmanager
+def reading(op: str, subject: str) -> Iterator[None]:
+    """The border for an answer of the store: whatever is wrong with it leaves the block as `BadAnswer`. Other
+    `PhfsError`s, and errors of the local disk, are not about the answer and pass."""
+    try:
+        yield
+    except (PhfsError, OSError):
+        raise
+    except Exception as exc:  # of any parser: ParseError, ValueError, OverflowError, LookupError, RecursionError, ...
+        raise BadAnswer(op, subject, f"cannot be read: {type(exc).__name__}") from exc
+
+
+def error_code(body: bytes) -> str:
+    """The code in an error's body; "" where there is none, as with HEAD, or none that can be read."""
+    try:
+        code = ElementTree.fromstring(body).findtext("{*}Code") or ""
+    except Exception:  # see `reading`; the status of the answer says enough
+        return ""
+    return code if _CODE.fullmatch(code) else ""
 
 
 def error_of(op: str, subject: str, code: str, status: int) -> PhfsError:

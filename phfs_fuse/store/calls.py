@@ -17,7 +17,7 @@ from botocore.session import Session
 from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import PhfsError
-from phfs_fuse.store.answers import NO_SUCH_KEY, error_of
+from phfs_fuse.store.answers import NO_SUCH_KEY, error_of, reading
 from phfs_fuse.store.base import Body, Expect, FileRange, Listing, ObjectInfo, Part, Upload
 from phfs_fuse.store.headers import (
     SECOND_NS,
@@ -190,7 +190,8 @@ class BotoCalls:
             lambda: s3.delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True}),
             self._control,
         )
-        failed = {ObjectKey(error["Key"]): error.get("Code", "") for error in answer.get("Errors", ())}
+        with reading("delete", f"{len(versions)} objects"):
+            failed = {ObjectKey(error["Key"]): error.get("Code", "") for error in answer.get("Errors", ())}
         return {key: error_of("delete", key, code, 500) for key, code in failed.items() if code != NO_SUCH_KEY}
 
     async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
@@ -203,7 +204,8 @@ class BotoCalls:
             ),
             self._control,
         )
-        return answer["UploadId"]
+        with reading("create multipart", key):
+            return answer["UploadId"]
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
         s3 = (await self.clients()).plain
@@ -308,7 +310,7 @@ class BotoCalls:
         metrics.HOPS.add(1, "store")
 
         def work() -> T:
-            with translated(op, subject):
+            with reading(op, subject), translated(op, subject):
                 return call()
 
         return await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=is_read)

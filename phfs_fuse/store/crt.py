@@ -27,11 +27,11 @@ from botocore.utils import get_environ_proxies
 
 from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
-from phfs_fuse.errors import AccessDenied, BadAnswer
-from phfs_fuse.store.answers import error_of
+from phfs_fuse.errors import AccessDenied
+from phfs_fuse.store.answers import error_code, error_of, reading
 from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part
 from phfs_fuse.store.calls import BotoCalls
-from phfs_fuse.store.crt_http import Consumer, Endpoint, HttpClient, Unreadable, build_request, sign
+from phfs_fuse.store.crt_http import Consumer, Endpoint, HttpClient, Unreadable, build_request, sign, told
 from phfs_fuse.store.headers import META_PREFIX, content_type, etag_of, info_of, quoted, stored_info
 from phfs_fuse.store.listing import parse_listing
 from phfs_fuse.store.s3 import S3Store
@@ -74,7 +74,7 @@ class Credentials:
 
     def _freeze(self) -> ReadOnlyCredentials:
         """Blocks where they have to be renewed."""
-        with translated("sign", "credentials"):
+        with reading("sign", "credentials"), translated("sign", "credentials"):
             source = self._session.get_credentials()
             if source is None:  # open_clients found some
                 raise AccessDenied("sign", "request", "the credentials are gone")
@@ -126,12 +126,14 @@ class _Signed:
         consumer: Consumer | None,
     ) -> Mapping[str, str]:
         target = f"{path}?{urlencode(query, quote_via=quote)}" if query else path
-        request = build_request(method, self._endpoint, target, headers, body)
-        await sign(request, await self._credentials.provider(), self._endpoint.region, payload_hash)
+        provider = await self._credentials.provider()
+        with told(op, subject):
+            request = build_request(method, self._endpoint, target, headers, body)
+            await sign(request, provider, self._endpoint.region, payload_hash)
         metrics.STORE_REQUESTS.add(1, op)
         exchange = await self._http.send(op, subject, request, consumer)
         if not exchange.is_good:
-            raise error_of(op, subject, _error_code(exchange.error_body), exchange.status)
+            raise error_of(op, subject, error_code(exchange.error_body), exchange.status)
         return exchange.headers
 
     def payload_hash(self, body: bytes) -> str:
@@ -297,7 +299,7 @@ def _read_and_hash(crt: _Signed, body: Body) -> tuple[bytes, str]:
 def _endpoint(clients: Clients, bucket: str) -> Endpoint | None:
     """Where botocore would send requests for objects of `bucket`; None if only botocore can: through a proxy, or
     after a redirect to the bucket's own region. Blocks."""
-    with translated("connect", bucket):
+    with reading("connect", bucket), translated("connect", bucket):
         url = clients.plain.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"})
         parts = urlsplit(url)
         if parts.hostname is None or parts.scheme in get_environ_proxies(url):
@@ -320,18 +322,8 @@ def _endpoint(clients: Clients, bucket: str) -> Endpoint | None:
 def _copied_etag(key: ObjectKey, body: bytes) -> str:
     """Raises: what the answer means. A copy that fails after the first byte of the answer is a 200 with an error.
     Source: S3 API reference, CopyObject."""
-    try:
+    with reading("copy", key):
         root = ElementTree.fromstring(body)
-    except ElementTree.ParseError as exc:
-        raise BadAnswer("copy", key, "no XML") from exc
     if root.tag.rpartition("}")[2] == "Error":
-        raise error_of("copy", key, _error_code(body), 500)
+        raise error_of("copy", key, error_code(body), 500)
     return root.findtext("{*}ETag") or ""
-
-
-def _error_code(body: bytes) -> str:
-    """The code in an error's body; "" where there is none, as with HEAD."""
-    try:
-        return ElementTree.fromstring(body).findtext("{*}Code") or ""
-    except ElementTree.ParseError:
-        return ""

@@ -6,8 +6,9 @@ trio is told by `run_sync_soon`. An await here ends only after the last callback
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Final, Protocol
@@ -28,6 +29,7 @@ from awscrt.io import (
 )
 
 from phfs_fuse.errors import BadAnswer, PhfsError, StoreTimeout, StoreUnavailable
+from phfs_fuse.store.answers import reading
 
 ERROR_BODY_BYTES_MAX: Final = 64 * 1024
 CLOSE_SECONDS: Final = 5.0
@@ -137,17 +139,20 @@ class HttpClient:
         """The answer, whole. Raises: StoreUnavailable, StoreTimeout, BadAnswer, or what `consumer` raised."""
         connection = await self._connection(op, subject)
         exchange = Exchange(consumer)
-        stream = connection.request(request, on_response=exchange.on_response, on_body=exchange.on_body)
-        stream.activate()
         try:
+            stream = connection.request(request, on_response=exchange.on_response, on_body=exchange.on_body)
+            stream.activate()
             await self._completion(op, subject, stream.completion_future, exchange, connection)
-        except AwsCrtError as exc:
+        except PhfsError:
+            raise
+        except Exception as exc:
             connection.close()
             if exchange.failure is None:
                 raise _error_of(exc, op, subject) from exc
         if exchange.failure is not None:
             connection.close()
-            raise exchange.failure
+            with reading(op, subject):
+                raise exchange.failure
         if exchange.leaves_open and connection.is_open():
             self._idle.append(connection)
         else:
@@ -165,24 +170,24 @@ class HttpClient:
         while self._idle:
             if (connection := self._idle.pop()).is_open():
                 return connection
-        future = HttpClientConnection.new(
-            self.endpoint.host,
-            self.endpoint.port,
-            self._bootstrap,
-            self._socket,
-            self._tls,
-        )
+        with told(op, subject):
+            future = HttpClientConnection.new(
+                self.endpoint.host,
+                self.endpoint.port,
+                self._bootstrap,
+                self._socket,
+                self._tls,
+            )
         try:
             with trio.fail_after(self._connect_seconds):  # of the name look-up and TLS too
                 await _done(future).wait()
-            return future.result()
-        except AwsCrtError as exc:
-            raise _error_of(exc, op, subject) from exc
         except BaseException as exc:
             future.add_done_callback(_close_late)
             if isinstance(exc, trio.TooSlowError):
                 raise StoreTimeout(op, subject, "no connection in time") from exc
             raise
+        with told(op, subject):
+            return future.result()
 
     async def _completion(
         self,
@@ -238,8 +243,22 @@ def _tls_options(endpoint: Endpoint) -> TlsConnectionOptions:
     return options
 
 
-def _error_of(exc: AwsCrtError, op: str, subject: str) -> PhfsError:
-    return _KINDS.get(exc.name, StoreUnavailable)(op, subject, exc.name)
+@contextmanager
+def told(op: str, subject: str) -> Iterator[None]:
+    """Let what awscrt raises leave the block as a `PhfsError`."""
+    try:
+        yield
+    except Exception as exc:
+        raise _error_of(exc, op, subject) from exc
+
+
+def _error_of(exc: Exception, op: str, subject: str) -> PhfsError:
+    """awscrt raises its own errors, RuntimeError for a connection that the other side has closed already, and
+    Python's own for some of its codes."""
+    if isinstance(exc, AwsCrtError):
+        return _KINDS.get(exc.name, StoreUnavailable)(op, subject, exc.name)
+    reason = "the connection was closed" if isinstance(exc, RuntimeError) else type(exc).__name__
+    return StoreUnavailable(op, subject, reason)
 
 
 def build_request(method: str, endpoint: Endpoint, path: str, headers: Mapping[str, str], body: bytes | None) -> Any:

@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
-from xml.etree import ElementTree
 
 import trio
 from botocore.auth import S3SigV4Auth
@@ -31,9 +30,9 @@ from botocore.utils import get_environ_proxies
 
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import AccessDenied, BadAnswer, NotSupported, PhfsError, StoreUnavailable
-from phfs_fuse.store.answers import error_of
+from phfs_fuse.store.answers import error_code, error_of, reading
 from phfs_fuse.store.base import Listener, StoreEvent
-from phfs_fuse.store.headers import user_metadata
+from phfs_fuse.store.headers import size_of, user_metadata
 from phfs_fuse.store.session import Clients, translated
 from phfs_fuse.types import KIB, MIB, ETag, ObjectKey
 
@@ -80,6 +79,8 @@ class EventStream:
                     )
                 except PhfsError as exc:
                     self._failure = exc
+                except OSError as exc:  # of the connection: nothing else is read there
+                    self._failure = StoreUnavailable("listen", self._prefix, exc.strerror or type(exc).__name__)
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(read)
@@ -125,7 +126,7 @@ class EventStream:
     # -- on the thread that reads: as fast as events come, whatever the other thread does
 
     def _read_all(self) -> None:
-        with translated("listen", self._prefix):
+        with reading("listen", self._prefix), translated("listen", self._prefix):
             response = self._open()
             try:
                 for line in self._lines(response.raw):
@@ -166,7 +167,7 @@ class EventStream:
         )
         response: Any = http.send(prepared)
         if response.status_code != 200:
-            raise error_of("listen", self._prefix, _code(response.content), response.status_code)
+            raise error_of("listen", self._prefix, error_code(response.content), response.status_code)
         if "event-stream" not in response.headers.get("content-type", ""):
             response.raw.close()
             raise NotSupported("listen", self._prefix, "the store has no stream of events")
@@ -204,27 +205,20 @@ def parse_events(line: bytes) -> list[StoreEvent]:
     """The changes in one line. Raises: BadAnswer."""
     if not line.strip():
         return []
-    try:
+    with reading("listen", "event"):
         records = json.loads(line).get("Records") or ()
         return [event for record in records if (event := _event(record)) is not None]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
-        raise BadAnswer("listen", "event", type(exc).__name__) from exc
 
 
 def _event(record: Mapping[str, Any]) -> StoreEvent | None:
     found, name = record["s3"]["object"], record["eventName"]
     key = ObjectKey(str(found["key"]))
+    key.encode()  # half surrogates are no key
     if name.startswith(REMOVED):
         return StoreEvent(key=key, etag=None, size=0, metadata={})
     if not name.startswith(CREATED):
         return None
     headers = {str(field): str(value) for field, value in (found.get("userMetadata") or {}).items()}
     etag = ETag(str(found.get("eTag", "")).strip('"'))
-    return StoreEvent(key=key, etag=etag, size=int(found.get("size", 0)), metadata=user_metadata(headers))
-
-
-def _code(body: bytes) -> str:
-    try:
-        return ElementTree.fromstring(body).findtext("{*}Code") or ""
-    except ElementTree.ParseError:
-        return ""
+    size = size_of(str(found.get("size", 0)), "listen", key)
+    return StoreEvent(key=key, etag=etag, size=size, metadata=user_metadata(headers))

@@ -1,21 +1,27 @@
-"""Reads the headers of answers, writes those of requests. Pure; owns no state."""
+"""Reads the headers of answers, writes those of requests. Pure; owns no state.
+
+A number that is no number or out of range makes the whole answer a `BadAnswer`, but for a time, which is clamped.
+"""
 
 from __future__ import annotations
 
 import mimetypes
+import re
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Final
 
 from phfs_fuse.errors import BadAnswer
 from phfs_fuse.store.base import ObjectInfo
-from phfs_fuse.types import ETag, ObjectKey
+from phfs_fuse.types import SIZE_BYTES_MAX, ETag, ObjectKey, decimal, time_ns
 
 META_PREFIX: Final = "x-amz-meta-"
 SECOND_NS: Final = 1_000_000_000
 
+_ETAG: Final = re.compile(r"[!#-~\x80-\xff]{1,1024}")  # Source: RFC 9110, 8.8.3
 _TYPES: Final = mimetypes.MimeTypes()  # the built-in table: the same on every machine
 
 
@@ -31,23 +37,39 @@ def quoted(etag: ETag) -> str:
 
 
 def etag_of(text: str | None, op: str, key: str) -> ETag:
-    """Raises: BadAnswer if the store sent none."""
-    if not text:
+    """Raises: BadAnswer if the store sent none, or one that no condition can name."""
+    etag = (text or "").removeprefix("W/").strip('"')
+    if not etag:
         raise BadAnswer(op, key, "an answer without ETag")
-    return ETag(text.removeprefix("W/").strip('"'))
+    if not _ETAG.fullmatch(etag):
+        raise BadAnswer(op, key, "an ETag that is none")
+    return ETag(etag)
+
+
+def size_of(text: str | None, op: str, key: str) -> int:
+    """The bytes of an object. Raises: BadAnswer."""
+    if (size := decimal(text or "", SIZE_BYTES_MAX)) is None:
+        raise BadAnswer(op, key, "an answer without a size, or with an impossible one")
+    return size
 
 
 def http_date_ns(text: str | None) -> int:
     """Nanoseconds since the epoch of a `Date` or `Last-Modified`; now if it is missing or cannot be read."""
     try:
         return _date_ns(text or "")
-    except ValueError:
+    except Exception:  # the parser of dates raises what it likes, OverflowError and TypeError too
         return time.time_ns() // SECOND_NS * SECOND_NS
 
 
 @lru_cache(64)  # many answers come within one second
 def _date_ns(text: str) -> int:
-    return int(parsedate_to_datetime(text).timestamp()) * SECOND_NS
+    return whole_seconds(parsedate_to_datetime(text))
+
+
+def whole_seconds(at: datetime) -> int:
+    """Nanoseconds since the epoch of a time that the store tells, without the fraction that HEAD does not tell, so
+    that one version shows one time. Out of range it is clamped. Raises: OverflowError, ValueError."""
+    return time_ns(int(at.timestamp()) * SECOND_NS)
 
 
 def user_metadata(headers: Mapping[str, str]) -> dict[str, str]:
@@ -59,14 +81,10 @@ def user_metadata(headers: Mapping[str, str]) -> dict[str, str]:
 
 def info_of(key: ObjectKey, headers: Mapping[str, str]) -> ObjectInfo:
     """The answer to a HEAD; names of `headers` in lower case. Raises: BadAnswer."""
-    try:
-        size = int(headers["content-length"])
-    except (KeyError, ValueError) as exc:
-        raise BadAnswer("head", key, "an answer without Content-Length") from exc
     return ObjectInfo(
         key=key,
         etag=etag_of(headers.get("etag"), "head", key),
-        size=size,
+        size=size_of(headers.get("content-length"), "head", key),
         modified_ns=http_date_ns(headers.get("last-modified")),
         metadata=user_metadata(headers),
     )

@@ -17,8 +17,9 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from phfs_fuse.errors import BadAnswer
+from phfs_fuse.store.answers import reading
 from phfs_fuse.store.base import Listing, ObjectInfo
-from phfs_fuse.store.headers import SECOND_NS, user_metadata
+from phfs_fuse.store.headers import etag_of, size_of, user_metadata, whole_seconds
 from phfs_fuse.types import ETag, ObjectKey
 
 _NAMESPACE: Final = re.compile(rb'\sxmlns="[^"]*"')  # differs between stores
@@ -26,19 +27,17 @@ _NAMESPACE: Final = re.compile(rb'\sxmlns="[^"]*"')  # differs between stores
 
 def parse_listing(prefix: str, body: bytes) -> Listing:
     """The page in `body`. Raises: BadAnswer if it is none. `prefix` is for the message."""
-    try:
+    with reading("list", prefix):
         root = ElementTree.fromstring(_NAMESPACE.sub(b"", body, count=1))
         if root.tag != "ListBucketResult":
-            raise BadAnswer("list", prefix, f"an answer of type {root.tag!r}")
+            raise BadAnswer("list", prefix, f"an answer of type {root.tag[:100]!r}")
         return _page(root)
-    except (ElementTree.ParseError, KeyError, ValueError) as exc:
-        raise BadAnswer("list", prefix, f"no listing: {type(exc).__name__}") from exc
 
 
 def is_xml(body: bytes) -> bool:
     try:
         ElementTree.fromstring(body)
-    except ElementTree.ParseError:
+    except Exception:  # as in `reading`
         return False
     return True
 
@@ -64,8 +63,8 @@ def _object(element: Element, decode: Callable[[str], str]) -> ObjectInfo:
     fields = _texts(element)
     return ObjectInfo(
         key=ObjectKey(decode(fields["Key"])),
-        etag=ETag(fields.get("ETag", "").strip('"')),
-        size=int(fields["Size"]),
+        etag=etag_of(etag, "list", fields["Key"]) if (etag := fields.get("ETag", "").strip('"')) else ETag(""),
+        size=size_of(fields["Size"], "list", fields["Key"]),
         modified_ns=_iso_ns(fields["LastModified"]),
         metadata=_metadata(element, fields),
     )
@@ -79,5 +78,4 @@ def _metadata(element: Element, fields: Mapping[str, str]) -> Mapping[str, str] 
 
 @lru_cache(64)  # objects that were stored together are listed together
 def _iso_ns(text: str) -> int:
-    """Whole seconds, as HEAD answers them: the same version must not show two times."""
-    return int(datetime.fromisoformat(text).timestamp()) * SECOND_NS
+    return whole_seconds(datetime.fromisoformat(text))

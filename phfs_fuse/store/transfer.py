@@ -14,11 +14,11 @@ from typing import Final
 from phfs_fuse.errors import BadAnswer, VersionChanged
 from phfs_fuse.store.answers import OutOfRange
 from phfs_fuse.store.base import Body, FileRange, ObjectInfo, Part, Sink
-from phfs_fuse.store.headers import etag_of
+from phfs_fuse.store.headers import etag_of, size_of
 from phfs_fuse.types import KIB, MIB, ETag, ObjectKey
 
 PIECE_BYTES: Final = 256 * KIB  # to be hashed or sent at once: as many uploads as there are hold one each
-_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 _MD5: Final = re.compile(r"[0-9a-f]{32}")
 
 
@@ -152,10 +152,10 @@ class Receiver:
     def _sent_range(self, headers: Mapping[str, str]) -> tuple[int, int, int | None]:
         """The half-open range that an answer says it holds, and the size of the object if it says that."""
         text = headers.get("content-range")
-        if text is None and headers.get("content-length", "").isdigit():
-            size = int(headers["content-length"])
+        if text is None:
+            size = size_of(headers.get("content-length"), "get", self.key)
             return 0, size, size
-        if found := _CONTENT_RANGE.fullmatch(text or ""):
+        if found := _CONTENT_RANGE.fullmatch(text):
             size_text = found[3]
             return int(found[1]), int(found[2]) + 1, None if size_text == "*" else int(size_text)
         raise BadAnswer("get", self.key, "no readable range in the answer")

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import trio
 
+from phfs_fuse.errors import PhfsError, StoreUnavailable
 from phfs_fuse.store.crt_http import Endpoint, HttpClient, build_request
 
 ANSWERS = {
@@ -51,3 +52,48 @@ async def test_a_connection_that_the_store_closes_is_not_used_again(status: int,
         assert server.connections == len(statuses)
         await client.aclose()
         nursery.cancel_scope.cancel()
+
+
+def endpoint_at(port: int) -> Endpoint:
+    return Endpoint(is_tls=False, host="127.0.0.1", port=port, path="/", region="r", ca_bundle=None)
+
+
+@pytest.mark.parametrize("banner", [b"", b"SSH-2.0-OpenSSH_9\r\n", b"HTTP/1.1 99999999999999999999 OK\r\n\r\n"])
+async def test_connections_that_are_closed_at_once(banner: bytes) -> None:
+    """As by a load balancer without a backend: the store is away, and nothing else."""
+
+    async def serve(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.send_all(banner)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        endpoint = endpoint_at(listeners[0].socket.getsockname()[1])
+        client = HttpClient(endpoint, connect_seconds=30, read_seconds=30)
+        for _ in range(20):
+            with pytest.raises(PhfsError):
+                await client.send("put", "key", build_request("PUT", endpoint, "/key", {}, b"x"))
+        await client.aclose()
+        nursery.cancel_scope.cancel()
+
+
+class Closed:
+    """A connection that ends between the look at it and the request."""
+
+    def request(self, *_: object, **__: object) -> None:
+        raise RuntimeError("AWS_ERROR_HTTP_CONNECTION_CLOSED")
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+async def test_a_connection_that_ends_before_its_request() -> None:
+    endpoint = endpoint_at(9)
+    client = HttpClient(endpoint, connect_seconds=1, read_seconds=1)
+
+    async def connection(_op: str, _subject: str) -> Closed:
+        return Closed()
+
+    client._connection = connection  # type: ignore[method-assign, assignment]
+    with pytest.raises(StoreUnavailable):
+        await client.send("put", "key", build_request("PUT", endpoint, "/key", {}, b"x"))

@@ -165,6 +165,19 @@ async def test_attributes_that_change_wait_for_others(world: World, autojump_clo
     assert dict(world.store.requests) == counts
 
 
+@pytest.mark.parametrize("seconds", [-62_135_596_800, 99_999_999_999, 253_402_300_799])
+async def test_times_that_do_not_fit_are_clamped(world: World, autojump_clock: MockClock, seconds: int) -> None:
+    """Whether a program sets them, or somebody else has stored them."""
+    await world.store.put(ObjectKey(PREFIX + "d/far"), b"x", {"mtime": str(seconds)}, expect=None)
+    node = await world.write("f", b"x")
+    await world.vfs.setattr(node.ino, Change(mtime_ns=seconds * 10**9, atime_ns=seconds * 10**9))
+    assert (await world.node("d/far")).mtime_ns == node.mtime_ns == node.atime_ns
+    assert abs(node.mtime_ns) >= 2**63 - 1
+    await world.vfs.rename(1, b"d", 1, b"e", 0)
+    await world.settle()
+    assert keys(world) == ["e/far", "f"]
+
+
 async def test_rename_of_a_stored_file_is_a_copy_and_a_delete(world: World, autojump_clock: MockClock) -> None:
     await world.write("a", b"x")
     await world.settle()

@@ -121,6 +121,25 @@ def test_times_are_kept_to_the_nanosecond(place: Place, mnt: Path, tmp_path: Pat
         place.remount()
 
 
+def test_times_from_the_year_1_to_9999(place: Place, mnt: Path, tmp_path: Path) -> None:
+    """Of some a file system keeps the nearest that it can; none is refused, none holds up what comes after it."""
+    (mnt / "d").mkdir()
+    for seconds in (-62_135_596_800, -11_644_473_600, 10_413_792_000, 99_999_999_999, 253_402_300_799):
+        for path in (mnt / f"d/{seconds}", mnt / "d"):
+            if path != mnt / "d":
+                path.write_text("x")
+            os.utime(path, (seconds, seconds))
+    (mnt / "d").rename(mnt / "e")
+    place.pull(mnt, tmp_path / "stored")
+    found = []
+    for _ in range(2):  # until then the kernel may show what it was told
+        place.remount()
+        found.append({name: entry.mtime_ns for name, entry in tree(mnt).items()})
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
+    assert found[0]["e/-62135596800"] < 0 < found[0]["e/10413792000"] <= found[0]["e/253402300799"]
+
+
 def test_utime_of_a_file_that_is_open_and_written(place: Place, mnt: Path, tmp_path: Path) -> None:
     """As tar and cp -p do: the time that was set last wins over the writes before it."""
     stamp = 1_111_111_111_000_000_000
