@@ -61,7 +61,7 @@ uploadqueue quota
 recovery resume
 kernelstate memory
 namewalks defaults attempts endings writable
-inodes trust
+inodes trust places
 nodes
 blocks staging
 adoption
