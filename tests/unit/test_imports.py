@@ -90,7 +90,7 @@ settings
 options
 values
 registry mountpoint localstate localfile holding reserve statfsino eager
-dirs logs waiting
+dirs logs waiting jsontext
 metrics
 config
 errors
@@ -119,7 +119,7 @@ FRONT = BENCH | {
 }
 FRONT_SEES = FRONT | {
     "messages", "expiry", "loop", "settings", "options", "holding", "localstate", "values", "registry", "mountpoint",
-    "dirs", "logs", "waiting",
+    "dirs", "logs", "waiting", "jsontext",
     "config", "errors", "types",
 }  # fmt: skip
 
