@@ -11,8 +11,9 @@ from phfs_fuse.attrs import to_metadata
 from phfs_fuse.journal import Journal
 from phfs_fuse.nodes import Node
 from phfs_fuse.store.base import ObjectInfo
-from phfs_fuse.types import ObjectKey
+from phfs_fuse.types import ETag, ObjectKey
 
+_COPY_OF = "copy of "  # in place of metadata
 ATTEMPTS_MAX = 8  # of one key that are remembered
 
 
@@ -29,10 +30,11 @@ class Attempts:
         for key, size, metadata in self._journal.attempts():
             self._sent.setdefault(key, []).append((size, metadata))
 
-    def begin(self, key: ObjectKey, size: int, metadata: Mapping[str, str]) -> None:
-        """An upload is about to be sent. Until its answer is known the store may have it, also after a restart."""
+    def begin(self, key: ObjectKey, size: int, content: Mapping[str, str] | ETag) -> None:
+        """An upload is about to be sent, with that metadata or, where it is a copy that has all of its source, of
+        that version. Until its answer is known the store may have it, also after a restart."""
         known = self._sent.get(key, [])
-        text = json.dumps(dict(metadata), sort_keys=True)
+        text = f"{_COPY_OF}{content}" if isinstance(content, str) else json.dumps(dict(content), sort_keys=True)
         if (size, text) in known:
             return
         with self._journal.batch():
@@ -51,7 +53,8 @@ class Attempts:
     def is_ours(self, found: ObjectInfo) -> bool:
         """Whether the store has what an upload of ours has sent without getting an answer."""
         text = json.dumps(dict(found.metadata or {}), sort_keys=True)
-        return (found.size, text) in self._sent.get(found.key, ())
+        sent = self._sent.get(found.key, ())
+        return (found.size, text) in sent or (found.size, f"{_COPY_OF}{found.etag}") in sent
 
     def made_before(self, node: Node, key: ObjectKey) -> bool:
         """Whether `node` is what a call for its name `key` has made that got no answer: then that ends here."""

@@ -19,6 +19,8 @@ TYPES: Final = frozenset(
     (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 )
 GEESEFS_TARGET: Final = "--symlink-target"
+CHECKSUM: Final = "md5chksum"  # of the bytes, as rclone stores it with what it uploads in parts
+STORED: Final = frozenset(("mode", "uid", "gid", "mtime"))  # names of `to_metadata` that no file goes without
 XATTR: Final = (
     "xattr-"  # + the name of a user.* attribute in hex (metadata names have no case); the value in unpadded base64
 )
@@ -60,6 +62,12 @@ def to_metadata(attrs: Attrs) -> dict[str, str]:
     return found
 
 
+def others(metadata: Mapping[str, str], *, same_bytes: bool) -> dict[str, str]:
+    """User metadata that is no attribute of ours. A checksum goes with the bytes that it was of."""
+    ours = STORED | {"rdev", GEESEFS_TARGET} | (set() if same_bytes else {CHECKSUM})
+    return {name: value for name, value in metadata.items() if name not in ours and not _is_xattr(name)}
+
+
 def parse_mode(text: str) -> int | None:
     """Mode with or without type bits, or None. Octal where it begins with 0 or only so has a type that exists."""
     if not text.isascii() or not text.isdigit() or len(text) > 12:
@@ -90,6 +98,17 @@ def parse_seconds(text: str) -> int | None:
 def _parse_id(text: str | None, default: int) -> int:
     number = decimal(text or "", ID_MAX)
     return default if number is None else number
+
+
+def _is_xattr(name: str) -> bool:
+    return name.startswith(XATTR) and _hex(name.removeprefix(XATTR)) is not None
+
+
+def _hex(text: str) -> bytes | None:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        return None
 
 
 def _parse_xattrs(metadata: Mapping[str, str]) -> dict[bytes, bytes] | None:

@@ -246,6 +246,9 @@ class Changes:
                 self.review_marker(node, changed=True)
                 return
             dirty = self._named(node, over)
+            if node.is_dated_by_store and not at_once:
+                dirty.attrs = True  # a copy has a time of its own; a folder's many are copied as they are
+                self.files.save(node)
         self._changed(node, dirty)
         if at_once and node.staged is None:
             self._queue.enqueue(node, dirty, trio.current_time())
@@ -332,7 +335,7 @@ class Changes:
         self._removed.recover()
         for node, row in found:
             dirty = self.files.begin(node, row.over)
-            dirty.attrs = row.attrs
+            dirty.attrs = True  # what has changed beside the name is not known
             if node.is_dir:
                 node.marker = row.over
             self._changed(node, dirty)

@@ -15,7 +15,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from phfs_fuse import jsontext, registry
+from phfs_fuse import registry
 from phfs_fuse.errors import MountpointError, NotDrained, startup_error
 from phfs_fuse.mountpoint import MountTable, locate
 from phfs_fuse.registry import MountRecord
@@ -158,7 +158,7 @@ def ask(record: MountRecord, request: Mapping[str, object], timeout: float | Non
         with suppress(ConnectionError):  # the process at the other end died: it does not answer either
             channel.sendall(json.dumps(request).encode() + b"\n")
         for line in _lines(channel, deadline):
-            answer = jsontext.parse(line)
+            answer = json.loads(line)
             if "error" in answer:
                 raise startup_error(int(answer.get("exit_code", 1)), f"{record.mountpoint}: {answer['error']}")
             yield answer

@@ -20,7 +20,7 @@ from phfs_fuse.gone import Gone
 from phfs_fuse.journal import Journal
 from phfs_fuse.sources import Sources
 from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
-from phfs_fuse.tasks import gather, unforeseen
+from phfs_fuse.tasks import gather
 from phfs_fuse.types import ETag, ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue
 
@@ -146,9 +146,6 @@ class Deletes:
             self._found(gone, found)
         except (PhfsError, OSError) as exc:
             self._again(gone, exc)
-        except Exception as exc:
-            unforeseen("deletion", exc)
-            self._again(gone, None)
         finally:
             self._queue.free(gone.key)
 

@@ -52,7 +52,8 @@ class DirtyFile:
     over: ETag | None
     since: float  # clock of the scheduler, of the oldest change that is not stored
     state: State = State.CLEAN
-    attrs: bool = False  # attributes or the name changed
+    attrs: bool = False  # attributes changed
+    sent_attrs: bool = False  # and are in the snapshot under way
     changes: int = 0
     stored: int = 0
     snapshot: int = 0  # `changes` when the snapshot under way was taken

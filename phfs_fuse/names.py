@@ -411,10 +411,10 @@ class Names:
             if info is not None:
                 self._changes.attempts.answered(info.key)
             self._inodes.move(source, target_dir, to_name)
-            source.ctime_ns = time.time_ns()
             # Children first: a folder whose marker is not wanted any more is let go of, with all in it that is clean.
             for node, key in reversed(list(zip(moved, old, strict=True))):
                 self._changes.renamed(node, key, over if node is source else None, at_once=source.is_dir)
+            source.ctime_ns = time.time_ns()
             self._namespace.forget_missing(target_dir, to_name)
             self._child_changed(source_dir)
             if target_dir is not source_dir:

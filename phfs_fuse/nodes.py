@@ -19,6 +19,7 @@ from phfs_fuse.types import ETag, Ino, ObjectKey
 if TYPE_CHECKING:
     from phfs_fuse.blocks import Version
     from phfs_fuse.staging import Staged
+    from phfs_fuse.store.base import Properties
 
 NEVER = float("-inf")
 _MD5 = re.compile("[0-9a-f]{32}")
@@ -82,6 +83,7 @@ class Node:
     xattrs: Few[Mapping[bytes, bytes] | None] = Few(None)
     link: Few[bytes | None] = Few(None)
     staged: Few[Staged | None] = Few(None)
+    inherited: Few[Properties | None] = Few(None)  # of a base whose bytes have all been fetched
     writers: Few[int] = Few(0)  # of `opens`, open for writing
     direct_writers: Few[int] = Few(0)  # of these, past the kernel's cache
     misjudged: Few[bool] = Few(False)  # the kernel takes it for longer, or older, than it is
@@ -182,6 +184,11 @@ class Node:
         self.mode, self.uid, self.gid = _same(attrs.mode), _same(attrs.uid), _same(attrs.gid)
         self.mtime_ns, self.rdev, self.xattrs = attrs.mtime_ns, attrs.rdev, attrs.xattrs
         self.link = attrs.link
+
+    @property
+    def is_dated_by_store(self) -> bool:
+        """Whether its time is the store's own of its object: a copy has another one."""
+        return self.mtime_ns == self.ctime_ns and self.mtime_ns % 10**9 == 0
 
     @property
     def stored_size(self) -> int:

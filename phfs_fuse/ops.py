@@ -27,7 +27,6 @@ from phfs_fuse.journalrows import Act
 from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import DIRECT
 from phfs_fuse.quota import Room
-from phfs_fuse.tasks import surviving
 from phfs_fuse.types import ROOT_INO, Fh
 from phfs_fuse.vfs import Change, Vfs
 
@@ -125,8 +124,7 @@ class Operations(pyfuse3.Operations):
         return self._counted(node)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        with surviving("forget"):  # which has no answer
-            self._vfs.forget(inode_list)
+        self._vfs.forget(inode_list)
 
     @_answers
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:

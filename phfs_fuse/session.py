@@ -166,11 +166,7 @@ class KeeperLink:
         stays broken.
         """
         while packet := await self._receive():
-            try:
-                message = messages.decode(packet)
-            except (ValueError, TypeError, KeyError):  # of another version
-                log.error("not understood, ignored: %r", packet[:200])
-                continue
+            message = messages.decode(packet)
             if message.kind is Kind.EXPIRED:
                 self._expired.set()
             if message.kind is Kind.DRAIN:

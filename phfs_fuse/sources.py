@@ -9,16 +9,17 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+from contextlib import suppress
 
 import trio
 
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.dirty import Event, State
-from phfs_fuse.errors import PhfsError, StaleVersion
+from phfs_fuse.errors import PhfsError, StaleVersion, VersionChanged
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.nodes import Node
-from phfs_fuse.tasks import survived, unforeseen
+from phfs_fuse.store.base import ObjectStore
 from phfs_fuse.types import ObjectKey
 from phfs_fuse.upload import Fill
 from phfs_fuse.uploadqueue import UploadQueue, Work
@@ -27,7 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class Sources:
-    def __init__(self, *, inodes: Inodes, blocks: BlockCache, changes: Changes, queue: UploadQueue) -> None:
+    def __init__(
+        self, *, store: ObjectStore, inodes: Inodes, blocks: BlockCache, changes: Changes, queue: UploadQueue
+    ) -> None:
+        self._store = store
         self._inodes = inodes
         self._blocks = blocks
         self._changes = changes
@@ -82,7 +86,7 @@ class Sources:
             return  # it will need them no more when that ends
         if self.nursery is not None and node not in self._fetching:
             self._fetching.add(node)
-            self.nursery.start_soon(survived, "fetching", self._fetch, node)
+            self.nursery.start_soon(self._fetch, node)
 
     async def _fetch(self, node: Node) -> None:
         """Retried until it worked, the version is gone, or nobody needs it any more."""
@@ -96,15 +100,17 @@ class Sources:
                     log.warning("bytes of ino=%d are lost, somebody else has replaced them: %s", node.ino, exc)
                     self._changes.users.untrack(node)
                     return
-                except Exception as exc:
-                    if not isinstance(exc, (PhfsError, OSError)):
-                        unforeseen("fetching", exc)
+                except (PhfsError, OSError) as exc:
                     log.warning("bytes of ino=%d cannot be fetched yet: %s", node.ino, exc)
                     await trio.sleep(self._queue.backoff(attempt))
         finally:
             self._fetching.discard(node)
 
     async def copy_base(self, node: Node) -> None:
+        """Have all bytes of `node` here, and what the store keeps with them, if it still has that version."""
+        if (base := node.base) is not None:
+            with suppress(VersionChanged):
+                node.inherited = await self._store.properties(base.key, base.etag)
         if node.staged is None:
             self._changes.stage(node)
         staged = node.staged

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from math import inf
@@ -17,13 +17,15 @@ from typing import Final
 
 import trio
 
+from phfs_fuse.attrs import STORED, others
 from phfs_fuse.config import WritebackConfig
-from phfs_fuse.errors import PhfsError
+from phfs_fuse.errors import PhfsError, VersionChanged
 from phfs_fuse.extents import Extents, PartPlan, plan_parts
 from phfs_fuse.journal import Journal
 from phfs_fuse.nodes import Base
 from phfs_fuse.staging import Layer
-from phfs_fuse.store.base import LOOK_SECONDS, Expect, FileRange, ObjectInfo, ObjectStore, Part
+from phfs_fuse.store.base import LOOK_SECONDS, Expect, FileRange, ObjectInfo, ObjectStore, Part, Properties
+from phfs_fuse.store.headers import content_type
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import ETag, ObjectKey
 
@@ -41,15 +43,25 @@ class Snapshot:
     """What to store. `layer` None: the bytes are the base's. The layer is frozen as long as this is in use."""
 
     key: ObjectKey
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, str] | None  # None: that of the base, which is copied with all that it has
     expect: Expect | None
     base: Base | None
     layer: Layer | None
     fill: Fill
+    properties: Properties | None = None  # of the base, where they stay
+    seen_at: float = -inf  # when `expect` was seen to hold
 
     @property
     def size(self) -> int:
         return self.layer.size if self.layer else self.base.size if self.base else 0
+
+    @property
+    def content(self) -> Mapping[str, str] | ETag:
+        """By which the stored object is known again: its metadata, or the version that it is a copy of."""
+        if self.metadata is not None:
+            return self.metadata
+        assert self.base is not None
+        return self.base.etag
 
 
 class Looks:
@@ -120,11 +132,44 @@ class Uploader:
         self._stale = journal.uploads()  # of the process before
         self._parts = trio.CapacityLimiter(config.uploads_max)
 
+    async def inheriting(self, snap: Snapshot, *, moved_only: bool) -> Snapshot:
+        """`snap` with all that the store keeps with its base, which others may have given to it. A file of new bytes
+        has nothing of that; one that was `moved_only` is copied as it is, unless it was written here under a name of
+        another type. Raises: PhfsError (VersionChanged: the base is no more)."""
+        base, layer = snap.base, snap.layer
+        if base is None or (layer is not None and not layer.seen and base.size):
+            return replace(snap, properties=None)
+        new_type = content_type(snap.key)
+        if moved_only and content_type(base.key) == new_type:
+            return replace(snap, metadata=None)
+        at = trio.current_time()
+        try:
+            found = await self._store.properties(base.key, base.etag)
+        except VersionChanged:
+            if layer is None or layer.gaps():
+                raise
+            if snap.properties is None:  # a version that is no more, of which the bytes were here
+                return snap
+            found = snap.properties
+        headers = found.headers
+        if moved_only:
+            if headers.get("content-type") != content_type(base.key) or not found.metadata.keys() >= STORED:
+                return replace(snap, metadata=None)
+            headers = {**headers, "content-type": new_type}
+        metadata = {**others(found.metadata, same_bytes=layer is None), **(snap.metadata or {})}
+        is_same_key = (base.key, Expect(base.etag)) == (snap.key, snap.expect)
+        return replace(
+            snap,
+            metadata=metadata,
+            properties=replace(found, headers=headers),
+            seen_at=at if is_same_key else -inf,
+        )
+
     async def store(self, snap: Snapshot) -> ObjectInfo:
         """Returns the stored version. Raises: PhfsError (VersionChanged: `expect` or the base failed), OSError."""
         if snap.layer is None:
             if snap.base is None:
-                return await self._store.put(snap.key, b"", snap.metadata, expect=snap.expect)
+                return await self._store.put(snap.key, b"", snap.metadata or {}, expect=snap.expect)
             return await self._copy(snap, snap.base)
         layer = snap.layer
         if layer.size < self._config.multipart_bytes_min:
@@ -140,15 +185,18 @@ class Uploader:
             base.size,
             snap.metadata,
             expect=snap.expect,
-            seen_at=await self.looks.seen_at(snap.key, snap.expect),
+            seen_at=max(snap.seen_at, await self.looks.seen_at(snap.key, snap.expect)),
+            properties=snap.properties,
         )
 
     async def _put(self, snap: Snapshot, layer: Layer) -> ObjectInfo:
+        metadata, kept = snap.metadata or {}, snap.properties
         if layer.size == 0:
-            return await self._store.put(snap.key, b"", snap.metadata, expect=snap.expect)
+            return await self._store.put(snap.key, b"", metadata, expect=snap.expect, properties=kept)
         fd = os.open(layer.data, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return await self._store.put(snap.key, FileRange(fd, 0, layer.size), snap.metadata, expect=snap.expect)
+            body = FileRange(fd, 0, layer.size)
+            return await self._store.put(snap.key, body, metadata, expect=snap.expect, properties=kept)
         finally:
             os.close(fd)
 
@@ -171,7 +219,7 @@ class Uploader:
 
     async def _multipart(self, snap: Snapshot, layer: Layer) -> ObjectInfo:
         plans = self._plan(snap, layer)
-        upload_id = await self._store.create_multipart(snap.key, snap.metadata)
+        upload_id = await self._store.create_multipart(snap.key, snap.metadata or {}, snap.properties)
         try:
             self._journal.put_upload(upload_id, snap.key)
             with layer.path.open("rb", buffering=0) as file:

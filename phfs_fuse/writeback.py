@@ -39,7 +39,6 @@ from phfs_fuse.settling import FINAL
 from phfs_fuse.sources import Sources
 from phfs_fuse.staging import Layer, StagingArea
 from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
-from phfs_fuse.tasks import survived, surviving, unforeseen
 from phfs_fuse.types import ETag, ObjectKey
 from phfs_fuse.upload import Snapshot, Uploader
 from phfs_fuse.uploadqueue import UploadQueue, Work
@@ -52,6 +51,24 @@ BUSY_PART = 4  # of the uploads at a time: while programs ask for much, what can
 def _is_copy(node: Node) -> bool:
     """Whether the store has the bytes of the file already."""
     return node.staged is None and node.base is not None and not node.is_dir
+
+
+def _is_moved_only(node: Node, dirty: DirtyFile) -> bool:
+    """Whether a copy of its object with all that it has is what the store shall have. A copy has a time of its own,
+    and of an object that was stored in parts also another ETag, by which it would not be known again."""
+    base = node.base
+    return (
+        _is_copy(node)
+        and not dirty.attrs
+        and not node.is_dated_by_store
+        and base is not None
+        and "-" not in base.etag
+    )
+
+
+def _is_elsewhere(node: Node, key: ObjectKey) -> bool:
+    """Whether its bytes are under another key than `key`, so that it is to be seen what is there."""
+    return node.base is not None and node.base.key != key
 
 
 class Writeback:
@@ -78,7 +95,7 @@ class Writeback:
         self._demand = demand
         self._store = store
         self._uploader = Uploader(store, journal, config, self._upcoming)
-        self._sources = Sources(inodes=inodes, blocks=blocks, changes=changes, queue=queue)
+        self._sources = Sources(store=store, inodes=inodes, blocks=blocks, changes=changes, queue=queue)
         self._markers = Markers(store=store, inodes=inodes, changes=changes, queue=queue)
         self._deletes = Deletes(
             store=store,
@@ -112,7 +129,7 @@ class Writeback:
                 self._start_due()
                 if not is_prepared and self._queue.next_due < math.inf:
                     is_prepared = True
-                    nursery.start_soon(survived, "look at the store", self._prepare)
+                    nursery.start_soon(self._prepare)
                 wake = self._queue.wake
                 with trio.move_on_at(self._next_look()):
                     await wake.wait()
@@ -152,37 +169,34 @@ class Writeback:
         now = trio.current_time()
         deletes: list[Gone] = []
         while self._journal.can_note() and (work := self._next_work(now)) is not None:
-            with surviving("write-back") as outcome:
-                self._look_at(work, now, deletes)
-            if outcome.failure is not None:
-                self._queue.look_later(work)
-            if len(deletes) == BATCH_MAX:
-                self._spawn(self._delete, deletes)
-                deletes = []
+            if isinstance(work, Gone):
+                if self._deletes.is_ready(work):
+                    deletes.append(work)
+                    self._queue.claim(work.key)
+                    if len(deletes) == BATCH_MAX:
+                        self._spawn(self._delete, deletes)
+                        deletes = []
+            elif (dirty := work.dirty) is not None:
+                if dirty.state is not State.DIRTY or work.detached:
+                    continue
+                if dirty.due > now:
+                    self._queue.enqueue(work, dirty, dirty.due)
+                else:
+                    self._start(work, dirty)
         if deletes:
             self._spawn(self._delete, deletes)
-
-    def _look_at(self, work: Work, now: float, deletes: list[Gone]) -> None:
-        """Start what is due, or add it to `deletes`."""
-        if isinstance(work, Gone):
-            if self._deletes.is_ready(work):
-                self._queue.claim(work.key)
-                deletes.append(work)
-        elif (dirty := work.dirty) is not None and dirty.state is State.DIRTY and not work.detached:
-            if dirty.due > now:
-                self._queue.enqueue(work, dirty, dirty.due)
-            else:
-                self._start(work, dirty)
 
     def _upcoming(self) -> Iterator[ObjectKey]:
         for node in self._queue.upcoming(trio.current_time()):
             if not node.detached and node.dirty is not None and node.dirty.state is State.DIRTY and _is_copy(node):
-                yield self._inodes.key(node)
+                key = self._inodes.key(node)
+                if _is_elsewhere(node, key):
+                    yield key
 
     def _spawn(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
         assert self._nursery is not None
         self._running += 1
-        self._nursery.start_soon(survived, "write-back", self._noting, task, *args)
+        self._nursery.start_soon(self._noting, task, *args)
 
     async def _noting(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
         """What could not be noted is done once more after a restart, and finds itself done."""
@@ -213,7 +227,7 @@ class Writeback:
                 self._changes.files.clean(node)  # renamed there and back
                 return
             task = self._store_file
-            if _is_copy(node):
+            if _is_copy(node) and _is_elsewhere(node, key):
                 self._uploader.looks.announce(key)
         if node.staged is not None and len(node.staged.layers) > 1:  # the snapshot of a failed try, unchanged
             snapshot = dirty.snapshot
@@ -230,18 +244,21 @@ class Writeback:
         staged = node.staged
         if staged is not None:
             staged.frozen = True
+        snap = Snapshot(
+            key=key,
+            metadata=to_metadata(node.attrs),
+            expect=None if self._config.on_conflict is OnConflict.OVERWRITE else Expect(dirty.over),
+            base=node.base,
+            layer=staged.bottom if staged else None,
+            fill=self._sources.filler(node),
+            properties=node.inherited,
+        )
+        moved_only = _is_moved_only(node, dirty)
+        dirty.attrs, dirty.sent_attrs = False, dirty.attrs
         began_at = trio.current_time()
         try:
-            snap = Snapshot(
-                key=key,
-                metadata=to_metadata(node.attrs),
-                expect=None if self._config.on_conflict is OnConflict.OVERWRITE else Expect(dirty.over),
-                base=node.base,
-                layer=staged.bottom if staged else None,
-                fill=self._sources.filler(node),
-            )
-            dirty.attrs = False
-            self._changes.attempts.begin(key, snap.size, snap.metadata)
+            snap = await self._uploader.inheriting(snap, moved_only=moved_only)
+            self._changes.attempts.begin(key, snap.size, snap.content)
             info = await self._uploader.store(snap)
         except (VersionChanged, StaleVersion) as exc:
             self._failed(node, dirty, key, None)
@@ -249,9 +266,6 @@ class Writeback:
             await self._conflicts.lost_race(node, dirty, key, snap, exc)
         except (PhfsError, OSError) as exc:
             self._failed(node, dirty, key, exc)
-        except Exception as exc:
-            unforeseen("upload", exc)
-            self._failed(node, dirty, key, PhfsError("upload", key, f"unforeseen {type(exc).__name__}"))
         except BaseException:
             self._failed(node, dirty, key, None)
             raise
@@ -268,9 +282,6 @@ class Writeback:
             marker = await self._markers.bring(node, key)
         except (PhfsError, OSError) as exc:
             self._failed(node, dirty, key, exc)
-        except Exception as exc:
-            unforeseen("upload", exc)
-            self._failed(node, dirty, key, PhfsError("upload", key, f"unforeseen {type(exc).__name__}"))
         except BaseException:
             self._failed(node, dirty, key, None)
             raise
@@ -284,7 +295,7 @@ class Writeback:
     def _failed(self, node: Node, dirty: DirtyFile, key: ObjectKey, exc: PhfsError | OSError | None) -> None:
         dirty.on(Event.FAILED)
         dirty.target = None
-        dirty.attrs = True
+        dirty.attrs = dirty.attrs or dirty.sent_attrs
         if node.staged is not None:
             node.staged.frozen = len(node.staged.layers) > 1
         if node.detached:
@@ -343,6 +354,7 @@ class Writeback:
         self._journal.after(partial(self._keep, layer, info, covered, base))
         del staged.layers[0]
         staged.frozen = False
+        node.inherited = None
         if not staged.layers:
             node.staged = None
 

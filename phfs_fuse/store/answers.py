@@ -34,6 +34,7 @@ from phfs_fuse.errors import (
     TooLarge,
     VersionChanged,
 )
+from phfs_fuse.store.base import Properties
 from phfs_fuse.types import KEY_BYTES_MAX
 
 
@@ -145,9 +146,12 @@ def check_text(op: str, key: str) -> bytes:
         raise IllegalName(op, ascii(key), "not Unicode") from exc
 
 
-def check_metadata(op: str, key: str, metadata: Mapping[str, str]) -> None:
-    """Refuse what a header cannot carry as it is. Raises: InvalidArgument."""
+def check_metadata(op: str, key: str, metadata: Mapping[str, str], properties: Properties | None = None) -> None:
+    """Refuse what a header cannot carry as it is, but for what came in one. Raises: InvalidArgument."""
+    came = properties.metadata if properties else {}
     for name, value in metadata.items():
+        if came.get(name) == value:
+            continue
         if not _TOKEN.fullmatch(name) or not _FIELD.fullmatch(value):
             raise InvalidArgument(op, key, f"metadata {name!r} is not one line of printable ASCII")
 

@@ -11,12 +11,15 @@ the store is in the way `NotADirectory`, `IsADirectory`, `NoSpace`, `QuotaExceed
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
+from types import MappingProxyType
 from typing import Final, Protocol
 
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.types import ETag, ObjectKey
+
+NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 Sink = Callable[[int, bytes | memoryview], None]
 """Takes (offset in the object, chunk): called in ascending order without gaps, on a thread of the store."""
@@ -31,6 +34,22 @@ class ObjectInfo:
     size: int
     modified_ns: int  # the store's Last-Modified, nanoseconds since the epoch
     metadata: Mapping[str, str] | None  # user metadata, names in lower case without `x-amz-meta-`
+    headers: Mapping[str, str] = field(
+        default_factory=lambda: NO_HEADERS
+    )  # of the answer, those of `Properties`; a listing tells few
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Properties:
+    """Everything that the store keeps with an object beside its bytes, to be given to its next version.
+
+    `headers` are those in which HEAD told content type, content encoding, storage class, encryption and the like;
+    `metadata` is user metadata; `tags` the tags as the query string that a request carries, "" for none.
+    """
+
+    headers: Mapping[str, str]
+    metadata: Mapping[str, str]
+    tags: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +139,9 @@ class ObjectStore(Protocol):
 
     async def head(self, key: ObjectKey) -> ObjectInfo: ...
 
+    async def properties(self, key: ObjectKey, etag: ETag) -> Properties:
+        """What the store keeps with version `etag`. VersionChanged if it has another, or none."""
+
     async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
         """Send bytes [start, end) of version `etag` (None: any) to `sink` while they arrive; exactly these or
         an error. A retry within goes on where the last try ended. VersionChanged if the version is gone."""
@@ -136,9 +158,16 @@ class ObjectStore(Protocol):
         """A page of the keys under `prefix`; with `delimiter` those beyond the next "/" are rolled up."""
 
     async def put(
-        self, key: ObjectKey, body: Body, metadata: Mapping[str, str], *, expect: Expect | None
+        self,
+        key: ObjectKey,
+        body: Body,
+        metadata: Mapping[str, str],
+        *,
+        expect: Expect | None,
+        properties: Properties | None = None,
     ) -> ObjectInfo:
-        """Store a whole object. Atomic. `expect` None: whatever is there."""
+        """Store a whole object. Atomic. `expect` None: whatever is there. `properties`: of the version that it
+        takes the place of, where that shall stay (its metadata is not looked at); None: the type of its name."""
 
     async def look(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
         """The versions of those of `keys` that are there: with one request where many lie close together."""
@@ -149,14 +178,17 @@ class ObjectStore(Protocol):
         source_etag: ETag,
         key: ObjectKey,
         size: int,
-        metadata: Mapping[str, str],
+        metadata: Mapping[str, str] | None,
         *,
         expect: Expect | None,
         seen_at: float = -inf,
+        properties: Properties | None = None,
     ) -> ObjectInfo:
-        """Server-side copy with new metadata (the source may be `key`). Any size. VersionChanged if the
-        source is not `source_etag` or `expect` fails. `seen_at`: when (trio's clock) a `look` that found `expect` to
-        hold was asked for; within LOOK_SECONDS it does where the store keeps no condition of copies."""
+        """Server-side copy. Any size. `metadata` None: the copy has all that the source has; else it has this
+        metadata and `properties`, as with `put` (and the source may be `key`); tags are copied in any case.
+        VersionChanged if the source is not `source_etag` or `expect` fails. `seen_at`: when (trio's clock) a
+        `look` that found `expect` to hold was asked for; within LOOK_SECONDS it does where the store keeps no
+        condition of copies."""
 
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
         """Remove; a key that is not there is a success. VersionChanged if another version is."""
@@ -165,7 +197,9 @@ class ObjectStore(Protocol):
         """Remove up to 1000 keys in one request (two or more, where the store has no conditions), each if it has
         that version (None: whatever is there); returns those that failed. VersionChanged: another version."""
 
-    async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str: ...
+    async def create_multipart(
+        self, key: ObjectKey, metadata: Mapping[str, str], properties: Properties | None = None
+    ) -> str: ...
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part: ...
 

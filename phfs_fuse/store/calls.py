@@ -10,24 +10,27 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+from urllib.parse import quote, urlencode
 
 import trio
 from botocore.session import Session
 
 from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
-from phfs_fuse.errors import PhfsError
+from phfs_fuse.errors import InvalidArgument, PhfsError
 from phfs_fuse.store.answers import NO_SUCH_KEY, error_of, reading
-from phfs_fuse.store.base import Body, Expect, FileRange, Listing, ObjectInfo, Part, Upload
+from phfs_fuse.store.base import Body, Expect, FileRange, Listing, ObjectInfo, Part, Properties, Upload
 from phfs_fuse.store.headers import (
     SECOND_NS,
-    content_type,
+    copy_headers,
     etag_of,
     info_of,
+    object_headers,
     quoted,
     stored_info,
+    tag_header,
 )
-from phfs_fuse.store.session import DEFAULT_REGION, PAGE, Clients, open_clients, translated
+from phfs_fuse.store.session import DEFAULT_REGION, HEADERS, PAGE, Clients, open_clients, translated
 from phfs_fuse.store.transfer import FileBody, Receiver, body_length
 from phfs_fuse.types import MIB, ETag, ObjectKey
 
@@ -93,6 +96,14 @@ class BotoCalls:
         )
         return info_of(key, answer_headers(answer))
 
+    async def tags(self, key: ObjectKey) -> str:
+        """As the query string in which a request carries them; "" for none."""
+        s3 = (await self.clients()).plain
+        answer = await self._run(
+            "tags", key, lambda: s3.get_object_tagging(Bucket=self._bucket, Key=key), self._control, is_read=True
+        )
+        return urlencode([(tag["Key"], tag["Value"]) for tag in answer["TagSet"]], quote_via=quote)
+
     async def get(self, receiver: Receiver) -> None:
         """Bytes from where `receiver` stands to its end."""
         s3 = (await self.clients()).plain
@@ -123,8 +134,16 @@ class BotoCalls:
         )
         return answer[PAGE], answer_headers(answer).get("server", "")
 
-    async def put(self, key: ObjectKey, body: Body, metadata: Mapping[str, str], expect: Expect | None) -> ObjectInfo:
+    async def put(
+        self,
+        key: ObjectKey,
+        body: Body,
+        metadata: Mapping[str, str],
+        expect: Expect | None,
+        properties: Properties | None = None,
+    ) -> ObjectInfo:
         """`expect` is sent as a condition and nothing else is done about it."""
+        headers = object_headers(key, metadata, properties) | tag_header(properties)
         s3 = (await self.clients()).plain
         answer = await self._run(
             "put",
@@ -134,9 +153,8 @@ class BotoCalls:
                 Key=key,
                 Body=_payload(body),
                 ContentLength=body_length(body),
-                ContentType=content_type(key),
-                Metadata=dict(metadata),
                 **_condition(expect),
+                **_sent("put", key, headers),
             ),
             self._writes,
         )
@@ -148,9 +166,12 @@ class BotoCalls:
         source_etag: ETag | None,
         key: ObjectKey,
         size: int,
-        metadata: Mapping[str, str],
+        metadata: Mapping[str, str] | None,
+        properties: Properties | None = None,
     ) -> ObjectInfo:
-        """`source_etag` is sent as a condition and nothing else is done about it."""
+        """`source_etag` is sent as a condition and nothing else is done about it. `metadata` None: that of the
+        source; of `properties` only what no copy takes along."""
+        headers = copy_headers(key, metadata, properties)
         s3 = (await self.clients()).plain
         answer = await self._run(
             "copy",
@@ -159,16 +180,13 @@ class BotoCalls:
                 Bucket=self._bucket,
                 Key=key,
                 CopySource={"Bucket": self._bucket, "Key": source},
-                MetadataDirective="REPLACE",
-                ContentType=content_type(key),
-                Metadata=dict(metadata),
                 **_source_condition(source_etag),
+                **_sent("copy", key, headers),
             ),
             self._control,
         )
-        headers = answer_headers(answer)
         result = answer.get("CopyObjectResult", {})
-        return stored_info(key, size, metadata, {**headers, "etag": result.get("ETag", "")})
+        return stored_info(key, size, metadata, {**answer_headers(answer), "etag": result.get("ETag", "")})
 
     async def delete(self, key: ObjectKey, expect: Expect | None) -> None:
         """`expect` is sent as a condition and nothing else is done about it."""
@@ -194,13 +212,16 @@ class BotoCalls:
             failed = {ObjectKey(error["Key"]): error.get("Code", "") for error in answer.get("Errors", ())}
         return {key: error_of("delete", key, code, 500) for key, code in failed.items() if code != NO_SUCH_KEY}
 
-    async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
+    async def create_multipart(
+        self, key: ObjectKey, metadata: Mapping[str, str], properties: Properties | None = None
+    ) -> str:
         s3 = (await self.clients()).plain
+        headers = object_headers(key, metadata, properties) | tag_header(properties)
         answer = await self._run(
             "create multipart",
             key,
             lambda: s3.create_multipart_upload(
-                Bucket=self._bucket, Key=key, ContentType=content_type(key), Metadata=dict(metadata)
+                Bucket=self._bucket, Key=key, **_sent("create multipart", key, headers)
             ),
             self._control,
         )
@@ -324,6 +345,14 @@ def _condition(expect: Expect | None) -> dict[str, Any]:
     if expect is None:
         return {}
     return {"IfNoneMatch": "*"} if expect.etag is None else {"IfMatch": quoted(expect.etag)}
+
+
+def _sent(op: str, key: ObjectKey, headers: Mapping[str, str]) -> dict[str, Any]:
+    """Raises: InvalidArgument for text that botocore would not sign as it sends it."""
+    for name, value in headers.items():
+        if not value.isascii():
+            raise InvalidArgument(op, key, f"header {name} is not ASCII, and is not sent by boto3")
+    return {HEADERS: headers}
 
 
 def _source_condition(etag: ETag | None) -> dict[str, Any]:

@@ -27,12 +27,20 @@ from botocore.utils import get_environ_proxies
 
 from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
-from phfs_fuse.errors import AccessDenied
+from phfs_fuse.errors import AccessDenied, BadAnswer
 from phfs_fuse.store.answers import error_code, error_of, reading
-from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part
+from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Properties
 from phfs_fuse.store.calls import BotoCalls
 from phfs_fuse.store.crt_http import Consumer, Endpoint, HttpClient, Unreadable, build_request, sign, told
-from phfs_fuse.store.headers import META_PREFIX, content_type, etag_of, info_of, quoted, stored_info
+from phfs_fuse.store.headers import (
+    copy_headers,
+    etag_of,
+    info_of,
+    object_headers,
+    quoted,
+    stored_info,
+    tag_header,
+)
 from phfs_fuse.store.listing import parse_listing
 from phfs_fuse.store.s3 import S3Store
 from phfs_fuse.store.session import Clients, translated
@@ -222,14 +230,13 @@ class CrtCalls(BotoCalls):
         source_etag: ETag | None,
         key: ObjectKey,
         size: int,
-        metadata: Mapping[str, str],
+        metadata: Mapping[str, str] | None,
+        properties: Properties | None = None,
     ) -> ObjectInfo:
         if (crt := await self._signed()) is None:
-            return await super().copy(source, source_etag, key, size, metadata)
-        headers = {META_PREFIX + name: value for name, value in metadata.items()}
-        headers["Content-Type"] = content_type(key)
+            return await super().copy(source, source_etag, key, size, metadata, properties)
+        headers = copy_headers(key, metadata, properties)
         headers["x-amz-copy-source"] = f"/{self.config.bucket}/{quote(source, safe=_UNRESERVED)}"
-        headers["x-amz-metadata-directive"] = "REPLACE"
         if source_etag is not None:
             headers["x-amz-copy-source-if-match"] = quoted(source_etag)
         answer = _Whole()
@@ -243,11 +250,18 @@ class CrtCalls(BotoCalls):
         async with self._control:
             await crt.send("delete", "DELETE", key, {})
 
-    async def put(self, key: ObjectKey, body: Body, metadata: Mapping[str, str], expect: Expect | None) -> ObjectInfo:
-        if body_length(body) >= SMALL_BYTES_MAX or (crt := await self._signed()) is None:
-            return await super().put(key, body, metadata, expect)
-        headers = {META_PREFIX + name: value for name, value in metadata.items()}
-        headers["Content-Type"] = content_type(key)
+    async def put(
+        self,
+        key: ObjectKey,
+        body: Body,
+        metadata: Mapping[str, str],
+        expect: Expect | None,
+        properties: Properties | None = None,
+    ) -> ObjectInfo:
+        headers = object_headers(key, metadata, properties) | tag_header(properties)
+        big = body_length(body) >= SMALL_BYTES_MAX and all(map(str.isascii, headers.values()))
+        if big or (crt := await self._signed()) is None:
+            return await super().put(key, body, metadata, expect, properties)
         if expect is not None:
             name, value = ("If-None-Match", "*") if expect.etag is None else ("If-Match", quoted(expect.etag))
             headers[name] = value
@@ -255,6 +269,17 @@ class CrtCalls(BotoCalls):
             data, payload_hash = await self._payload(crt, body)
             answer = await crt.send("put", "PUT", key, headers, body=data, payload_hash=payload_hash)
         return stored_info(key, len(data), metadata, answer)
+
+    async def create_multipart(
+        self, key: ObjectKey, metadata: Mapping[str, str], properties: Properties | None = None
+    ) -> str:
+        if (crt := await self._signed()) is None:
+            return await super().create_multipart(key, metadata, properties)
+        headers = object_headers(key, metadata, properties) | tag_header(properties)
+        answer = _Whole()
+        async with self._control:
+            await crt.send("create multipart", "POST", key, headers, query={"uploads": ""}, consumer=answer)
+        return _upload_id(key, bytes(answer.body))
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
         if body_length(body) >= SMALL_BYTES_MAX or (crt := await self._signed()) is None:
@@ -327,3 +352,12 @@ def _copied_etag(key: ObjectKey, body: bytes) -> str:
     if root.tag.rpartition("}")[2] == "Error":
         raise error_of("copy", key, error_code(body), 500)
     return root.findtext("{*}ETag") or ""
+
+
+def _upload_id(key: ObjectKey, body: bytes) -> str:
+    """Raises: BadAnswer."""
+    with reading("create multipart", key):
+        found = ElementTree.fromstring(body).findtext("{*}UploadId")
+    if not found:
+        raise BadAnswer("create multipart", key, "an answer without UploadId")
+    return found

@@ -15,13 +15,30 @@ from functools import lru_cache
 from typing import Final
 
 from phfs_fuse.errors import BadAnswer
-from phfs_fuse.store.base import ObjectInfo
+from phfs_fuse.store.base import ObjectInfo, Properties
 from phfs_fuse.types import SIZE_BYTES_MAX, ETag, ObjectKey, decimal, time_ns
 
 META_PREFIX: Final = "x-amz-meta-"
+STORAGE_CLASS: Final = "x-amz-storage-class"
+ENCRYPTION: Final = "x-amz-server-side-encryption"
+PLACED: Final = (STORAGE_CLASS, ENCRYPTION, f"{ENCRYPTION}-aws-kms-key-id", f"{ENCRYPTION}-bucket-key-enabled")
+"""Where and how the bytes are kept: no copy takes that along. Source: S3 API reference, CopyObject."""
+CONTENT: Final = (
+    "cache-control",
+    "content-disposition",
+    "content-encoding",
+    "content-language",
+    "content-type",
+    "expires",
+    "x-amz-website-redirect-location",
+)
+"""What the next reader is told of the bytes. An answer to HEAD and the request that stores them spell it alike."""
 SECOND_NS: Final = 1_000_000_000
 
 _ETAG: Final = re.compile(r"[!#-~\x80-\xff]{1,1024}")  # Source: RFC 9110, 8.8.3
+TAG_COUNT: Final = "x-amz-tagging-count"
+_TOLD: Final = (*CONTENT, *PLACED, TAG_COUNT)
+_DIRECTIVE: Final = "x-amz-metadata-directive"
 _TYPES: Final = mimetypes.MimeTypes()  # the built-in table: the same on every machine
 
 
@@ -72,6 +89,31 @@ def whole_seconds(at: datetime) -> int:
     return time_ns(int(at.timestamp()) * SECOND_NS)
 
 
+def object_headers(key: str, metadata: Mapping[str, str], properties: Properties | None) -> dict[str, str]:
+    """Headers of a request that makes an object: what the store is to keep with it, but for its tags."""
+    headers = {META_PREFIX + name: value for name, value in metadata.items()}
+    if properties is None or "content-type" not in properties.headers:
+        headers["content-type"] = content_type(key)
+    told = properties.headers if properties else {}
+    return headers | {name: value for name, value in told.items() if name != TAG_COUNT}
+
+
+def copy_headers(key: str, metadata: Mapping[str, str] | None, properties: Properties | None) -> dict[str, str]:
+    """Headers of a request that copies an object. `metadata` None: it stays as it is."""
+    if metadata is None:
+        return {_DIRECTIVE: "COPY"} | placed(properties.headers if properties else {})
+    return object_headers(key, metadata, properties) | {_DIRECTIVE: "REPLACE"}
+
+
+def tag_header(properties: Properties | None) -> dict[str, str]:
+    return {"x-amz-tagging": properties.tags} if properties and properties.tags else {}
+
+
+def placed(headers: Mapping[str, str]) -> dict[str, str]:
+    """Those of `headers` that no copy takes along."""
+    return {name: headers[name] for name in PLACED if name in headers}
+
+
 def user_metadata(headers: Mapping[str, str]) -> dict[str, str]:
     """User metadata among `headers`: names in lower case without `x-amz-meta-`."""
     cut = len(META_PREFIX)
@@ -87,17 +129,20 @@ def info_of(key: ObjectKey, headers: Mapping[str, str]) -> ObjectInfo:
         size=size_of(headers.get("content-length"), "head", key),
         modified_ns=http_date_ns(headers.get("last-modified")),
         metadata=user_metadata(headers),
+        headers={name: _text(headers[name]) for name in _TOLD if name in headers},
     )
 
 
-def stored_info(key: ObjectKey, size: int, metadata: Mapping[str, str], headers: Mapping[str, str]) -> ObjectInfo:
+def stored_info(
+    key: ObjectKey, size: int, metadata: Mapping[str, str] | None, headers: Mapping[str, str]
+) -> ObjectInfo:
     """The object that an answered PUT has made; names of `headers` in lower case. Raises: BadAnswer."""
     return ObjectInfo(
         key=key,
         etag=etag_of(headers.get("etag"), "put", key),
         size=size,
         modified_ns=http_date_ns(headers.get("date")),
-        metadata={name.lower(): value for name, value in metadata.items()},
+        metadata=None if metadata is None else {name.lower(): value for name, value in metadata.items()},
     )
 
 

@@ -8,7 +8,7 @@ read the object. Parsed here and not by botocore, which does not know these elem
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
 from typing import Final
@@ -18,10 +18,11 @@ from xml.etree.ElementTree import Element
 
 from phfs_fuse.errors import BadAnswer
 from phfs_fuse.store.answers import reading
-from phfs_fuse.store.base import Listing, ObjectInfo
-from phfs_fuse.store.headers import etag_of, size_of, user_metadata, whole_seconds
+from phfs_fuse.store.base import NO_HEADERS, Listing, ObjectInfo
+from phfs_fuse.store.headers import STORAGE_CLASS, etag_of, placed, size_of, user_metadata, whole_seconds
 from phfs_fuse.types import ETag, ObjectKey
 
+STANDARD: Final = "STANDARD"  # the storage class of which HEAD says nothing
 _NAMESPACE: Final = re.compile(rb'\sxmlns="[^"]*"')  # differs between stores
 
 
@@ -61,19 +62,17 @@ def _decoded(text: str) -> str:
 
 def _object(element: Element, decode: Callable[[str], str]) -> ObjectInfo:
     fields = _texts(element)
+    told = {child.tag.lower(): child.text or "" for child in element.iterfind("UserMetadata/*")}
+    if (storage_class := fields.get("StorageClass", STANDARD)) != STANDARD:
+        told[STORAGE_CLASS] = storage_class
     return ObjectInfo(
         key=ObjectKey(decode(fields["Key"])),
         etag=etag_of(etag, "list", fields["Key"]) if (etag := fields.get("ETag", "").strip('"')) else ETag(""),
         size=size_of(fields["Size"], "list", fields["Key"]),
         modified_ns=_iso_ns(fields["LastModified"]),
-        metadata=_metadata(element, fields),
+        metadata=user_metadata(told) if "UserMetadata" in fields else {} if "Internal" in fields else None,
+        headers=placed(told) or NO_HEADERS,
     )
-
-
-def _metadata(element: Element, fields: Mapping[str, str]) -> Mapping[str, str] | None:
-    if "UserMetadata" in fields:
-        return user_metadata({child.tag: child.text or "" for child in element.iterfind("UserMetadata/*")})
-    return {} if "Internal" in fields else None
 
 
 @lru_cache(64)  # objects that were stored together are listed together

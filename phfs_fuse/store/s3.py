@@ -26,11 +26,23 @@ from phfs_fuse.errors import (
 )
 from phfs_fuse.extents import split
 from phfs_fuse.store.answers import NO_SUCH_UPLOAD, check_key, check_metadata, check_text
-from phfs_fuse.store.base import LOOK_SECONDS, Body, Expect, Listener, Listing, ObjectInfo, Part, Sink, Upload
+from phfs_fuse.store.base import (
+    LOOK_SECONDS,
+    Body,
+    Expect,
+    Listener,
+    Listing,
+    ObjectInfo,
+    Part,
+    Properties,
+    Sink,
+    Upload,
+)
 from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
 from phfs_fuse.store.conditions import NONE_KEPT
 from phfs_fuse.store.events import EventStream
 from phfs_fuse.store.guard import CLEANUP_SECONDS, Guard, quietly
+from phfs_fuse.store.headers import TAG_COUNT, placed
 from phfs_fuse.store.retry import retrying
 from phfs_fuse.store.transfer import Receiver, body_length, holds, multipart_etag
 from phfs_fuse.tasks import gather
@@ -53,6 +65,7 @@ class S3Store:
         self._calls = calls or BotoCalls(config)
         self._guard = Guard(config, self._calls, owner)
         self._lists_metadata: bool | None = False  # None: to be seen at the first page that has an object
+        self._places = False  # some object here has a storage class or an encryption of its own
 
     @property
     def lists_metadata(self) -> bool:
@@ -94,7 +107,20 @@ class S3Store:
 
     async def head(self, key: ObjectKey) -> ObjectInfo:
         check_key("head", key)
-        return await self._guard.retrying(lambda _: self._calls.head(key))
+        found = await self._guard.retrying(lambda _: self._calls.head(key))
+        self._places = self._places or bool(placed(found.headers))
+        return found
+
+    async def properties(self, key: ObjectKey, etag: ETag) -> Properties:
+        try:
+            found = await self.head(key)
+        except NotFound as exc:
+            raise VersionChanged("head", key, "the object is gone") from exc
+        if found.etag != etag:
+            raise VersionChanged("head", key, f"the store has version {found.etag}")
+        has_tags = found.headers.get(TAG_COUNT, "0") != "0"
+        tags = await self._guard.retrying(lambda _: self._calls.tags(key)) if has_tags else ""
+        return Properties(headers=found.headers, metadata=found.metadata or {}, tags=tags)
 
     async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
         check_key("get", key)
@@ -129,6 +155,11 @@ class S3Store:
         return await self._guard.retrying(lambda _: self._list_page(prefix, count_max, options))
 
     async def _list_page(self, prefix: str, count_max: int, options: Mapping[str, Any]) -> Listing:
+        page = await self._list_page_either_way(prefix, count_max, options)
+        self._places = self._places or any(info.headers for info in page.objects)
+        return page
+
+    async def _list_page_either_way(self, prefix: str, count_max: int, options: Mapping[str, Any]) -> Listing:
         if self._lists_metadata is not False:
             try:
                 page, _ = await self._calls.list_page(prefix, count_max, options, metadata=True)
@@ -142,17 +173,23 @@ class S3Store:
     # -- whole objects
 
     async def put(
-        self, key: ObjectKey, body: Body, metadata: Mapping[str, str], *, expect: Expect | None
+        self,
+        key: ObjectKey,
+        body: Body,
+        metadata: Mapping[str, str],
+        *,
+        expect: Expect | None,
+        properties: Properties | None = None,
     ) -> ObjectInfo:
         check_key("put", key)
-        check_metadata("put", key, metadata)
+        check_metadata("put", key, metadata, properties)
         conditions = await self._guard.kept() if expect else NONE_KEPT
 
         async def write() -> ObjectInfo:
             if conditions.needs_head(expect):
                 await self._guard.confirm("put", key, expect)
             metrics.STORE_SENT.add(body_length(body), "put")
-            return await self._calls.put(key, body, metadata, conditions.sends(expect))
+            return await self._calls.put(key, body, metadata, conditions.sends(expect), properties)
 
         async def is_ours(found: ObjectInfo) -> bool:
             return await trio.to_thread.run_sync(holds, found, body, metadata)
@@ -165,17 +202,21 @@ class S3Store:
         source_etag: ETag,
         key: ObjectKey,
         size: int,
-        metadata: Mapping[str, str],
+        metadata: Mapping[str, str] | None,
         *,
         expect: Expect | None,
         seen_at: float = -inf,
+        properties: Properties | None = None,
     ) -> ObjectInfo:
         check_key("copy", source)
         check_key("copy", key)
-        check_metadata("copy", key, metadata)
+        check_metadata("copy", key, metadata or {}, properties)
         conditions = await self._guard.kept()
-        if size > (COPY_ONTO_ITSELF_BYTES_MAX if source == key else COPY_BYTES_MAX):
-            return await self._copy_in_parts(source, source_etag, key, size, metadata, expect)
+        in_parts = size > (COPY_ONTO_ITSELF_BYTES_MAX if source == key else COPY_BYTES_MAX)
+        if metadata is None and (in_parts or self._places):
+            properties = await self.properties(source, source_etag)
+        if in_parts:
+            return await self._copy_in_parts(source, source_etag, key, size, metadata, expect, properties)
 
         async def write() -> ObjectInfo:
             nonlocal seen_at
@@ -185,9 +226,11 @@ class S3Store:
             if not conditions.copy_source:
                 await self._guard.confirm("copy", source, Expect(source_etag))
             condition = conditions.sends_source(source_etag)
-            return await self._calls.copy(source, condition, key, size, metadata)
+            return await self._calls.copy(source, condition, key, size, metadata, properties)
 
         async def is_ours(found: ObjectInfo) -> bool:
+            if metadata is None:
+                return found.etag == source_etag
             return found.size == size and found.metadata == dict(metadata)
 
         return await self._guard.conditional("copy", key, write, is_ours)
@@ -239,10 +282,12 @@ class S3Store:
 
     # -- in parts
 
-    async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
+    async def create_multipart(
+        self, key: ObjectKey, metadata: Mapping[str, str], properties: Properties | None = None
+    ) -> str:
         check_key("create multipart", key)
-        check_metadata("create multipart", key, metadata)
-        return await self._guard.retrying(lambda _: self._calls.create_multipart(key, metadata))
+        check_metadata("create multipart", key, metadata, properties)
+        return await self._guard.retrying(lambda _: self._calls.create_multipart(key, metadata, properties))
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
         metrics.STORE_SENT.add(body_length(body), "upload part")
@@ -321,11 +366,14 @@ class S3Store:
         source_etag: ETag,
         key: ObjectKey,
         size: int,
-        metadata: Mapping[str, str],
+        metadata: Mapping[str, str] | None,
         expect: Expect | None,
+        properties: Properties | None,
     ) -> ObjectInfo:
+        if metadata is None:
+            metadata = properties.metadata if properties else {}
         await self._guard.confirm("copy", key, expect)  # before gigabytes are moved in vain
-        upload_id = await self.create_multipart(key, metadata)
+        upload_id = await self.create_multipart(key, metadata, properties)
         try:
             parts = await self._copy_parts(source, source_etag, key, size, upload_id)
             return await self.complete_multipart(key, upload_id, parts, expect=expect)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 DEFAULT_REGION: Final = "us-east-1"
 PAGE: Final = "PhfsListing"  # name of the parsed page in the answer of list_objects_v2
+HEADERS: Final = "PhfsHeaders"  # parameter of a call by boto3: headers to be sent as they are
 
 _NO_CREDENTIALS: Final = "no usable credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile"
 _NO_TRUST: Final = "TLS failed; name the authority of the store's certificate in AWS_CA_BUNDLE"
@@ -171,7 +172,18 @@ def _client(core: Session, config: StoreConfig, style: str) -> S3Client:
     client = cast("S3Client", made)
     client.meta.events.register("before-parse.s3.ListObjectsV2", _parse_listing)
     client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
+    client.meta.events.register("provide-client-params.s3", _take_headers)
+    client.meta.events.register("before-call.s3", _send_headers)
     return client
+
+
+def _take_headers(params: dict[str, Any], context: dict[str, Any], **_: object) -> None:
+    """botocore's parameters say less than headers can: what an answer told goes into the request as it was."""
+    context[HEADERS] = params.pop(HEADERS, {})
+
+
+def _send_headers(params: dict[str, Any], context: dict[str, Any], **_: object) -> None:
+    params["headers"].update(context.get(HEADERS, {}))
 
 
 def _ask_for_metadata(params: dict[str, Any], **_: object) -> None:

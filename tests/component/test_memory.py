@@ -31,10 +31,8 @@ async def list_for_kernel(world: World, node: Node) -> list[Node]:
     """As `ls -l`: the kernel has a reference to all that it was shown."""
     found = []
     fh = world.vfs.opendir(node.ino)
-    offset = 0
-    while page := await world.vfs.readdir(fh, offset):
+    while page := await world.vfs.readdir(fh, len(found)):
         world.vfs.told_page(fh, page)
-        offset = page[-1][0]
         found += [node for _, node in page]
     await world.vfs.releasedir(fh)
     return found

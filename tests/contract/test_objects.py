@@ -18,7 +18,7 @@ from phfs_fuse.errors import (
     NotFound,
     VersionChanged,
 )
-from phfs_fuse.store.base import LOOK_SECONDS, Expect, FileRange
+from phfs_fuse.store.base import LOOK_SECONDS, Expect, FileRange, Properties
 from phfs_fuse.types import KIB, MIB, ETag
 from tests.contract.place import Place
 
@@ -302,3 +302,84 @@ async def test_delete_many_of_versions(place: Place, names: list[str]) -> None:
     failed = await place.store.delete_many(versions)
     assert {key: type(exc) for key, exc in failed.items()} == {place.key(names[1]): VersionChanged}
     assert await place.names() == [names[1], f"{names[-1]}-beside"]
+
+
+KEPT = {
+    "content-type": "application/vnd.my+json",
+    "cache-control": "max-age=60",
+    "content-disposition": 'attachment; filename="a b.json"',
+    "content-encoding": "gzip",
+    "content-language": "de",
+    "expires": "Thu, 01 Jan 1970 00:00:00 GMT",
+}
+
+
+async def kept(place: Place, name: str) -> tuple[dict[str, str], dict[str, str], str]:
+    """Of the object: its headers of `KEPT`, its metadata, its tags."""
+    found = await place.head(name)
+    properties = await place.store.properties(found.key, found.etag)
+    headers = {key: value for key, value in properties.headers.items() if key in KEPT}
+    return headers, dict(properties.metadata), properties.tags
+
+
+@pytest.fixture
+def their(place: Place) -> Properties:
+    """Properties as others give them."""
+    return Properties(headers=KEPT, metadata={"project": "alpha"}, tags="note=a%20b&team=red")
+
+
+async def test_properties_of_a_new_object(place: Place) -> None:
+    stored = await place.put("x.txt", b"hello", {"mode": "0100644"})
+    assert await kept(place, "x.txt") == ({"content-type": "text/plain"}, {"mode": "0100644"}, "")
+    for key, etag in ((stored.key, OTHER), (place.key("none"), OTHER)):
+        with pytest.raises(VersionChanged):
+            await place.store.properties(key, etag)
+
+
+@pytest.mark.parametrize("size", [1, 3 * MIB])
+async def test_a_version_stored_anew_keeps_properties(place: Place, their: Properties, size: int) -> None:
+    metadata = {**their.metadata, "mode": "0100644"}
+    await place.store.put(place.key("x"), b"x" * size, metadata, expect=None, properties=their)
+    assert await kept(place, "x") == (KEPT, metadata, their.tags)
+
+
+async def test_a_copy_has_all_of_its_source(place: Place, their: Properties) -> None:
+    source = await place.store.put(place.key("x"), b"hello", their.metadata, expect=None, properties=their)
+    copy = await place.store.copy(source.key, source.etag, place.key("y.txt"), 5, None, expect=Expect(None))
+    assert (await place.head("y.txt")).etag == copy.etag
+    headers, metadata, tags = await kept(place, "y.txt")
+    if "minio" in place.store_name:  # which loses this one
+        headers["expires"] = KEPT["expires"]
+    assert (headers, metadata, tags) == (KEPT, {"project": "alpha"}, their.tags)
+    assert await place.read("y.txt", 0, 5) == b"hello"
+
+
+async def test_new_metadata_leaves_properties(place: Place, their: Properties) -> None:
+    source = await place.store.put(place.key("x"), b"hello", their.metadata, expect=None, properties=their)
+    found = await place.store.properties(source.key, source.etag)
+    metadata = {**their.metadata, "mode": "0100600"}
+    await place.store.copy(
+        source.key, source.etag, source.key, 5, metadata, expect=Expect(source.etag), properties=found
+    )
+    assert await kept(place, "x") == (KEPT, metadata, their.tags)
+
+
+async def test_an_upload_in_parts_keeps_properties(place: Place, their: Properties) -> None:
+    key = place.key("x")
+    upload_id = await place.store.create_multipart(key, their.metadata, their)
+    part = await place.store.upload_part(key, upload_id, 1, b"hello")
+    await place.store.complete_multipart(key, upload_id, [part], expect=None)
+    assert await kept(place, "x") == (KEPT, dict(their.metadata), their.tags)
+
+
+async def test_text_that_is_not_ascii_is_kept(place: Place) -> None:
+    """As MinIO takes it from other clients, and tells it; boto3 would not sign it."""
+    if place.store_name != "crt-minio":
+        pytest.skip("only awscrt sends it")
+    their = Properties(headers={"content-disposition": "inline; filename=é"}, metadata={"title": "Übung 日本"})
+    info = await place.store.put(place.key("x"), b"x", their.metadata, expect=None, properties=their)
+    told = await place.store.properties(info.key, info.etag)
+    assert told.headers["content-disposition"] == "inline; filename=é"
+    for size in (1, 3 * MIB):
+        info = await place.store.put(place.key("x"), b"x" * size, told.metadata, expect=None, properties=told)
+        assert await place.store.properties(info.key, info.etag) == told

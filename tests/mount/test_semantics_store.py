@@ -96,6 +96,31 @@ def test_objects_without_metadata(place: MountPlace, theirs: Path) -> None:
     assert os.listdir(theirs / "new") == ["sub"]
 
 
+def test_what_others_stored_with_an_object_stays(place: MountPlace, theirs: Path) -> None:
+    names = ("chmod", "touch", "append", "moved", "folder/in")
+    given = {"ContentType": "application/vnd.my+json", "ContentEncoding": "gzip", "CacheControl": "max-age=60"}
+    where = {"Bucket": place.mount.bucket}
+    for name in names:
+        key = place.key(theirs / name)
+        place.mount.s3.put_object(
+            **where, Key=key, Body=b"x", **given, Metadata={"project": "alpha"}, Tagging="team=red"
+        )
+    shown(theirs / "chmod").chmod(0o600)
+    (theirs / "touch").touch()
+    (theirs / "moved").rename(theirs / "moved.txt")
+    (theirs / "folder").rename(theirs / "other")
+    with (theirs / "append").open("ab") as file:
+        file.write(b"y")
+    place.sync()
+    for name in ("chmod", "touch", "append", "moved.txt", "other/in"):
+        key = place.key(theirs / name)
+        found = place.mount.s3.head_object(**where, Key=key)
+        assert {field: found.get(field) for field in given} == given, name
+        assert found["Metadata"]["project"] == "alpha", name
+        tags = place.mount.s3.get_object_tagging(**where, Key=key)["TagSet"]
+        assert tags == [{"Key": "team", "Value": "red"}], name
+
+
 def test_markers_of_others(place: MountPlace, theirs: Path) -> None:
     put(place, theirs / "empty", marker=True)
     put(place, theirs / "full", marker=True)

@@ -34,10 +34,12 @@ from phfs_fuse.store.base import (
     Listing,
     ObjectInfo,
     Part,
+    Properties,
     Sink,
     StoreEvent,
     Upload,
 )
+from phfs_fuse.store.headers import content_type
 from phfs_fuse.store.transfer import md5_etag, multipart_etag
 from phfs_fuse.types import S3_PART_BYTES_MIN, ETag, ObjectKey
 
@@ -52,6 +54,8 @@ class StoredObject:
     etag: ETag
     metadata: Mapping[str, str]
     modified_ns: int
+    headers: Mapping[str, str] = field(default_factory=dict)  # content type and the like
+    tags: str = ""
 
 
 @dataclass(slots=True)
@@ -59,6 +63,7 @@ class OpenUpload:
     key: ObjectKey
     metadata: Mapping[str, str]
     started_ns: int
+    properties: Properties | None = None
     parts: dict[int, bytes] = field(default_factory=dict)
 
 
@@ -102,9 +107,17 @@ class FakeStore:
         self._listeners: list[tuple[str, Listener]] = []
         self._cut = trio.Event()
 
-    def seed(self, key: str, data: bytes = b"", metadata: Mapping[str, str] | None = None) -> ETag:
+    def seed(
+        self,
+        key: str,
+        data: bytes = b"",
+        metadata: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        tags: str = "",
+    ) -> ETag:
         """Store an object as another client would; not counted as a request."""
-        return self._store(ObjectKey(key), data, md5_etag(data), metadata or {}).etag
+        properties = Properties(headers=headers or {}, metadata={}, tags=tags)
+        return self._store(ObjectKey(key), data, md5_etag(data), metadata or {}, properties).etag
 
     def remove(self, key: str) -> None:
         """Remove an object as another client would."""
@@ -133,6 +146,11 @@ class FakeStore:
     async def head(self, key: ObjectKey) -> ObjectInfo:
         await self._request("head", key)
         return self._info(key, self._existing("head", key))
+
+    async def properties(self, key: ObjectKey, etag: ETag) -> Properties:
+        await self._request("properties", key)
+        found = self._version("properties", key, etag)
+        return Properties(headers=found.headers, metadata=found.metadata, tags=found.tags)
 
     async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
         if start >= end:
@@ -175,13 +193,19 @@ class FakeStore:
         return Listing(objects=objects, prefixes=prefixes, next_token=None)
 
     async def put(
-        self, key: ObjectKey, body: Body, metadata: Mapping[str, str], *, expect: Expect | None
+        self,
+        key: ObjectKey,
+        body: Body,
+        metadata: Mapping[str, str],
+        *,
+        expect: Expect | None,
+        properties: Properties | None = None,
     ) -> ObjectInfo:
         await self._request("put", key)
-        check_metadata("put", key, metadata)
+        check_metadata("put", key, metadata, properties)
         data = body_bytes(body)
         self._require("put", key, expect)
-        return self._info(key, self._store(key, data, md5_etag(data), metadata))
+        return self._info(key, self._store(key, data, md5_etag(data), metadata, properties))
 
     async def look(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
         if keys:
@@ -194,17 +218,21 @@ class FakeStore:
         source_etag: ETag,
         key: ObjectKey,
         size: int,
-        metadata: Mapping[str, str],
+        metadata: Mapping[str, str] | None,
         *,
         expect: Expect | None,
         seen_at: float = -inf,
+        properties: Properties | None = None,
     ) -> ObjectInfo:
         await self._request("copy", key)
-        check_metadata("copy", key, metadata)
+        check_metadata("copy", key, metadata or {}, properties)
         found = self._version("copy", source, source_etag)
         if trio.current_time() > seen_at + LOOK_SECONDS:
             self._require("copy", key, expect)
-        return self._info(key, self._store(key, found.data, found.etag, metadata))
+        told = found.headers if metadata is None else properties.headers if properties else {}
+        kept = Properties(headers=told, metadata={}, tags=found.tags)
+        metadata = found.metadata if metadata is None else metadata
+        return self._info(key, self._store(key, found.data, found.etag, metadata, kept))
 
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
         await self._request("delete", key)
@@ -225,12 +253,14 @@ class FakeStore:
                 self._remove(key)
         return failed
 
-    async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
+    async def create_multipart(
+        self, key: ObjectKey, metadata: Mapping[str, str], properties: Properties | None = None
+    ) -> str:
         await self._request("create_multipart", key)
-        check_metadata("create_multipart", key, metadata)
+        check_metadata("create_multipart", key, metadata, properties)
         self._upload_count += 1
         upload_id = f"upload-{self._upload_count}"
-        self.uploads[upload_id] = OpenUpload(key, dict(metadata), self._clock())
+        self.uploads[upload_id] = OpenUpload(key, dict(metadata), self._clock(), properties)
         return upload_id
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
@@ -268,7 +298,7 @@ class FakeStore:
         del self.uploads[upload_id]
         etag = multipart_etag(parts)
         assert etag is not None  # the parts' ETags are those that this store gave
-        return self._info(key, self._store(key, b"".join(chunks), etag, upload.metadata))
+        return self._info(key, self._store(key, b"".join(chunks), etag, upload.metadata, upload.properties))
 
     async def abort_multipart(self, key: ObjectKey, upload_id: str) -> None:
         await self._request("abort_multipart", key)
@@ -314,10 +344,19 @@ class FakeStore:
         if not self.bucket_exists:
             raise BucketNotFound(method, key, "NoSuchBucket")
 
-    def _store(self, key: ObjectKey, data: bytes, etag: ETag, metadata: Mapping[str, str]) -> StoredObject:
+    def _store(
+        self,
+        key: ObjectKey,
+        data: bytes,
+        etag: ETag,
+        metadata: Mapping[str, str],
+        properties: Properties | None = None,
+    ) -> StoredObject:
         modified_ns = self._clock() // SECOND_NS * SECOND_NS  # stores answer whole seconds in HEAD
         names = {name.lower(): value for name, value in metadata.items()}
-        self.objects[key] = StoredObject(bytes(data), etag, names, modified_ns)
+        told = {"content-type": content_type(key), **(properties.headers if properties else {})}
+        tags = properties.tags if properties else ""
+        self.objects[key] = StoredObject(bytes(data), etag, names, modified_ns, told, tags)
         self._tell(StoreEvent(key=key, etag=etag, size=len(data), metadata=names))
         return self.objects[key]
 

@@ -14,7 +14,18 @@ from typing import TypeVar
 import trio
 
 from phfs_fuse.errors import PhfsError, StoreUnavailable
-from phfs_fuse.store.base import Body, Expect, Listener, Listing, ObjectInfo, ObjectStore, Part, Sink, Upload
+from phfs_fuse.store.base import (
+    Body,
+    Expect,
+    Listener,
+    Listing,
+    ObjectInfo,
+    ObjectStore,
+    Part,
+    Properties,
+    Sink,
+    Upload,
+)
 from phfs_fuse.types import ETag, ObjectKey
 
 T = TypeVar("T")
@@ -162,6 +173,9 @@ class FaultStore:
     async def head(self, key: ObjectKey) -> ObjectInfo:
         return await self._through("head", key, lambda: self.inner.head(key))
 
+    async def properties(self, key: ObjectKey, etag: ETag) -> Properties:
+        return await self._through("properties", key, lambda: self.inner.properties(key, etag))
+
     async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
         length = self._next_cut()
 
@@ -193,9 +207,17 @@ class FaultStore:
         )
 
     async def put(
-        self, key: ObjectKey, body: Body, metadata: Mapping[str, str], *, expect: Expect | None
+        self,
+        key: ObjectKey,
+        body: Body,
+        metadata: Mapping[str, str],
+        *,
+        expect: Expect | None,
+        properties: Properties | None = None,
     ) -> ObjectInfo:
-        return await self._through("put", key, lambda: self.inner.put(key, body, metadata, expect=expect))
+        return await self._through(
+            "put", key, lambda: self.inner.put(key, body, metadata, expect=expect, properties=properties)
+        )
 
     async def look(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
         return await self._through("look", keys[0], lambda: self.inner.look(keys))
@@ -206,15 +228,18 @@ class FaultStore:
         source_etag: ETag,
         key: ObjectKey,
         size: int,
-        metadata: Mapping[str, str],
+        metadata: Mapping[str, str] | None,
         *,
         expect: Expect | None,
         seen_at: float = -inf,
+        properties: Properties | None = None,
     ) -> ObjectInfo:
         return await self._through(
             "copy",
             key,
-            lambda: self.inner.copy(source, source_etag, key, size, metadata, expect=expect, seen_at=seen_at),
+            lambda: self.inner.copy(
+                source, source_etag, key, size, metadata, expect=expect, seen_at=seen_at, properties=properties
+            ),
         )
 
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
@@ -224,8 +249,12 @@ class FaultStore:
         first = next(iter(versions), "")
         return await self._through("delete_many", first, lambda: self.inner.delete_many(versions))
 
-    async def create_multipart(self, key: ObjectKey, metadata: Mapping[str, str]) -> str:
-        return await self._through("create_multipart", key, lambda: self.inner.create_multipart(key, metadata))
+    async def create_multipart(
+        self, key: ObjectKey, metadata: Mapping[str, str], properties: Properties | None = None
+    ) -> str:
+        return await self._through(
+            "create_multipart", key, lambda: self.inner.create_multipart(key, metadata, properties)
+        )
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
         return await self._through("upload_part", key, lambda: self.inner.upload_part(key, upload_id, part_no, body))

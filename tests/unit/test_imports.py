@@ -61,7 +61,7 @@ uploadqueue quota
 recovery resume
 kernelstate memory
 namewalks defaults attempts endings writable
-inodes trust places
+inodes trust
 nodes
 blocks staging
 adoption
@@ -90,7 +90,7 @@ settings
 options
 values
 registry mountpoint localstate localfile holding reserve statfsino eager
-dirs logs waiting jsontext
+dirs logs waiting
 metrics
 config
 errors
@@ -119,7 +119,7 @@ FRONT = BENCH | {
 }
 FRONT_SEES = FRONT | {
     "messages", "expiry", "loop", "settings", "options", "holding", "localstate", "values", "registry", "mountpoint",
-    "dirs", "logs", "waiting", "jsontext",
+    "dirs", "logs", "waiting",
     "config", "errors", "types",
 }  # fmt: skip
 
