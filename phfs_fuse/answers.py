@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import replace
 
 import phfs_fuse
 from phfs_fuse import metrics
+from phfs_fuse.refusal import Refusal
 from phfs_fuse.wiring import Mount
 
 
@@ -61,7 +63,8 @@ class Answers:
             "errors": [{"path": path, "reason": reason, "count": count} for path, reason, count in settling.errors()],
             "events": self._mount.events.status(),
             "counters": metrics.snapshot(),
-            "store": {"state": "unavailable" if settling.store_is_away else "ok"},
+            "refused": [_refused(refusal) for refusal in settling.refused()],
+            "store": {"state": settling.store_state},
         }
 
     def conflicts(self) -> Sequence[Mapping[str, object]]:
@@ -89,6 +92,23 @@ class Answers:
     def set_quota(self, path: str, size: int | None) -> None:
         self._mount.quotas.set(path, size)
 
-    async def sync(self, path: str | None) -> None:
+    def refused(self) -> Sequence[str]:
+        return [refusal.line for refusal in self._mount.settling.refused()]
+
+    async def sync(self, path: str | None, *, retry: bool) -> None:
         await self._mount.flush_kernel()
+        if retry:
+            self._mount.writeback.retry_refused()
         await self._mount.vfs.settle_path(path or "")
+
+
+def _refused(refusal: Refusal) -> Mapping[str, object]:
+    return {
+        "operation": refusal.operation.value,
+        "key": refusal.key,
+        "path": os.fsdecode(refusal.path),
+        "reason": refusal.reason,
+        "errno": errno.errorcode.get(refusal.errno, str(refusal.errno)),
+        "at": refusal.at_ns / 1e9,
+        "line": refusal.line,
+    }

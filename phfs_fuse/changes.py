@@ -12,7 +12,7 @@ close, what is let go of) begins its transaction before it changes anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -24,7 +24,7 @@ from phfs_fuse.dirty import DirtyFile, Event, State
 from phfs_fuse.dirtyfiles import DirtyFiles
 from phfs_fuse.endings import Endings
 from phfs_fuse.errors import IllegalName
-from phfs_fuse.gone import Gone
+from phfs_fuse.gone import Gone, ancestors
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
 from phfs_fuse.journalrows import ENDED, Act, LayerRow, PresentRow
@@ -33,6 +33,7 @@ from phfs_fuse.keyusers import KeyUsers
 from phfs_fuse.logspace import CHANGE_BYTES
 from phfs_fuse.nodes import Base, Node
 from phfs_fuse.quota import Quotas
+from phfs_fuse.refusals import Refusals
 from phfs_fuse.removed import Removed
 from phfs_fuse.staging import Layer, Staged, StagingArea
 from phfs_fuse.store.base import ObjectInfo
@@ -62,7 +63,8 @@ class Changes:
         self.attempts = Attempts(journal)
         self.users = KeyUsers(inodes, queue)
         self.endings = Endings()
-        self.files = DirtyFiles(inodes, journal, kernel, self.endings)
+        self.refusals = Refusals(journal)
+        self.files = DirtyFiles(inodes, journal, kernel, self.endings, self.refusals)
         self._removed = Removed(journal, queue, self.attempts, self.endings)
         self.gone = self._removed.keys
         self.on_met: Callable[[ObjectKey], None] | None = None
@@ -274,6 +276,8 @@ class Changes:
         """The file has a key under which the store has yet to get it, over version `over`."""
         dirty = node.dirty or self.files.begin(node, over)
         dirty.over = over
+        self.files.accepted(node)
+        dirty.attempts = 0
         self.users.track(node)
         self.files.save(node)
         return dirty
@@ -283,6 +287,27 @@ class Changes:
         self.deleted([gone])
         self._quotas.changed(gone.key, 0, size)
         self.met(gone.key)
+
+    def reclaim(self, key: ObjectKey) -> bool:
+        """What was to be deleted under `key` stays, and so do the folders that it lies in. Returns whether it was to
+        be deleted."""
+        kept = [ancestor for ancestor in (key, *ancestors(key)) if ancestor in self.gone]
+        self._seq += 1
+        with self._journal.batch():
+            for each in kept:
+                self._removed.in_use(ObjectKey(each), self._seq)
+        if key in kept:
+            self._quotas.foreign(key, None, 0)
+        self.met(key)
+        return key in kept
+
+    def moved_back(self, node: Node, key: ObjectKey) -> None:
+        """`node`, whose move to `key` the store refuses, has the name of its base again."""
+        assert node.base is not None
+        self._quotas.foreign(key, None, 0)
+        dirty = self._named(node, node.base.etag)
+        dirty.error = None
+        self._changed(node, dirty)
 
     def met(self, key: ObjectKey) -> None:
         """Somebody else's object was found under `key`."""
@@ -333,13 +358,17 @@ class Changes:
         """Take up what an earlier process left in the journal (the nodes are in the tree again)."""
         self.attempts.recover()
         self._removed.recover()
+        refused = {refusal.key: refusal for refusal in self.refusals.recover()}
         for node, row in found:
             dirty = self.files.begin(node, row.over)
             dirty.attrs = True  # what has changed beside the name is not known
             if node.is_dir:
                 node.marker = row.over
+            dirty.refusal = refused.pop(row.key, None)
             self._changed(node, dirty)
             self.users.track(node)
+        for refusal in refused.values():
+            self.refusals.accepted(refusal)
 
     def _changed(self, node: Node, dirty: DirtyFile) -> None:
         if dirty.state is State.CLEAN:
@@ -371,10 +400,12 @@ class Changes:
         self._removed.add(key, etag, request=request)
         self._seq += 1
 
-    def deleted(self, batch: Iterable[Gone]) -> None:
+    def deleted(self, batch: Sequence[Gone]) -> None:
         """They are gone from the store, or stay since they are somebody else's."""
         with self._journal.batch():
             self._seq += 1
+            for gone in batch:
+                self.refusals.forget(gone.key)
             self._removed.deleted(batch, self._seq)
 
     def landed(self, key: ObjectKey, etag: ETag | None, *, except_node: Node | None = None) -> None:

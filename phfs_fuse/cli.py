@@ -17,7 +17,7 @@ import typer
 
 from phfs_fuse import client, logs, prepare, registry, settings, waiting
 from phfs_fuse.entry import guarded, program, say
-from phfs_fuse.errors import MountpointError, UsageError
+from phfs_fuse.errors import MountpointError, StoreRefused, UsageError
 from phfs_fuse.mountpoint import locate, mount_table
 from phfs_fuse.options import SETTINGS, Setting
 from phfs_fuse.registry import MountRecord
@@ -156,7 +156,11 @@ def umount(
         starting.unmount(Path(place), lazy=True)
         say(f"{place}: removed a dead mount; what was not uploaded goes up with the next mount of the volume")
         return 0
-    display.follow(place, client.umount(record, seconds, lazy=lazy))
+    try:
+        display.follow(place, client.umount(record, seconds, lazy=lazy))
+    except StoreRefused:  # and unmounted
+        waiting.ended(record.keeper_pid, 0 if lazy else END_SECONDS)
+        raise
     if not lazy:  # what is in use lives on detached
         waiting.ended(record.keeper_pid, END_SECONDS)
     return 0
@@ -166,16 +170,17 @@ def umount(
 def sync(
     path: Annotated[str | None, typer.Argument(help="A file or directory in a mount. Default: all mounts.")] = None,
     timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Give up when uploads take longer.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="First try again what the store has refused.")] = False,
 ) -> int:
     """Wait until everything, or one path, is in the store."""
     seconds = _seconds("--timeout", timeout)
     if path is not None:
         record, inner = client.mount_of(path, mount_table())
-        _drain(record, inner or None, seconds)
+        _drain(record, inner or None, seconds, retry=retry)
         return 0
     for record in registry.records():
         if record.alive:
-            _drain(record, None, seconds)
+            _drain(record, None, seconds, retry=retry)
     return 0
 
 
@@ -297,10 +302,10 @@ def bench(
     return command.run(options)
 
 
-def _drain(record: MountRecord, path: str | None, seconds: float | None) -> None:
+def _drain(record: MountRecord, path: str | None, seconds: float | None, *, retry: bool) -> None:
     from phfs_fuse import display
 
-    display.follow(record.mountpoint, client.sync(record, path, seconds))
+    display.follow(record.mountpoint, client.sync(record, path, seconds, retry=retry))
 
 
 def _status_or_state(record: MountRecord) -> client.Answer:

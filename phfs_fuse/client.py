@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from phfs_fuse import registry
-from phfs_fuse.errors import MountpointError, NotDrained, startup_error
+from phfs_fuse.errors import MountpointError, NotDrained, StoreRefused, startup_error
 from phfs_fuse.mountpoint import MountTable, locate
 from phfs_fuse.registry import MountRecord
 
@@ -79,12 +79,13 @@ def status(record: MountRecord) -> Answer:
         raise MountpointError(f"{record.mountpoint}: the mount does not answer") from exc
 
 
-def sync(record: MountRecord, path: str | None, timeout: float | None) -> Iterator[Progress]:
-    """Yield while uploads go on; ends when everything (or the file `path`) is in the store.
+def sync(record: MountRecord, path: str | None, timeout: float | None, *, retry: bool = False) -> Iterator[Progress]:
+    """Yield while uploads go on; ends when everything (or the file `path`) is in the store. `retry`: what the store
+    has refused for good is tried again first.
 
     Raises: NotDrained after `timeout` seconds; StartupError as the mount reports it.
     """
-    return _follow(record, {"op": "sync", "path": path}, timeout)
+    return _follow(record, {"op": "sync", "path": path, **({"retry": True} if retry else {})}, timeout)
 
 
 def umount(record: MountRecord, timeout: float | None, *, lazy: bool) -> Iterator[Progress]:
@@ -159,6 +160,8 @@ def ask(record: MountRecord, request: Mapping[str, object], timeout: float | Non
             channel.sendall(json.dumps(request).encode() + b"\n")
         for line in _lines(channel, deadline):
             answer = json.loads(line)
+            if "error" in answer and answer.get("refused"):
+                raise StoreRefused(f"{record.mountpoint}: {answer['error']}", answer["refused"])
             if "error" in answer:
                 raise startup_error(int(answer.get("exit_code", 1)), f"{record.mountpoint}: {answer['error']}")
             yield answer

@@ -110,6 +110,7 @@ class WritebackConfig:
     write_through: bool = False  # each close waits for the store
     on_conflict: OnConflict = OnConflict.KEEP_BOTH
     retry_seconds_max: float = 60.0
+    refused_seconds: float = 180.0  # between two tries of an upload that the store refuses for good
     drain_seconds: float = 0.0  # at unmount; 0: as long as it takes
     fsync_seconds: float = 0.0  # 0: fsync waits until the store has the bytes; else ETIMEDOUT after this
 

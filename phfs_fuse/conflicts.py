@@ -21,6 +21,7 @@ from phfs_fuse.errors import NameTooLong, NoSpace, NotFound, PhfsError, StaleVer
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
 from phfs_fuse.nodes import Node
+from phfs_fuse.refusal import Operation
 from phfs_fuse.sources import Sources
 from phfs_fuse.staging import StagingArea
 from phfs_fuse.store.base import ObjectInfo, ObjectStore
@@ -95,10 +96,10 @@ class Conflicts:
             self._retry(node, dirty, exc)  # not our name has changed, but the base that we started from
             return
         elif self._on_conflict is OnConflict.FAIL:
-            self._retry(node, dirty, exc)
+            self._refuse(node, dirty, exc)
             return
         else:
-            self._keep_both(node, dirty, key, found.size)
+            self.keep_both(node, found.size)
         self._changes.files.save(node)
         self._queue.hurry(node)
 
@@ -161,10 +162,18 @@ class Conflicts:
         self._queue.enqueue(node, dirty, trio.current_time() + self._queue.backoff(dirty.attempts + 3))
         self._changes.endings.announce(node)
 
-    def _keep_both(self, node: Node, dirty: DirtyFile, key: ObjectKey, winner_size: int) -> None:
-        """Our version goes on under another name beside the winner's."""
-        parent = node.parent
+    def _refuse(self, node: Node, dirty: DirtyFile, exc: PhfsError) -> None:
+        """Only its user, or the other client, can settle it."""
+        dirty.error = exc
+        self._changes.files.refuse(node, Operation.UPLOAD, exc)
+        self._queue.put_off(node, dirty)
+        self._changes.endings.announce(node)
+
+    def keep_both(self, node: Node, winner_size: int) -> None:
+        """The dirty `node` goes on under another name, beside what the store has under its own."""
+        parent, dirty, key = node.parent, node.dirty, self._inodes.key(node)
         assert parent is not None
+        assert dirty is not None
         if (name := self._conflict_name(parent, node.name)) is None:
             self._save_aside(node, NameTooLong("rename", key, "there is no room for a second name"))
             return

@@ -3,6 +3,7 @@
     {"op": "ping"}                      {"done": {}}
     {"op": "status"}                    the status itself
     {"op": "sync", "path": "a/b"}       {"progress": {...}} five times a second, then {"done": {...}}
+                                        with "retry": true what the store has refused is tried again first
     {"op": "umount", "lazy": false}     the same; uploads everything first
     {"op": "conflicts"}                 {"conflicts": [{"path": ..., "kept_as": ..., "outside": ..., "at": ...}, ...]}
     {"op": "settled", "path": ..., "kept_as": ...}      {"done": {}}; the conflict is not shown any more
@@ -10,7 +11,8 @@
     {"op": "quota", "path": "a/b", "size": n}       {"done": {}}; null takes the quota away, "" is the whole mount
     {"op": "upgrade"}                   the end of the connection: another worker takes over
 
-What cannot be done is answered by {"error": "one line", "exit_code": n}; n is that of a command that ends so.
+What cannot be done is answered by {"error": "one line", "exit_code": n}; n is that of a command that ends so. A mount
+that has ended with changes that the store had refused says so like that, with one line for each in "refused".
 State: the socket file and its connections. Heard are the user of the mount and root. A request ends with its
 connection: who asked for an unmount and goes away while uploads are waited for keeps the mount.
 """
@@ -33,6 +35,7 @@ import trio
 
 from phfs_fuse import values
 from phfs_fuse.errors import NotDrained, NotFound, PhfsError, StartupError, UsageError
+from phfs_fuse.refusal import summary
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +65,12 @@ class Controllable(Protocol):
     def set_quota(self, path: str, size: int | None) -> None:
         """Raises: LocalStateError, it holds but will not after a restart."""
 
-    async def sync(self, path: str | None) -> None:
-        """Return when `path` (None: everything) is in the store. Raises: PhfsError."""
+    def refused(self) -> Sequence[str]:
+        """One line for each change that the store has refused for good."""
+
+    async def sync(self, path: str | None, *, retry: bool) -> None:
+        """Return when `path` (None: everything) is in the store. `retry`: what was refused is tried again first.
+        Raises: PhfsError."""
 
 
 class Ending(Protocol):
@@ -136,9 +143,10 @@ class ControlServer:
                 case "status":
                     await _send(stream, self._mount.status())
                 case "sync":
-                    await self._with_progress(stream, partial(self._mount.sync, _path(request)))
+                    work = partial(self._mount.sync, _path(request), retry=_flag(request, "retry"))
+                    await self._with_progress(stream, work)
                 case "umount":
-                    await self._umount(stream, lazy=_lazy(request))
+                    await self._umount(stream, lazy=_flag(request, "lazy"))
                 case "conflicts":
                     await _send(stream, {"conflicts": self._mount.conflicts()})
                 case "settled":
@@ -166,16 +174,21 @@ class ControlServer:
 
     async def _umount(self, stream: trio.SocketStream, *, lazy: bool) -> None:
         try:
-            await self._with_progress(stream, partial(self._worker.shutdown, lazy=lazy))
+            await self._with_progress(stream, partial(self._worker.shutdown, lazy=lazy), self._mount.refused)
         except BaseException:  # trio.Cancelled, or a group of it
             if trio.current_effective_deadline() > -math.inf:
                 raise
             # The worker ends because the mount has ended: it can know that before the keeper has said so.
             with trio.move_on_after(LAST_WORD_SECONDS, shield=True), contextlib.suppress(trio.BrokenResourceError):
-                await _send(stream, {"done": self._mount.pending()})
+                await _send(stream, _last_word(self._mount.pending(), self._mount.refused()))
             raise
 
-    async def _with_progress(self, stream: trio.SocketStream, work: Callable[[], Awaitable[None]]) -> None:
+    async def _with_progress(
+        self,
+        stream: trio.SocketStream,
+        work: Callable[[], Awaitable[None]],
+        refused: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
         """Send what is pending until `work` is done, then the last answer. Cancels it when nobody listens."""
         before = self._mount.pending().get("bytes_done", 0)
         failure: Exception | None = None
@@ -203,7 +216,7 @@ class ControlServer:
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
-        await _send(stream, {"done": pending()})
+        await _send(stream, _last_word(pending(), refused()))
 
 
 class _Lines:
@@ -264,11 +277,11 @@ def _count(request: Fields, name: str) -> int | None:
     raise UsageError(f"{name}: not a whole number")
 
 
-def _lazy(request: Fields) -> bool:
-    lazy = request.get("lazy", False)
-    if isinstance(lazy, bool):
-        return lazy
-    raise UsageError("lazy: not true or false")
+def _flag(request: Fields, name: str) -> bool:
+    value = request.get(name, False)
+    if isinstance(value, bool):
+        return value
+    raise UsageError(f"{name}: not true or false")
 
 
 def _error(exc: PhfsError | StartupError) -> Fields:
@@ -280,6 +293,13 @@ def _error(exc: PhfsError | StartupError) -> Fields:
         case _:  # the store said no, or nothing: the bytes still wait
             code = NotDrained.exit_code
     return {"error": " ".join(str(exc).split()), "exit_code": code}
+
+
+def _last_word(pending: Fields, refused: Sequence[str]) -> Fields:
+    """The answer to what has been done, with one line for each change that the store had refused."""
+    if not refused:
+        return {"done": pending}
+    return {**_error(NotDrained(summary(len(refused)))), "refused": list(refused)}
 
 
 async def _send(stream: trio.SocketStream, answer: Fields) -> None:

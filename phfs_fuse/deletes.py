@@ -18,10 +18,12 @@ from phfs_fuse.config import OnConflict, WritebackConfig
 from phfs_fuse.errors import NotFound, PhfsError, VersionChanged
 from phfs_fuse.gone import Gone
 from phfs_fuse.journal import Journal
+from phfs_fuse.refusal import is_final
 from phfs_fuse.sources import Sources
 from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import ETag, ObjectKey
+from phfs_fuse.undo import Undo
 from phfs_fuse.uploadqueue import UploadQueue
 
 log = logging.getLogger(__name__)
@@ -43,8 +45,10 @@ class Deletes:
         queue: UploadQueue,
         journal: Journal,
         sources: Sources,
+        undo: Undo,
         config: WritebackConfig,
     ) -> None:
+        self._undo = undo
         self._config = config
         self._store = store
         self._changes = changes
@@ -94,14 +98,21 @@ class Deletes:
         return found.etag if is_ours else VersionChanged("delete", gone.key, "is not ours")
 
     async def _delete(self, versions: dict[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
-        if len(versions) != 1:
-            return await self._store.delete_many(versions) if versions else {}
-        ((key, etag),) = versions.items()
+        if len(versions) > 1:
+            try:
+                return await self._store.delete_many(versions)
+            except PhfsError as exc:
+                if not is_final(exc):
+                    raise  # else perhaps because of one key, or the store deletes one at a time only
+        failures = await gather([partial(self._delete_one, key, etag) for key, etag in versions.items()])
+        return {key: exc for key, exc in zip(versions, failures, strict=True) if exc is not None}
+
+    async def _delete_one(self, key: ObjectKey, etag: ETag | None) -> PhfsError | None:
         try:
             await self._store.delete(key, expect=None if etag is None else Expect(etag))
-        except VersionChanged as exc:
-            return {key: exc}
-        return {}
+        except PhfsError as exc:
+            return exc
+        return None
 
     def _deleted(self, batch: list[Gone], failed: Mapping[ObjectKey, Failure]) -> list[Gone]:
         """Returns those of which the store has another version: their keys stay busy."""
@@ -130,9 +141,14 @@ class Deletes:
             self._changes.deleted(done)
 
     def _again(self, gone: Gone, exc: Failure) -> None:
+        is_wanted = self._changes.gone.get(gone.key) is gone
+        if is_wanted and isinstance(exc, PhfsError) and is_final(exc) and self._journal.can_note():
+            self._undo.deletion(gone, exc)
+            return
+        gone.error = exc if isinstance(exc, PhfsError) else None
         metrics.UPLOAD_FAILURES.add()
         log.warning("delete of key=%s failed, will be tried again: %s", gone.key, exc or "was cancelled")
-        if self._changes.gone.get(gone.key) is gone:
+        if is_wanted:
             self._queue.push(gone, trio.current_time() + self._queue.backoff(3))
 
     async def _spare(self, gone: Gone) -> None:

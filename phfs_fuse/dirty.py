@@ -9,6 +9,7 @@ from math import inf
 from typing import Final
 
 from phfs_fuse.errors import PhfsError
+from phfs_fuse.refusal import Refusal
 from phfs_fuse.types import ETag, ObjectKey
 
 
@@ -61,6 +62,7 @@ class DirtyFile:
     queued: float = inf  # when the queue looks at it next
     attempts: int = 0  # failed in a row
     error: PhfsError | None = None  # the last failure, until it was reported to somebody
+    refusal: Refusal | None = None  # the store has refused it for good, for all that is known
     target: ObjectKey | None = None  # the key that the snapshot under way goes to
 
     def on(self, event: Event) -> None:

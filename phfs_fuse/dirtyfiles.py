@@ -11,16 +11,22 @@ import trio
 
 from phfs_fuse.dirty import DirtyFile
 from phfs_fuse.endings import Endings
+from phfs_fuse.errors import PhfsError
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
 from phfs_fuse.journalrows import PresentRow
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.nodes import Node
+from phfs_fuse.refusal import Operation, Refusal
+from phfs_fuse.refusals import Refusals
 from phfs_fuse.types import ETag, Ino
 
 
 class DirtyFiles:
-    def __init__(self, inodes: Inodes, journal: Journal, kernel: KernelState, endings: Endings) -> None:
+    def __init__(
+        self, inodes: Inodes, journal: Journal, kernel: KernelState, endings: Endings, refusals: Refusals
+    ) -> None:
+        self._refusals = refusals
         self._inodes = inodes
         self._journal = journal
         self._kernel = kernel
@@ -71,9 +77,27 @@ class DirtyFiles:
             )
         )
 
+    def refuse(self, node: Node, operation: Operation, exc: PhfsError) -> None:
+        """The store takes no upload of `node`, for all that is known. Notes it once."""
+        dirty = node.dirty
+        assert dirty is not None
+        refusal = Refusal.of(operation, self._inodes.key(node), self._inodes.raw_path(node), exc)
+        if dirty.refusal is None or (dirty.refusal.key, dirty.refusal.reason) != (refusal.key, refusal.reason):
+            with self._journal.batch():
+                self.accepted(node)
+                dirty.refusal = refusal
+                self._refusals.note(refusal)
+
+    def accepted(self, node: Node) -> None:
+        """The upload of `node` is not known to be refused."""
+        if node.dirty is not None and (refusal := node.dirty.refusal) is not None:
+            node.dirty.refusal = None
+            self._refusals.accepted(refusal)
+
     def clean(self, node: Node) -> None:
         """Nothing of `node` waits any more."""
         with self._journal.batch():
+            self.accepted(node)
             self.take_back(node)
             self._kernel.changed(node)  # before the row goes, so that one of both says what it is
             self._journal.drop(node.ino)

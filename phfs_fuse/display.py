@@ -51,16 +51,19 @@ def _lines(label: str, events: Iterable[client.Progress]) -> None:
 def mounts(answers: Iterable[Mapping[str, Any]]) -> None:
     """A table, one row per mount, and the errors below it."""
     table = Table("MOUNT POINT", "VOLUME", "STATE", "PENDING", "CACHE", "HITS", "CONFLICTS", box=None)
-    errors, quotas = [], []
+    errors, quotas, refused = [], [], []
     for answer in answers:
         table.add_row(*map(escape, _row(answer)))
         errors += [(answer["mountpoint"], error) for error in answer.get("errors", ())]
+        refused += [(answer["mountpoint"], refusal) for refusal in answer.get("refused", ())]
         quotas += [(answer["mountpoint"], quota) for quota in answer.get("quotas", ())]
     # A pipe has no width: one line per mount for grep.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
     console.print(table)
     for mountpoint, quota in quotas:
         console.print(os.path.join(mountpoint, quota["path"]) + ": " + _quota(quota), markup=False)
+    for mountpoint, refusal in refused:
+        console.print(f"{mountpoint}: {refusal['line']}", markup=False)
     for mountpoint, error in errors:
         console.print(f"{mountpoint}: {error['path']}: {error['reason']} ({error['count']} times)", markup=False)
 

@@ -20,7 +20,7 @@ from phfs_fuse import logs, metrics
 from phfs_fuse.answers import Answers
 from phfs_fuse.config import MountConfig
 from phfs_fuse.control import ControlServer
-from phfs_fuse.errors import MountpointError, NotDrained, StartupError
+from phfs_fuse.errors import MountpointError, StartupError
 from phfs_fuse.mount import first_startup_error, prepare_process
 from phfs_fuse.settings import load_config
 from phfs_fuse.wiring import Mount, opened
@@ -51,15 +51,10 @@ async def upload_left(config: MountConfig) -> None:
             await services.start(mount.writeback.run)
             await services.start(ControlServer(config.control_socket, Answers(mount), _NoMount()).run)
             services.start_soon(_report, mount)
-            done = await mount.settling.drain()
+            await mount.settling.drain()
             await mount.writeback.abort_stale_uploads()
             services.cancel_scope.cancel()
-        if not done:
-            left = mount.settling.pending()
-            raise NotDrained(
-                f"{config.store.url}: {left.files} files and {left.bytes} bytes are not in the store yet; "
-                f"they stay in {config.writeback.directory}"
-            )
+        mount.require_stored()
         log.info("uploaded files=%d bytes=%d", metrics.UPLOADED_FILES.values[""], metrics.UPLOADED_BYTES.values[""])
 
 

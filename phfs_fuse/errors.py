@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -50,12 +51,16 @@ class NotEmpty(PhfsError):
 
 
 class AccessDenied(PhfsError):
-    """The store refuses these credentials."""
+    """The store knows who asks, and does not allow it."""
 
     errno = errno.EACCES
 
 
-class ClockOff(AccessDenied):
+class CredentialsRefused(AccessDenied):
+    """The store does not accept these credentials, or does not say why it refuses: the same may work with others."""
+
+
+class ClockOff(CredentialsRefused):
     """The store refuses what is signed with the time of this machine, for as long as that is too far from its own."""
 
 
@@ -167,6 +172,13 @@ class NotDrained(StartupError):
     """Bytes are still waiting for upload; they stay in the state directory."""
 
     exit_code = 6
+
+
+class StoreRefused(NotDrained):
+    """The mount has ended; the store had refused some changes for good. One line more for each."""
+
+    def __init__(self, line: str, refused: Sequence[str]) -> None:
+        super().__init__("\n".join([line, *refused]))
 
 
 def startup_error(exit_code: int, line: str) -> StartupError:

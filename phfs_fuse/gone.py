@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from cachetools import LRUCache
 
+from phfs_fuse.errors import PhfsError
 from phfs_fuse.types import ETag, ObjectKey
 
 
@@ -23,9 +24,11 @@ class Gone:
     etag: ETag | None
     request: bool
     due: float
+    error: PhfsError | None = None  # why the last request failed
 
 
-def _ancestors(key: str) -> Iterator[str]:
+def ancestors(key: str) -> Iterator[str]:
+    """The keys of the folders that `key` lies in, the innermost first."""
     at = key.rstrip("/").rfind("/")
     while at >= 0:
         yield key[: at + 1]
@@ -52,14 +55,14 @@ class GoneKeys:
 
     def add(self, gone: Gone) -> None:
         if gone.key not in self._gone:
-            self._below.update(_ancestors(gone.key))
+            self._below.update(ancestors(gone.key))
         self._gone[gone.key] = gone
 
     def take(self, key: ObjectKey, seq: int) -> Gone | None:
         """Remove an entry: the key was deleted (or is in use again). Older answers than `seq` do not count."""
         if (gone := self._gone.pop(key, None)) is None:
             return None
-        for ancestor in _ancestors(key):
+        for ancestor in ancestors(key):
             if self._below[ancestor] <= 1:
                 del self._below[ancestor]
             else:

@@ -3,7 +3,8 @@
 Rows: `present` (a file, symlink or directory marker that the store lacks in this form), `layer` (its staging files,
 bottom first), `gone` (a key that has to be deleted), `upload` (multipart uploads under way, so that only our own are
 ever aborted), `attempt` (what was sent and not answered: the store may have it), `act` (the last change of names by
-each thread, since the kernel may ask again for one that was done and not answered), `conflict`, `meta`.
+each thread, since the kernel may ask again for one that was done and not answered), `conflict`, `refusal` (a change
+that the store refuses for good), `meta`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from phfs_fuse.database import Database
 from phfs_fuse.journalrows import ENDED, Act, ConflictRow, LayerRow, PresentRow
+from phfs_fuse.refusal import Operation, Refusal
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
 
@@ -121,6 +123,19 @@ class Journal(Database):
         """Oldest first."""
         rows = self._run("SELECT path, kept_as, outside, at_ns FROM conflict ORDER BY at_ns")
         return [ConflictRow(path, kept_as, bool(outside), at_ns) for path, kept_as, outside, at_ns in rows]
+
+    def put_refusal(self, refusal: Refusal) -> None:
+        """One for each key and operation, the last."""
+        values = (refusal.operation.value, refusal.key, refusal.path, refusal.reason, refusal.errno, refusal.at_ns)
+        self._run("INSERT OR REPLACE INTO refusal VALUES (?,?,?,?,?,?)", values)
+
+    def drop_refusal(self, refusal: Refusal) -> None:
+        self._run("DELETE FROM refusal WHERE key=? AND operation=?", (refusal.key, refusal.operation.value))
+
+    def refusals(self) -> list[Refusal]:
+        """Oldest first."""
+        rows = self._run("SELECT * FROM refusal ORDER BY at_ns")
+        return [Refusal(Operation(operation), *fields) for operation, *fields in rows]
 
     def set_number(self, name: str, value: int) -> None:
         self._run("INSERT OR REPLACE INTO meta VALUES (?,?)", (name, str(value)))

@@ -30,10 +30,13 @@ CREATE TABLE IF NOT EXISTS act (
 CREATE TABLE IF NOT EXISTS conflict (
     path BLOB NOT NULL, kept_as BLOB NOT NULL, outside INTEGER NOT NULL, at_ns INTEGER NOT NULL,
     PRIMARY KEY (path, kept_as)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS refusal (
+    operation TEXT NOT NULL, key TEXT NOT NULL, path BLOB NOT NULL, reason TEXT NOT NULL, errno INTEGER NOT NULL,
+    at_ns INTEGER NOT NULL, PRIMARY KEY (key, operation)) WITHOUT ROWID;
 """
 
 # What is carried over from a damaged file.
-TABLES: Final = ("present", "layer", "gone", "upload", "attempt", "conflict")
+TABLES: Final = ("present", "layer", "gone", "upload", "attempt", "conflict", "refusal")
 
 
 class PresentRow(NamedTuple):

@@ -5,14 +5,20 @@ A marker is there while the directory is empty or has attributes of its own.
 
 from __future__ import annotations
 
+import logging
+
 from phfs_fuse.attrs import to_metadata
 from phfs_fuse.changes import Changes
 from phfs_fuse.dirty import DirtyFile, Event, State
+from phfs_fuse.errors import PhfsError
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.nodes import Node
+from phfs_fuse.refusal import is_final
 from phfs_fuse.store.base import ObjectStore
 from phfs_fuse.types import ETag, ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue
+
+log = logging.getLogger(__name__)
 
 
 class Markers:
@@ -31,7 +37,14 @@ class Markers:
             self._changes.attempts.begin(key, 0, {})
             return (await self._store.put(key, b"", to_metadata(node.attrs), expect=None)).etag
         if node.marker is not None:
-            await self._store.delete(key)
+            try:
+                await self._store.delete(key)
+            except PhfsError as exc:
+                if not is_final(exc):
+                    raise
+                log.info("the marker key=%s stays: %s", key, exc)
+                node.own_attrs = True  # as one that is needed: it is not asked for again
+                return node.marker
         return None
 
     def stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, marker: ETag | None) -> None:
@@ -42,6 +55,7 @@ class Markers:
     def _stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, marker: ETag | None) -> None:
         dirty.target = None
         dirty.on(Event.STORED)
+        self._changes.files.accepted(node)
         self._changes.touch(node)
         self._changes.attempts.answered(key)
         if node.detached or self._inodes.key(node) != key:

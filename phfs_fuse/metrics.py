@@ -39,6 +39,7 @@ UPLOADED_FILES: Final = Metric("uploaded_files", "files", "", "Versions of files
 UPLOADED_BYTES: Final = Metric("uploaded_bytes", "bytes", "", "Changed bytes of these.")
 UPLOAD_FAILURES: Final = Metric("upload_failures", "tries", "", "Uploads and deletions that will be tried again.")
 CONFLICTS: Final = Metric("conflicts", "files", "", "Changes that lost against those of somebody else and were kept.")
+REFUSED: Final = Metric("refused", "changes", "operation", "Changes that the store refused for good.")
 JOURNAL: Final = Metric("journal_transactions", "transactions", "", "Commits of the journal.", is_stable=False)
 HOPS: Final = Metric("thread_hops", "calls", "pool", "Calls that the event loop gave to a thread.", is_stable=False)
 COPIED: Final = Metric("copied_bytes", "bytes", "", "Bytes copied from one local file to another.", is_stable=False)

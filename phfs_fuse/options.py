@@ -270,6 +270,14 @@ SETTINGS: Final = (
         "1m",
     ),
     _tuning(
+        "refused-retry",
+        "writeback.refused-retry",
+        "writeback.refused_seconds",
+        TIME,
+        "Pause between two tries of an upload that the store refuses for good.",
+        "3m",
+    ),
+    _tuning(
         "fsync-timeout",
         "writeback.fsync-timeout",
         "writeback.fsync_seconds",

@@ -15,7 +15,7 @@ import trio
 
 from phfs_fuse.config import Events as EventsSetting
 from phfs_fuse.control import ControlServer
-from phfs_fuse.errors import MountpointError, NotDrained, StartupError
+from phfs_fuse.errors import MountpointError, StartupError
 from phfs_fuse.expiry import can_expire
 from phfs_fuse.memory import Memory
 from phfs_fuse.session import KeeperLink, Session
@@ -46,7 +46,7 @@ class Services:
 
     async def run(self, listener: ControlServer) -> None:
         """Returns when the mount has ended and what was pending is in the store. Raises: NotDrained."""
-        mount, drained = self._mount, True
+        mount = self._mount
         async with trio.open_nursery() as services:
             self._nursery = services
             await services.start(mount.blocks.run)
@@ -64,14 +64,10 @@ class Services:
             await self._session.serve()
             if not self._handing_over:
                 log.info("unmounted mountpoint=%s", mount.config.kernel.mountpoint)
-                drained = await self._drain()
+                await self._drain()
             services.cancel_scope.cancel()
-        if not drained:
-            left = mount.settling.pending()
-            raise NotDrained(
-                f"{mount.config.kernel.mountpoint}: {left.files} files and {left.bytes} bytes are not in the store "
-                f"yet; they stay in {mount.config.writeback.directory} and go up at the next mount"
-            )
+        if not self._handing_over:
+            mount.require_stored()
 
     async def _hear_keeper(self) -> None:
         await self._link.run(on_drain=self._on_drain, on_handover=self._on_handover, on_gone=self._on_gone)

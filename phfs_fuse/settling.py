@@ -7,6 +7,7 @@ looked whether they have arrived.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,8 +15,10 @@ import trio
 
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import WritebackConfig
+from phfs_fuse.dirty import State
 from phfs_fuse.errors import (
     AccessDenied,
+    CredentialsRefused,
     IllegalName,
     InvalidArgument,
     NameTooLong,
@@ -29,9 +32,9 @@ from phfs_fuse.errors import (
     TooLarge,
     VersionChanged,
 )
-from phfs_fuse.gone import Gone
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.nodes import Node
+from phfs_fuse.refusal import Refusal, is_final
 from phfs_fuse.staging import StagingArea
 from phfs_fuse.tasks import gather
 from phfs_fuse.uploadqueue import UploadQueue
@@ -48,6 +51,20 @@ FINAL = (  # asking again soon does not help
     TooLarge,
     VersionChanged,
 )
+
+
+class RefusedByStore(PhfsError):
+    """A deletion or a rename that the store has refused for good, and that was undone."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.operation.value, refusal.path.decode(errors="replace"), refusal.reason)
+        self.errno = refusal.errno  # type: ignore[misc]  # that of the answer, in place of one for all
+
+
+def _may_go_up(node: Node, before: Mapping[Node, int]) -> bool:
+    """Whether an upload of `node` is not known to be refused again, after as many tries as there were `before`."""
+    dirty = node.dirty
+    return dirty is not None and (dirty.refusal is None or dirty.attempts <= before.get(node, 0))
 
 
 def _folder_of(key: str) -> str:
@@ -95,10 +112,21 @@ class Settling:
             if node.dirty and node.dirty.error
         ]
 
+    def refused(self) -> list[Refusal]:
+        """What the store has refused for good: what waits here, and what was undone."""
+        waiting = [node.dirty.refusal for node in self._changes.files.waiting() if node.dirty and node.dirty.refusal]
+        return [*waiting, *self._changes.refusals.over()]
+
     @property
-    def store_is_away(self) -> bool:
-        waiting = self._changes.files.waiting()
-        return any(isinstance(node.dirty.error, StoreUnavailable) for node in waiting if node.dirty)
+    def store_state(self) -> str:
+        """What the last answers of the store say of it."""
+        waiting = [node.dirty.error for node in self._changes.files.waiting() if node.dirty]
+        errors = [*waiting, *(gone.error for gone in self._changes.gone.all())]
+        if any(isinstance(error, StoreUnavailable) for error in errors):
+            return "unavailable"
+        if any(isinstance(error, CredentialsRefused) for error in errors):
+            return "refuses the credentials"
+        return "refuses changes" if self.refused() else "ok"
 
     def has_room(self, size: int) -> bool:
         return self._area.held_bytes + size <= self.dirty_bytes_max
@@ -127,6 +155,8 @@ class Settling:
         dirty = node.dirty
         if dirty is None or node.detached:
             return
+        if dirty.refusal is not None and dirty.state is State.DIRTY and dirty.changes == dirty.snapshot:
+            raise RefusedByStore(dirty.refusal)  # as it is; `retry_refused` has it tried again
         goal, tries = dirty.changes, dirty.attempts
         self._queue.hurry(node)
         limit = self._config.fsync_seconds or math.inf
@@ -134,6 +164,8 @@ class Settling:
             while node.dirty is dirty and dirty.stored < goal and not node.detached:
                 if dirty.attempts > tries and (error := self.take_error(node)) is not None:
                     raise error
+                if dirty.attempts > tries and dirty.refusal is not None:  # somebody else was told
+                    raise RefusedByStore(dirty.refusal)
                 await self._changes.endings.waiter(node).wait()
             return
         raise StoreTimeout("fsync", self._inodes.path(node), f"not in the store after {limit:g} s")
@@ -142,31 +174,47 @@ class Settling:
         """Return when the store has the changes so far of the names in `folder`, deletes included."""
         prefix = self._inodes.key(folder)
         nodes = [node for node in self._changes.files.waiting() if node is folder or node.parent is folder]
-        deletes = [gone for gone in self._changes.gone.all() if _folder_of(gone.key) == prefix]
-        await self._settle_all(nodes, deletes)
+        await self._settle_all(nodes, lambda key: _folder_of(key) == prefix)
 
     async def settle_below(self, folder: Node) -> None:
         """Return when the store has all changes so far at and below `folder`, deletes included."""
         prefix = self._inodes.key(folder)
         nodes = [n for n in self._changes.files.waiting() if n is folder or self._inodes.key(n).startswith(prefix)]
-        await self._settle_all(nodes, [gone for gone in self._changes.gone.all() if gone.key.startswith(prefix)])
+        await self._settle_all(nodes, lambda key: key.startswith(prefix))
 
-    async def _settle_all(self, nodes: list[Node], deletes: list[Gone]) -> None:
+    async def _settle_all(self, nodes: list[Node], is_meant: Callable[[str], bool]) -> None:
+        deletes = [gone for gone in self._changes.gone.all() if is_meant(gone.key)]
         for gone in deletes:
             self._queue.push(gone, 0.0)
-        await gather([partial(self.settle, node) for node in nodes])
+        refused: list[PhfsError] = []
+
+        async def settle(node: Node) -> None:
+            try:
+                await self.settle(node)
+            except PhfsError as exc:
+                if not (isinstance(exc, RefusedByStore) or is_final(exc)):
+                    raise
+                refused.append(exc)  # the rest goes up all the same
+
+        await gather([partial(settle, node) for node in nodes])
         while any(self._changes.gone.get(gone.key) is gone for gone in deletes):
             await self._changes.endings.settled.wait()
+        if (refusal := self._changes.refusals.tell(is_meant)) is not None:
+            refused.append(RefusedByStore(refusal))
+        if refused:
+            raise refused[0]
 
     async def drain(self) -> bool:
-        """Upload everything; from now on nothing waits for its quiet time. Returns whether all is in the store."""
+        """Upload everything; from now on nothing waits for its quiet time, and what the store has refused is tried
+        once more. Returns whether all is in the store."""
         self._queue.draining = True
+        before = {node: node.dirty.attempts for node in self._changes.files.waiting() if node.dirty}
         for gone in self._changes.gone.all():
             self._queue.push(gone, 0.0)
         for node in self._changes.files.waiting():
             self._queue.hurry(node)
         with trio.move_on_after(self._config.drain_seconds or math.inf):
-            while self._changes.files.waiting() or len(self._changes.gone):
+            while any(_may_go_up(node, before) for node in self._changes.files.waiting()) or len(self._changes.gone):
                 await self._changes.endings.settled.wait()
                 await trio.sleep(0.01)  # many end at once
         return not self._changes.files.waiting() and not len(self._changes.gone)

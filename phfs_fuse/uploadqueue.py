@@ -155,6 +155,10 @@ class UploadQueue:
         """Seconds until the next try."""
         return random.uniform(0.5, 1.0) * min(2.0 ** min(attempts, 16) / 2, self._config.retry_seconds_max)
 
+    def put_off(self, node: Node, dirty: DirtyFile) -> None:
+        """Until the store may have changed its mind: it has refused `node` for good."""
+        self.enqueue(node, dirty, trio.current_time() + random.uniform(0.9, 1.1) * self._config.refused_seconds)
+
     def push(self, work: Work, due: float) -> None:
         self._ticket += 1
         heapq.heappush(self._heap, (due, self._ticket, work))

@@ -25,7 +25,7 @@ from phfs_fuse.claims import Claims
 from phfs_fuse.config import MountConfig
 from phfs_fuse.defaults import Defaults
 from phfs_fuse.demand import Demand
-from phfs_fuse.errors import NotFound, PhfsError, store_startup_error
+from phfs_fuse.errors import NotDrained, NotFound, PhfsError, store_startup_error
 from phfs_fuse.events import Events
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
@@ -35,6 +35,7 @@ from phfs_fuse.namespace import Namespace
 from phfs_fuse.quota import Quotas
 from phfs_fuse.quotakeeper import QuotaKeeper
 from phfs_fuse.recovery import Recovery
+from phfs_fuse.refusal import summary
 from phfs_fuse.resume import last_change, restore
 from phfs_fuse.settling import Settling
 from phfs_fuse.staging import StagingArea
@@ -113,6 +114,7 @@ class Mount:
             changes=self.changes,
             queue=queue,
             demand=self.demand,
+            defaults=self.defaults,
             config=config.writeback,
         )
         self.trust = Trust(config.tree)
@@ -180,6 +182,22 @@ class Mount:
         pending = self.settling.pending()
         if pending.files or pending.deletes:
             log.info("found from before: files=%d deletes=%d bytes=%d", pending.files, pending.deletes, pending.bytes)
+
+    def require_stored(self) -> None:
+        """The mount has ended. Says what is not in the store. Raises: NotDrained."""
+        left, refused = self.settling.pending(), self.settling.refused()
+        for refusal in refused:
+            log.error("refused by the store: %s", refusal.line)
+        self.changes.refusals.end()
+        directory = self.config.writeback.directory
+        if left.files or left.deletes:
+            why = f"{summary(len(refused))}; " if refused else ""
+            raise NotDrained(
+                f"{self.config.store.url}: {why}{left.files} files and {left.bytes} bytes are not in the store yet; "
+                f"they stay in {directory} and go up at the next mount"
+            )
+        if refused:
+            raise NotDrained(f"{self.config.store.url}: {summary(len(refused))}; the log names each")
 
     async def flush_kernel(self) -> None:
         """Have the kernel hand over what programs wrote and it still caches. By another process: this one serves the

@@ -25,6 +25,7 @@ from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import OnConflict, WritebackConfig
 from phfs_fuse.conflicts import Conflicts, local_error
+from phfs_fuse.defaults import Defaults
 from phfs_fuse.deletes import BATCH_MAX, Deletes
 from phfs_fuse.demand import Demand
 from phfs_fuse.dirty import DirtyFile, Event, State
@@ -35,11 +36,12 @@ from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
 from phfs_fuse.markers import Markers
 from phfs_fuse.nodes import Base, Node
-from phfs_fuse.settling import FINAL
+from phfs_fuse.refusal import Operation, is_final
 from phfs_fuse.sources import Sources
 from phfs_fuse.staging import Layer, StagingArea
 from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
 from phfs_fuse.types import ETag, ObjectKey
+from phfs_fuse.undo import Undo
 from phfs_fuse.upload import Snapshot, Uploader
 from phfs_fuse.uploadqueue import UploadQueue, Work
 
@@ -83,6 +85,7 @@ class Writeback:
         changes: Changes,
         queue: UploadQueue,
         demand: Demand,
+        defaults: Defaults,
         config: WritebackConfig,
     ) -> None:
         self._inodes = inodes
@@ -97,14 +100,6 @@ class Writeback:
         self._uploader = Uploader(store, journal, config, self._upcoming)
         self._sources = Sources(store=store, inodes=inodes, blocks=blocks, changes=changes, queue=queue)
         self._markers = Markers(store=store, inodes=inodes, changes=changes, queue=queue)
-        self._deletes = Deletes(
-            store=store,
-            changes=changes,
-            queue=queue,
-            journal=journal,
-            sources=self._sources,
-            config=config,
-        )
         self._conflicts = Conflicts(
             store=store,
             inodes=inodes,
@@ -114,6 +109,16 @@ class Writeback:
             queue=queue,
             sources=self._sources,
             on_conflict=config.on_conflict,
+        )
+        self._undo = Undo(inodes=inodes, changes=changes, conflicts=self._conflicts, new_folder=defaults.directory)
+        self._deletes = Deletes(
+            store=store,
+            changes=changes,
+            queue=queue,
+            journal=journal,
+            sources=self._sources,
+            undo=self._undo,
+            config=config,
         )
         self._running = 0
         self._nursery: trio.Nursery | None = None
@@ -265,6 +270,7 @@ class Writeback:
             await self._journal.room_to_note()
             await self._conflicts.lost_race(node, dirty, key, snap, exc)
         except (PhfsError, OSError) as exc:
+            await self._room_for(exc)
             self._failed(node, dirty, key, exc)
         except BaseException:
             self._failed(node, dirty, key, None)
@@ -281,6 +287,7 @@ class Writeback:
         try:
             marker = await self._markers.bring(node, key)
         except (PhfsError, OSError) as exc:
+            await self._room_for(exc)
             self._failed(node, dirty, key, exc)
         except BaseException:
             self._failed(node, dirty, key, None)
@@ -292,7 +299,18 @@ class Writeback:
             self._queue.free(key)
             self._done()
 
-    def _failed(self, node: Node, dirty: DirtyFile, key: ObjectKey, exc: PhfsError | OSError | None) -> None:
+    async def _room_for(self, exc: PhfsError | OSError) -> None:
+        """To note what follows from it."""
+        if is_final(exc):
+            await self._journal.room_to_note()
+
+    def _failed(
+        self,
+        node: Node,
+        dirty: DirtyFile,
+        key: ObjectKey,
+        exc: PhfsError | OSError | None,
+    ) -> None:
         dirty.on(Event.FAILED)
         dirty.target = None
         dirty.attrs = dirty.attrs or dirty.sent_attrs
@@ -305,10 +323,29 @@ class Writeback:
         if exc is not None:
             metrics.UPLOAD_FAILURES.add()
             dirty.error = exc if isinstance(exc, PhfsError) else local_error(key, exc)
-            wait = self._queue.backoff(dirty.attempts + (3 if isinstance(exc, FINAL) else 0))
-            log.warning("upload of key=%s failed, next try in %.1f s: %s", key, wait, exc)
-            self._queue.enqueue(node, dirty, trio.current_time() + wait)
+            if self._inodes.key(node) == key and is_final(dirty.error, dirty.attempts):
+                self._refused(node, dirty, key, dirty.error)
+            else:
+                wait = self._queue.backoff(dirty.attempts)
+                log.warning("upload of key=%s failed, next try in %.1f s: %s", key, wait, exc)
+                self._changes.files.accepted(node)
+                self._queue.enqueue(node, dirty, trio.current_time() + wait)
         self._changes.endings.announce(node)
+
+    def _refused(self, node: Node, dirty: DirtyFile, key: ObjectKey, exc: PhfsError) -> None:
+        """The store takes no upload of `node` to `key`. A move is undone, the rest is tried again now and then."""
+        if self._undo.is_move(node, key) and self._undo.move(node, key, exc):
+            return
+        unstored = Operation.MKDIR if node.is_dir and node.marker is None else Operation.ATTRIBUTES
+        self._changes.files.refuse(node, unstored if node.staged is None else Operation.UPLOAD, exc)
+        self._queue.put_off(node, dirty)
+
+    def retry_refused(self) -> None:
+        """Try again now what the store has refused and may take now."""
+        for node in self._changes.files.waiting():
+            if node.dirty is not None and node.dirty.refusal is not None:
+                self._changes.files.accepted(node)  # for now
+                self._queue.hurry(node)
 
     def _stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, info: ObjectInfo) -> None:
         with self._changes.noting():
@@ -324,6 +361,7 @@ class Writeback:
             elif old_base is not None:
                 self._blocks.rekey(old_base.key, old_base.etag, key, info.etag)
             dirty.on(Event.STORED)
+            self._changes.files.accepted(node)
             self._changes.users.track(node)
             if node.detached:
                 if not node.opens:

@@ -19,6 +19,7 @@ from phfs_fuse.errors import (
     BadAnswer,
     BucketNotFound,
     ClockOff,
+    CredentialsRefused,
     IllegalName,
     InvalidArgument,
     IsADirectory,
@@ -51,13 +52,17 @@ _FIELD: Final = re.compile(r"(?:[!-~](?:[ -~]*[!-~])?)?")  # no blanks at the en
 
 _BY_CODE: Final[Mapping[str, type[PhfsError]]] = {
     "AccessDenied": AccessDenied,
-    "AuthorizationHeaderMalformed": AccessDenied,
-    "ExpiredToken": AccessDenied,
-    "InvalidAccessKeyId": AccessDenied,
-    "InvalidToken": AccessDenied,
+    "AuthorizationHeaderMalformed": CredentialsRefused,
+    "ExpiredToken": CredentialsRefused,
+    "ExpiredTokenException": CredentialsRefused,
+    "InvalidAccessKeyId": CredentialsRefused,
+    "InvalidClientTokenId": CredentialsRefused,
+    "InvalidToken": CredentialsRefused,
+    "RequestExpired": CredentialsRefused,
     "RequestTimeTooSkewed": ClockOff,
-    "SignatureDoesNotMatch": AccessDenied,
-    "TokenRefreshRequired": AccessDenied,
+    "SignatureDoesNotMatch": CredentialsRefused,
+    "TokenRefreshRequired": CredentialsRefused,
+    "UnrecognizedClientException": CredentialsRefused,
     "NoSuchBucket": BucketNotFound,
     NO_SUCH_KEY: NotFound,
     NO_SUCH_UPLOAD: NotFound,
@@ -67,7 +72,18 @@ _BY_CODE: Final[Mapping[str, type[PhfsError]]] = {
     "BadDigest": BadAnswer,
     "IncompleteBody": BadAnswer,
     "XAmzContentSHA256Mismatch": BadAnswer,
+    "InternalError": StoreUnavailable,
     "OperationAborted": StoreUnavailable,
+    "PriorRequestNotComplete": StoreUnavailable,
+    "RequestLimitExceeded": StoreUnavailable,
+    "ServiceUnavailable": StoreUnavailable,
+    "SlowDown": StoreUnavailable,
+    "SlowDownRead": StoreUnavailable,
+    "SlowDownWrite": StoreUnavailable,
+    "Throttling": StoreUnavailable,
+    "ThrottlingException": StoreUnavailable,
+    "TooManyRequests": StoreUnavailable,
+    "XMinioServerNotInitialized": StoreUnavailable,
     "RequestTimeout": StoreTimeout,
     "EntityTooLarge": TooLarge,
     "MetadataTooLarge": TooLarge,
@@ -84,13 +100,14 @@ _BY_CODE: Final[Mapping[str, type[PhfsError]]] = {
     "XMinioAdminBucketQuotaExceeded": QuotaExceeded,
     "QuotaExceeded": QuotaExceeded,
     "InvalidObjectState": NotSupported,  # archived
+    "MethodNotAllowed": NotSupported,
     "NotImplemented": NotSupported,
 }
 
 _BY_STATUS: Final[Mapping[int, type[PhfsError]]] = {
-    401: AccessDenied,
     403: AccessDenied,
     404: NotFound,
+    405: NotSupported,
     408: StoreTimeout,
     409: StoreUnavailable,
     412: VersionChanged,
@@ -99,6 +116,8 @@ _BY_STATUS: Final[Mapping[int, type[PhfsError]]] = {
     501: NotSupported,
     504: StoreTimeout,
 }
+
+UNEXPLAINED: Final = (401, 403)  # statuses that need a code to tell what is refused
 
 _REMEDY: Final[Mapping[str, str]] = {
     "ExpiredToken": "the session token has expired",
@@ -131,6 +150,10 @@ def error_code(body: bytes) -> str:
 
 def error_of(op: str, subject: str, code: str, status: int) -> PhfsError:
     """The error for an answer. `code` is "" or the status again where it had no body, as with HEAD."""
+    if code == str(status):
+        code = ""
+    if status in UNEXPLAINED and code in ("", "Forbidden", "Unauthorized"):  # rights, or credentials
+        return CredentialsRefused(op, subject, f"HTTP {status}")
     kind = _BY_CODE.get(code) or _BY_STATUS.get(status)
     if kind is None:
         kind = StoreUnavailable if status >= 500 else InvalidArgument

@@ -210,7 +210,7 @@ class BotoCalls:
         )
         with reading("delete", f"{len(versions)} objects"):
             failed = {ObjectKey(error["Key"]): error.get("Code", "") for error in answer.get("Errors", ())}
-        return {key: error_of("delete", key, code, 500) for key, code in failed.items() if code != NO_SUCH_KEY}
+        return {key: error_of("delete", key, code, 400) for key, code in failed.items() if code != NO_SUCH_KEY}
 
     async def create_multipart(
         self, key: ObjectKey, metadata: Mapping[str, str], properties: Properties | None = None

@@ -27,7 +27,7 @@ from botocore.utils import get_environ_proxies
 
 from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
-from phfs_fuse.errors import AccessDenied, BadAnswer
+from phfs_fuse.errors import BadAnswer, CredentialsRefused
 from phfs_fuse.store.answers import error_code, error_of, reading
 from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Properties
 from phfs_fuse.store.calls import BotoCalls
@@ -85,7 +85,7 @@ class Credentials:
         with reading("sign", "credentials"), translated("sign", "credentials"):
             source = self._session.get_credentials()
             if source is None:  # open_clients found some
-                raise AccessDenied("sign", "request", "the credentials are gone")
+                raise CredentialsRefused("sign", "request", "the credentials are gone")
             return source.get_frozen_credentials()
 
 

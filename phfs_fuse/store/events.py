@@ -29,7 +29,7 @@ from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 
 from phfs_fuse.config import StoreConfig
-from phfs_fuse.errors import AccessDenied, BadAnswer, NotSupported, PhfsError, StoreUnavailable
+from phfs_fuse.errors import BadAnswer, CredentialsRefused, NotSupported, PhfsError, StoreUnavailable
 from phfs_fuse.store.answers import error_code, error_of, reading
 from phfs_fuse.store.base import Listener, StoreEvent
 from phfs_fuse.store.headers import size_of, user_metadata
@@ -155,7 +155,7 @@ class EventStream:
         request = AWSRequest("GET", self._url())
         credentials = self._clients.session.get_credentials()
         if credentials is None:
-            raise AccessDenied("listen", self._prefix, "the credentials are gone")
+            raise CredentialsRefused("listen", self._prefix, "the credentials are gone")
         S3SigV4Auth(credentials.get_frozen_credentials(), "s3", self._clients.region).add_auth(request)
         prepared = request.prepare()
         prepared.stream_output = True

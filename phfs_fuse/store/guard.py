@@ -16,13 +16,14 @@ from typing import Final, TypeVar
 import trio
 
 from phfs_fuse.config import StoreConfig
-from phfs_fuse.errors import AccessDenied, NotFound, PhfsError, VersionChanged
+from phfs_fuse.errors import AccessDenied, BadAnswer, CredentialsRefused, NotFound, PhfsError, VersionChanged
 from phfs_fuse.keys import TRIAL
 from phfs_fuse.store.answers import NO_SUCH_KEY, check_key
 from phfs_fuse.store.base import Expect, Listing, ObjectInfo
 from phfs_fuse.store.calls import BotoCalls
 from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
 from phfs_fuse.store.retry import retrying
+from phfs_fuse.store.transfer import Receiver
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import ETag, ObjectKey
 
@@ -73,9 +74,19 @@ class Guard:
 
         return await self.retrying(attempt)
 
-    async def _found(self, key: ObjectKey) -> ObjectInfo | None:
+    async def head(self, key: ObjectKey) -> ObjectInfo:
+        """One try of a HEAD. Where it is refused, its answer has no body that tells rights from credentials: a GET of
+        the first byte, which needs the same right, does."""
         try:
             return await self._calls.head(key)
+        except CredentialsRefused:
+            with suppress(BadAnswer):
+                await self._calls.get(Receiver(key, 0, 1, None, lambda _offset, _data: None))
+            raise
+
+    async def _found(self, key: ObjectKey) -> ObjectInfo | None:
+        try:
+            return await self.head(key)
         except NotFound:
             return None
 

@@ -107,7 +107,7 @@ class S3Store:
 
     async def head(self, key: ObjectKey) -> ObjectInfo:
         check_key("head", key)
-        found = await self._guard.retrying(lambda _: self._calls.head(key))
+        found = await self._guard.retrying(lambda _: self._guard.head(key))
         self._places = self._places or bool(placed(found.headers))
         return found
 

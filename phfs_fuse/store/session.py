@@ -26,8 +26,8 @@ from botocore.session import Session
 
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import (
-    AccessDenied,
     BadAnswer,
+    CredentialsRefused,
     InvalidArgument,
     PhfsError,
     StoreTimeout,
@@ -58,7 +58,7 @@ _CREDENTIAL_ERRORS: Final = (
     bexc.RefreshWithMFAUnsupportedError,
 )
 _BY_TYPE: Final[Sequence[tuple[tuple[type[Exception], ...], type[PhfsError], str]]] = (  # the first that fits
-    (_CREDENTIAL_ERRORS, AccessDenied, _NO_CREDENTIALS),
+    (_CREDENTIAL_ERRORS, CredentialsRefused, _NO_CREDENTIALS),
     ((bexc.ConnectTimeoutError, bexc.ReadTimeoutError, urllib3.exceptions.TimeoutError), StoreTimeout, ""),
     ((bexc.SSLError,), StoreUnavailable, _NO_TRUST),
     ((bexc.IncompleteReadError, ResponseParserError), BadAnswer, ""),
@@ -95,7 +95,7 @@ class Clients:
 def open_clients(config: StoreConfig, core: Session | None = None) -> Clients:
     """Blocks. `core` brings credentials of its own; None: the usual chain.
 
-    Raises: AccessDenied without credentials, InvalidArgument for a wrong endpoint or profile.
+    Raises: CredentialsRefused without credentials, InvalidArgument for a wrong endpoint or profile.
     """
     name = endpoint_name(config)
     try:
@@ -129,7 +129,7 @@ def _open_clients(config: StoreConfig, name: str, core: Session) -> Clients:
         if given is not None:
             core.set_config_variable(variable, given)
     if core.get_credentials() is None:
-        raise AccessDenied("connect", name, _NO_CREDENTIALS)
+        raise CredentialsRefused("connect", name, _NO_CREDENTIALS)
     style = "auto" if config.path_style is None else "path" if config.path_style else "virtual"
     plain = _client(core, config, style)
     if config.path_style is None and not _is_aws(plain.meta.endpoint_url):
@@ -220,7 +220,7 @@ def _error_of(exc: Exception, op: str, subject: str) -> PhfsError:
         status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
         return error_of(op, subject, exc.response.get("Error", {}).get("Code", ""), status)
     if isinstance(exc, bexc.ProfileNotFound):
-        return AccessDenied(op, subject, str(exc))
+        return CredentialsRefused(op, subject, str(exc))
     name = type(exc).__name__  # the text of some names secrets (the output of a credential process)
     for types, kind, reason in _BY_TYPE:
         if isinstance(exc, types):

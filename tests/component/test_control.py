@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Mount:
         self.files = 3
         self.done = 1000
         self.asked: list[object] = []
+        self.lines: list[str] = []
         self.failure: Exception | None = None
         self.cancelled = trio.Event()
 
@@ -47,7 +48,11 @@ class Mount:
         if self.failure is not None:
             raise self.failure
 
-    async def sync(self, path: str | None) -> None:
+    def refused(self) -> Sequence[str]:
+        return self.lines
+
+    async def sync(self, path: str | None, *, retry: bool) -> None:
+        self.asked += ["retry"] * retry
         self.asked.append(path)
         if self.failure is not None:
             raise self.failure
@@ -60,7 +65,7 @@ class Mount:
             raise
 
     async def shutdown(self, *, lazy: bool) -> None:
-        await self.sync(f"lazy={lazy}")
+        await self.sync(f"lazy={lazy}", retry=False)
 
     async def upgrade(self) -> None:
         self.asked.append("upgrade")
@@ -168,6 +173,22 @@ async def test_umount_passes_lazy_on(client: Client, mount: Mount) -> None:
     while "progress" in answer:
         answer = await client.receive()
     assert mount.asked == ["lazy=True"]
+
+
+async def test_umount_names_what_the_store_had_refused(client: Client, mount: Mount) -> None:
+    mount.files, mount.lines = 0, ["a: delete refused: AccessDenied; it is there again"]
+    answer = await client.ask(op="umount")
+    while "progress" in answer:
+        answer = await client.receive()
+    assert answer == {"error": "the store refused 1 change for good", "exit_code": 6, "refused": mount.lines}
+
+
+async def test_sync_can_ask_for_another_try(client: Client, mount: Mount) -> None:
+    mount.files = 0
+    answer = await client.ask(op="sync", retry=True)
+    while "progress" in answer:
+        answer = await client.receive()
+    assert mount.asked == ["retry", None]
 
 
 async def test_a_refused_upgrade_is_one_line(client: Client, mount: Mount) -> None:

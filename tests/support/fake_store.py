@@ -15,9 +15,9 @@ from math import inf
 import trio
 
 from phfs_fuse.errors import (
-    AccessDenied,
     BadAnswer,
     BucketNotFound,
+    CredentialsRefused,
     InvalidArgument,
     NotFound,
     NotSupported,
@@ -340,7 +340,7 @@ class FakeStore:
         if self.is_away:
             raise StoreUnavailable(method, key, "ConnectionRefused")
         if self.denied:
-            raise AccessDenied(method, key, "SignatureDoesNotMatch")
+            raise CredentialsRefused(method, key, "SignatureDoesNotMatch")
         if not self.bucket_exists:
             raise BucketNotFound(method, key, "NoSuchBucket")
 

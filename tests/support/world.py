@@ -15,7 +15,7 @@ import trio
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.claims import Claims
-from phfs_fuse.config import ExclusiveCreate, TreeConfig, WritebackConfig
+from phfs_fuse.config import ExclusiveCreate, OnConflict, TreeConfig, WritebackConfig
 from phfs_fuse.defaults import Defaults
 from phfs_fuse.demand import Demand
 from phfs_fuse.errors import PhfsError
@@ -133,9 +133,19 @@ def content(world: World, path: str) -> bytes:
 
 
 def made(
-    store: FakeStore | FaultStore, directory: Path, *, exclusive_create: ExclusiveCreate = ExclusiveCreate.LOCAL
+    store: FakeStore | FaultStore,
+    directory: Path,
+    *,
+    exclusive_create: ExclusiveCreate = ExclusiveCreate.LOCAL,
+    on_conflict: OnConflict = OnConflict.KEEP_BOTH,
 ) -> World:
-    config = WritebackConfig(directory=directory, delay_seconds=0.5, multipart_bytes_min=8 * MIB, part_bytes=5 * MIB)
+    config = WritebackConfig(
+        directory=directory,
+        delay_seconds=0.5,
+        multipart_bytes_min=8 * MIB,
+        part_bytes=5 * MIB,
+        on_conflict=on_conflict,
+    )
     tree = TreeConfig(exclusive_create=exclusive_create)
     journal = Journal(directory, "volume")
     area = StagingArea(directory / "staging", first_id=1)
@@ -158,6 +168,7 @@ def made(
         changes=changes,
         queue=queue,
         demand=demand,
+        defaults=defaults,
         config=config,
     )
     trust = Trust(tree)

@@ -272,7 +272,9 @@ class Mounted:
     waited: list[int] = field(default_factory=list)
     failure: Exception | None = None
 
-    def sync(self, record: MountRecord, path: str | None, timeout: float | None) -> Iterator[Progress]:
+    def sync(
+        self, record: MountRecord, path: str | None, timeout: float | None, *, retry: bool
+    ) -> Iterator[Progress]:
         self.synced.append((path, timeout))
         yield Progress(files_pending=1, bytes_pending=10, bytes_done=0)
 

@@ -53,14 +53,16 @@ doubts lookup
 listings
 known merging probes
 writeback
-conflicts deletes claims
+deletes
+undo
+conflicts claims
 sources markers settling
 upload changes
 removed keyusers dirtyfiles
 uploadqueue quota
 recovery resume
 kernelstate memory
-namewalks defaults attempts endings writable
+namewalks defaults attempts endings refusals writable
 inodes trust
 nodes
 blocks staging
@@ -83,6 +85,7 @@ store.listing store.retry tasks
 store.headers store.answers
 store.base
 attrs dirty
+refusal
 extents keys
 messages
 expiry loop
@@ -133,7 +136,7 @@ USERS = {
     "rich": "display cli bench",
     "typer": "cli entry",
 }
-PURE = ("dirty", "quota", "extents", "keys", "attrs", "config", "errors", "types")
+PURE = ("dirty", "refusal", "quota", "extents", "keys", "attrs", "config", "errors", "types")
 FORBIDDEN = {"phfs_csi", "tests"}
 
 
