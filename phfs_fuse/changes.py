@@ -18,12 +18,10 @@ from functools import partial
 
 import trio
 
-from phfs_fuse import keys
 from phfs_fuse.attempts import Attempts
 from phfs_fuse.dirty import DirtyFile, Event, State
 from phfs_fuse.dirtyfiles import DirtyFiles
 from phfs_fuse.endings import Endings
-from phfs_fuse.errors import IllegalName
 from phfs_fuse.gone import Gone, ancestors
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
@@ -412,23 +410,10 @@ class Changes:
         """The store now has `etag` under `key` by our own doing; whoever has the name now may replace that."""
         if self._removed.landed(key, etag):
             return
-        node = self.find(key)
+        node = self._inodes.named(key)
         if node is None:
             if etag is not None:  # it was renamed or removed while it went up, and who had the name then is gone too
                 self._add_gone(key, etag, request=True)
         elif node is not except_node and node.dirty is not None:
             node.dirty.over = etag
             self.files.save(node)
-
-    def find(self, key: ObjectKey) -> Node | None:
-        """The known node of that key."""
-        prefix = self._inodes.key(self._inodes.root)
-        at: Node | None = self._inodes.root
-        for segment in key.removeprefix(prefix).rstrip("/").split("/"):
-            if at is None or at.kids is None:
-                return None
-            try:
-                at = at.kids.get(keys.name_of(segment))
-            except IllegalName:
-                return None
-        return at

@@ -147,7 +147,7 @@ class Events:
         if self._is_ours(event):
             return
         self.foreign_count += 1
-        node = self._changes.find(event.key)
+        node = self._inodes.named(event.key)
         known = node.stored_size if node is not None and node.dirty is None else None
         self._tell_kernel(self._namespace.changed_by_others(event.key, removed=event.etag is None))
         if self.on_foreign is not None and not event.key.endswith("/"):
@@ -158,7 +158,7 @@ class Events:
 
     def _is_ours(self, event: StoreEvent) -> bool:
         """Whether the event tells of what the tree shows already, because it was done here."""
-        node, gone = self._changes.find(event.key), self._changes.gone.get(event.key)
+        node, gone = self._inodes.named(event.key), self._changes.gone.get(event.key)
         is_folder_key = event.key.endswith("/")
         if event.etag is None:
             if is_folder_key and node is not None and node.is_dir:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs
-from phfs_fuse.errors import StaleVersion
+from phfs_fuse.errors import IllegalName, StaleVersion
 from phfs_fuse.nodes import NEVER, Folder, Node
 from phfs_fuse.types import ROOT_INO, Ino, ObjectKey
 
@@ -144,6 +144,18 @@ class Inodes:
             key = keys.join(self._folder_key(folder.parent), folder.segment + "/")
             folder.keyed = self._places, key
         return folder.keyed[1]
+
+    def named(self, key: ObjectKey) -> Node | None:
+        """The known node of that key."""
+        at: Node | None = self.root
+        for segment in key.removeprefix(self._prefix).rstrip("/").split("/"):
+            if at is None or at.kids is None:
+                return None
+            try:
+                at = at.kids.get(keys.name_of(segment))
+            except IllegalName:
+                return None
+        return at
 
     def path(self, node: Node) -> str:
         """Path below the mount point, for people."""

@@ -186,9 +186,9 @@ class OpenFiles:
 
     async def flush(self, fh: int) -> Node | None:
         """At each close(2); returns the file as `release` does. Raises: the failure of an upload that was not told
-        yet."""
+        yet, to who may write."""
         node = self._inodes.get((fh & ~DIRECT) >> 1)
-        if (error := self._settling.take_error(node)) is not None:
+        if fh & 1 and (error := self._settling.take_error(node)) is not None:
             raise error
         if self._write_through and fh & 1:
             await self._settling.settle(node)

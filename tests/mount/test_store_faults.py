@@ -156,7 +156,7 @@ print(json.dumps(said))
 FAILURES = {
     "internal error": (refused(500, "InternalError"), "ETIMEDOUT", "EIO"),
     "slow down": (refused(503, "SlowDown"), "ETIMEDOUT", "EIO"),
-    "access denied": (refused(403, "AccessDenied"), "EACCES", "EACCES"),
+    "unknown key": (refused(403, "InvalidAccessKeyId"), "EACCES", "EACCES"),
     "no such bucket": (refused(404, "NoSuchBucket"), "ETIMEDOUT", "EIO"),
     "connection reset": (lost, "ETIMEDOUT", "EIO"),
     "silence": (None, "ETIMEDOUT", "ETIMEDOUT"),
