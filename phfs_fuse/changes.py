@@ -178,7 +178,7 @@ class Changes:
             self.review_marker(node, changed=True)
             return
         dirty = node.dirty or self.files.begin(node, node.base.etag if node.base else None)
-        dirty.attrs = True
+        dirty.attrs = dirty.asked = True
         self.files.save(node)
         self._changed(node, dirty)
 
@@ -304,6 +304,7 @@ class Changes:
         assert node.base is not None
         self._quotas.foreign(key, None, 0)
         dirty = self._named(node, node.base.etag)
+        dirty.attrs = dirty.attrs and dirty.asked
         dirty.error = None
         self._changed(node, dirty)
 

@@ -54,6 +54,7 @@ class DirtyFile:
     since: float  # clock of the scheduler, of the oldest change that is not stored
     state: State = State.CLEAN
     attrs: bool = False  # attributes changed
+    asked: bool = False  # attributes were changed by a program, as far as this process knows
     sent_attrs: bool = False  # and are in the snapshot under way
     changes: int = 0
     stored: int = 0
