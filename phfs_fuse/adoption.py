@@ -15,6 +15,7 @@ from phfs_fuse import cachefile, metrics
 from phfs_fuse.cachedisk import INLINE_BYTES
 from phfs_fuse.cachefile import Layout
 from phfs_fuse.extents import Extents
+from phfs_fuse.tasks import survived
 from phfs_fuse.version import Shared, Version
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def adopt(shared: Shared, version: Version, source: str, covered: Extents) -> No
     for extent in blocks:
         version.fills.busy.add(*extent)
     version.refs += 1
-    shared.fetching.nursery.start_soon(_enter, version, blocks, source_fd)
+    shared.fetching.nursery.start_soon(survived, "keeping bytes", _enter, version, blocks, source_fd)
 
 
 def _enter_now(version: Version, blocks: Extents, source_fd: int) -> None:
@@ -94,7 +95,7 @@ def graft(
     version.refs += 1
     checksum = shared.disk.checksum
     call = partial(cachefile.graft, path, old, version.file.layout, checksum, source_fd, covered, same)
-    shared.fetching.nursery.start_soon(_graft, version, path, call, source_fd)
+    shared.fetching.nursery.start_soon(survived, "keeping bytes", _graft, version, path, call, source_fd)
 
 
 async def _graft(version: Version, path: str, call: Callable[[], None], source_fd: int) -> None:

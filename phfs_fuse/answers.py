@@ -60,6 +60,7 @@ class Answers:
             "quotas": self._mount.quotas.shown(),
             "conflicts": len(self._mount.journal.conflicts()),
             "illegal_keys": self._mount.namespace.illegal_keys,
+            "unforeseen": dict(metrics.UNFORESEEN.values),
             "errors": [{"path": path, "reason": reason, "count": count} for path, reason, count in settling.errors()],
             "events": self._mount.events.status(),
             "counters": metrics.snapshot(),

@@ -23,6 +23,7 @@ from phfs_fuse.config import CacheConfig
 from phfs_fuse.extents import Extents
 from phfs_fuse.fills import Fetching
 from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.tasks import PAUSE_SECONDS, lasting, surviving
 from phfs_fuse.types import MIB, ETag, ObjectKey
 from phfs_fuse.version import Shared, Version
 
@@ -90,11 +91,15 @@ class BlockCache:
             async with trio.open_nursery() as nursery:
                 fetching.nursery, fetching.token = nursery, trio.lowlevel.current_trio_token()
                 task_status.started()
-                nursery.start_soon(self._take_up)
+                nursery.start_soon(lasting, "taking up the cache", self._take_up)
                 while True:
                     await disk.work.wait()
                     disk.work = trio.Event()
-                    await self._make_room()
+                    with surviving("cache limit") as outcome:
+                        await self._make_room()
+                    if outcome.failure is not None:
+                        await trio.sleep(PAUSE_SECONDS)
+                        disk.work.set()
         finally:
             fetching.nursery = None
 

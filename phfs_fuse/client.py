@@ -15,7 +15,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from phfs_fuse import registry
+from phfs_fuse import jsontext, registry
 from phfs_fuse.errors import MountpointError, NotDrained, StoreRefused, startup_error
 from phfs_fuse.mountpoint import MountTable, locate
 from phfs_fuse.registry import MountRecord
@@ -159,7 +159,7 @@ def ask(record: MountRecord, request: Mapping[str, object], timeout: float | Non
         with suppress(ConnectionError):  # the process at the other end died: it does not answer either
             channel.sendall(json.dumps(request).encode() + b"\n")
         for line in _lines(channel, deadline):
-            answer = json.loads(line)
+            answer = jsontext.parse(line)
             if "error" in answer and answer.get("refused"):
                 raise StoreRefused(f"{record.mountpoint}: {answer['error']}", answer["refused"])
             if "error" in answer:

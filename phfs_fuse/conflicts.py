@@ -25,6 +25,7 @@ from phfs_fuse.refusal import Operation
 from phfs_fuse.sources import Sources
 from phfs_fuse.staging import StagingArea
 from phfs_fuse.store.base import ObjectInfo, ObjectStore
+from phfs_fuse.tasks import unforeseen
 from phfs_fuse.types import KEY_BYTES_MAX, NAME_BYTES_MAX, ObjectKey
 from phfs_fuse.upload import Snapshot
 from phfs_fuse.uploadqueue import UploadQueue
@@ -76,6 +77,9 @@ class Conflicts:
             self._retry(node, dirty, other)
         except OSError as other:
             self._retry(node, dirty, local_error(key, other))
+        except Exception as other:
+            unforeseen("conflict", other)
+            self._retry(node, dirty, exc)
 
     async def _lost_race(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, exc: PhfsError) -> None:
         try:

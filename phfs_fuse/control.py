@@ -33,9 +33,10 @@ from typing import Final, Protocol
 
 import trio
 
-from phfs_fuse import values
+from phfs_fuse import jsontext, values
 from phfs_fuse.errors import NotDrained, NotFound, PhfsError, StartupError, UsageError
 from phfs_fuse.refusal import summary
+from phfs_fuse.tasks import surviving, unforeseen
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,10 @@ class ControlServer:
     async def _serve(self, stream: trio.SocketStream) -> None:
         """One connection. Whatever it sends, and however it ends, nothing is raised."""
         self._connections += 1
+        with surviving("control connection"):
+            await self._heard(stream)
+
+    async def _heard(self, stream: trio.SocketStream) -> None:
         try:
             if (refusal := self._refusal(stream)) is not None:
                 await _send(stream, _error(refusal))
@@ -169,7 +174,7 @@ class ControlServer:
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             raise
         except Exception as exc:  # a bug must not end the mount
-            log.exception("control request failed")
+            unforeseen("control request", exc)
             await _send(stream, _error(StartupError(f"internal error: {type(exc).__name__}")))
 
     async def _umount(self, stream: trio.SocketStream, *, lazy: bool) -> None:
@@ -241,8 +246,8 @@ class _Lines:
 
 def _parse(line: bytes) -> Fields:
     try:
-        request = json.loads(line)
-    except (ValueError, RecursionError) as exc:
+        request = jsontext.parse(line)
+    except ValueError as exc:
         raise UsageError("the request is not JSON") from exc
     if not isinstance(request, dict):
         raise UsageError("the request is not a JSON object")

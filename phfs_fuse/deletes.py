@@ -21,7 +21,7 @@ from phfs_fuse.journal import Journal
 from phfs_fuse.refusal import is_final
 from phfs_fuse.sources import Sources
 from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
-from phfs_fuse.tasks import gather
+from phfs_fuse.tasks import gather, unforeseen
 from phfs_fuse.types import ETag, ObjectKey
 from phfs_fuse.undo import Undo
 from phfs_fuse.uploadqueue import UploadQueue
@@ -162,6 +162,9 @@ class Deletes:
             self._found(gone, found)
         except (PhfsError, OSError) as exc:
             self._again(gone, exc)
+        except Exception as exc:
+            unforeseen("deletion", exc)
+            self._again(gone, None)
         finally:
             self._queue.free(gone.key)
 

@@ -23,6 +23,7 @@ from phfs_fuse.control import ControlServer
 from phfs_fuse.errors import MountpointError, StartupError
 from phfs_fuse.mount import first_startup_error, prepare_process
 from phfs_fuse.settings import load_config
+from phfs_fuse.tasks import lasting
 from phfs_fuse.wiring import Mount, opened
 
 log = logging.getLogger(__name__)
@@ -47,10 +48,11 @@ async def upload_left(config: MountConfig) -> None:
             return
         await mount.check()
         async with trio.open_nursery() as services:
-            await services.start(mount.blocks.run)
-            await services.start(mount.writeback.run)
-            await services.start(ControlServer(config.control_socket, Answers(mount), _NoMount()).run)
-            services.start_soon(_report, mount)
+            control = ControlServer(config.control_socket, Answers(mount), _NoMount())
+            await services.start(lasting, "cache", mount.blocks.run)
+            await services.start(lasting, "write-back", mount.writeback.run)
+            await services.start(lasting, "control socket", control.run)
+            services.start_soon(lasting, "report", partial(_report, mount))
             await mount.settling.drain()
             await mount.writeback.abort_stale_uploads()
             services.cancel_scope.cancel()

@@ -19,10 +19,19 @@ import trio
 
 from phfs_fuse.attrs import from_metadata
 from phfs_fuse.changes import Changes
-from phfs_fuse.errors import AccessDenied, ClockOff, InvalidArgument, NotFound, NotSupported, PhfsError
+from phfs_fuse.errors import (
+    AccessDenied,
+    ClockOff,
+    InvalidArgument,
+    NotFound,
+    NotSupported,
+    PhfsError,
+    StoreUnavailable,
+)
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.namespace import Namespace
 from phfs_fuse.store.base import ObjectStore, StoreEvent
+from phfs_fuse.tasks import lasting, surviving
 from phfs_fuse.trust import Trust
 from phfs_fuse.types import Ino, ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue
@@ -80,23 +89,26 @@ class Events:
     async def run(self) -> None:
         """Service: listen for ever; returns at once where the store has no stream."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._judge_held)
+            nursery.start_soon(lasting, "events", self._judge_held)
             await self._listen()
             nursery.cancel_scope.cancel()
 
     async def _listen(self) -> None:
         prefix = self._inodes.key(self._inodes.root)
         while True:
-            try:
-                await self._store.listen(prefix, self)
-            except PhfsError as exc:
-                if self.opened_count:
-                    self._lost(exc)
-                elif isinstance(exc, NONE_HERE) and not isinstance(exc, ClockOff):
-                    log.info("changes of others show after a while: %s", exc)
-                    return
-                elif not self._failures:
-                    log.info("changes of others show after a while, for now: %s", exc)
+            failure: PhfsError = StoreUnavailable("listen", prefix, "the stream has failed")
+            with surviving("event stream"):
+                try:
+                    await self._store.listen(prefix, self)
+                except PhfsError as exc:
+                    failure = exc
+            if self.opened_count:
+                self._lost(failure)
+            elif isinstance(failure, NONE_HERE) and not isinstance(failure, ClockOff):
+                log.info("changes of others show after a while: %s", failure)
+                return
+            elif not self._failures:
+                log.info("changes of others show after a while, for now: %s", failure)
             await trio.sleep(self._backoff())
 
     def _backoff(self) -> float:
@@ -134,14 +146,21 @@ class Events:
             if self._queue.is_busy(event.key) and len(self._held) < HELD_MAX:
                 self._held.setdefault(event.key, []).append(event)  # ours or not: known when that has ended
             else:
-                self._judge(event)
+                self._judged(event)
 
     async def _judge_held(self) -> None:
         while True:
             await self._changes.endings.settled.wait()
             for key in [key for key in self._held if not self._queue.is_busy(key)]:
                 for event in self._held.pop(key):
-                    self._judge(event)
+                    self._judged(event)
+
+    def _judged(self, event: StoreEvent) -> None:
+        """An event that cannot be judged is one that was not heard."""
+        with surviving("event") as outcome:
+            self._judge(event)
+        if outcome.failure is not None:
+            self.missed()
 
     def _judge(self, event: StoreEvent) -> None:
         if self._is_ours(event):

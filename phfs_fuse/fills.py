@@ -18,6 +18,7 @@ from phfs_fuse.cachefile import BlockWriter
 from phfs_fuse.errors import BadAnswer, NotFound, PhfsError, StaleVersion, StoreUnavailable, VersionChanged
 from phfs_fuse.extents import Extent, Extents
 from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.tasks import survived, surviving
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Fills:
             if kept is None and own is not None and own[0] <= fill.start and fill.end <= own[1]:
                 kept = fill
             else:
-                nursery.start_soon(self._run, fill)
+                nursery.start_soon(survived, "reading", self._run, fill)
         return kept
 
     def _missing(self, wanted: Iterable[Extent]) -> Iterator[Extent]:
@@ -182,7 +183,7 @@ class Fills:
         def notify() -> None:  # on a thread of the store
             if not fill.notified:
                 fill.notified = True
-                token.run_sync_soon(self._publish, fill, writer)
+                token.run_sync_soon(self._told, fill, writer)
 
         writer = fill.writer = BlockWriter(fill.fd, file.layout, file.disk.checksum, start, end, notify)
         try:
@@ -194,6 +195,13 @@ class Fills:
             os.close(fill.fd)
         if counted and writer.error is None and writer.done != end:
             raise BadAnswer("get", self._file.key, f"ended at {writer.done} instead of {end}")
+
+    def _told(self, fill: _Fill, writer: BlockWriter) -> None:
+        """`_publish`, called by the loop itself, which an exception would end."""
+        with surviving("reading") as outcome:
+            self._publish(fill, writer)
+        if outcome.failure is not None:
+            fill.scope.cancel()
 
     def _publish(self, fill: _Fill, writer: BlockWriter) -> None:
         """Blocks are in the file."""

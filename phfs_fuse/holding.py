@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from phfs_fuse import jsontext
 from phfs_fuse.errors import LocalStateError
 
 PACKET_BYTES_MAX: Final = 16384
@@ -82,7 +83,7 @@ class HolderLink:
 
     def _held(self, request: dict[str, str]) -> Held | None:
         answer, fds = self._ask(request)
-        if len(fds) == 1 and "name" in answer:
+        if len(fds) == 1 and {"name", "device"} <= answer.keys():
             return Held(str(answer["name"]), str(answer["device"]), fds[0])
         for fd in fds:
             os.close(fd)
@@ -94,7 +95,9 @@ class HolderLink:
             packet, received, _flags, _address = socket.recv_fds(
                 self._socket, PACKET_BYTES_MAX, 1, socket.MSG_CMSG_CLOEXEC
             )
-            answer = json.loads(packet)
+            answer = jsontext.parse(packet)
+            if not isinstance(answer, dict):
+                raise ValueError("no JSON object")
         except (OSError, ValueError) as exc:
             raise LocalStateError(f"{self._path}: the holder does not answer: {exc}") from exc
         if "error" in answer:

@@ -1,11 +1,12 @@
-"""What the kernel was told: inode numbers, references, positions of directory readers. Owns `kernel.log`.
+"""What the kernel was told: inode numbers, references, places in open directories. Owns `kernel.log`, and the places.
 
 A worker that resumes the connection of one that died has to know the same numbers. Each record is written before the
 reply that hands something out, in one append, and holds absolute values: the last one counts. The page cache keeps
 it over the death of the process; nothing here has to survive the end of the connection, so nothing is synced.
 
 Records: first the format; `node` (an inode as it was told), `refs` (lookups, open files, of these writers),
-`position` (a directory stream: cookie and sort key of the last name that was given).
+`position` (a directory stream: cookie and key of the last name that was given), `places` (of an open directory: names
+and cookies that were given to a reader; or that the last one is gone).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from phfs_fuse import __version__
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.nodes import Node
+from phfs_fuse.places import Places, Told, restored
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 _HEAD: Final = struct.Struct("<II")  # length and CRC-32 of the body
 _MARSHAL: Final = 4  # the format of all Pythons since 3.4
 FORMAT: Final = 1
-_FORMAT, _NODE, _REFS, _POSITION = 0, 1, 2, 3
+_FORMAT, _NODE, _REFS, _POSITION, _PLACES = 0, 1, 2, 3, 4
 COMPACT_BYTES: Final = 16 << 20  # beyond twice what was needed last time
 COMPACT_BATCH: Final = 500  # nodes between two looks at the event loop
 
@@ -124,6 +126,7 @@ class KernelState:
         self._bytes = self._needed_bytes = 0
         self._is_torn = False
         self._positions: dict[int, tuple[int, bytes]] = {}
+        self._places: dict[int, Places] = {}  # of directories that have readers
 
     def _node(self, node: Node) -> bytes:
         return _packed(_NODE, *_record(node, self._inodes.is_displaced(node)))
@@ -142,6 +145,7 @@ class KernelState:
         Raises: LocalStateError."""
         self.check(self._path)
         known = Known({}, {}, {})
+        told: dict[int, list[Told]] = {}
         for at, (kind, *fields) in _records(self._path):
             self._bytes = at
             if kind == _NODE:
@@ -155,7 +159,14 @@ class KernelState:
                     known.positions.pop(fh, None)
                 else:
                     known.positions[fh] = (cookie, after)
+            elif kind == _PLACES:
+                ino, *page = fields
+                if page:
+                    told.setdefault(ino, []).append(Told(*page))
+                else:
+                    told.pop(ino, None)
         self._positions = dict(known.positions)
+        self._places = {ino: restored(pages) for ino, pages in told.items()}
         return known
 
     def go_on(self) -> None:
@@ -194,8 +205,8 @@ class KernelState:
             self._append(self._node(node) + _refs(node))
             node.noted = True
 
-    def told_all(self, nodes: Iterable[Node], fh: int, cookie: int, after: bytes) -> None:
-        """A page of the directory stream `fh`, which continues behind the sort key `after`, hands out `nodes`."""
+    def told_all(self, nodes: Iterable[Node], fh: int, ino: int, told: Told) -> None:
+        """A page of the stream `fh` of the directory `ino` hands out `nodes`, and the places `told`."""
         out = bytearray()
         for node in nodes:
             node.lookups += 1
@@ -203,12 +214,24 @@ class KernelState:
                 out += self._node(node)
                 node.noted = True
             out += _refs(node)
-        self._positions[fh] = (cookie, after)
-        self._append(out + _packed(_POSITION, fh, cookie, after))
+        self._positions[fh] = position = (told.cookies[-1], told.keys[-1])
+        self._append(out + _packed(_POSITION, fh, *position) + _packed(_PLACES, ino, *told))
 
-    def stream_closed(self, fh: int) -> None:
+    def places(self, folder: Node) -> Places:
+        """Those of a directory that gets one more reader."""
+        places = self._places.setdefault(folder.ino, Places(folder.gaps))
+        places.readers += 1
+        return places
+
+    def stream_closed(self, fh: int, folder: Node) -> None:
+        """The reader `fh` of a directory is gone; with the last one go the places."""
         if self._positions.pop(fh, None) is not None:
             self._append(_packed(_POSITION, fh, -1, b""))
+        places = self._places[folder.ino]
+        places.readers -= 1
+        if not places.readers:
+            del self._places[folder.ino]
+            self._append(_packed(_PLACES, folder.ino))
 
     def forgotten(self, nodes: Iterable[Node]) -> None:
         self._append(b"".join(map(_refs, nodes)))
@@ -258,6 +281,10 @@ class KernelState:
                 await trio.lowlevel.checkpoint()
             for fh, position in self._positions.items():
                 self._write(self._next_fd, _packed(_POSITION, fh, *position))
+            for ino, places in list(self._places.items()):
+                for told in places.told():
+                    self._write(self._next_fd, _packed(_PLACES, ino, *told))
+                    await trio.lowlevel.checkpoint()
             if self._is_torn:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except BaseException:

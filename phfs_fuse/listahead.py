@@ -16,6 +16,7 @@ from phfs_fuse.errors import PhfsError
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.namespace import Namespace
 from phfs_fuse.nodes import Node
+from phfs_fuse.tasks import survived
 from phfs_fuse.types import Ino
 
 AHEAD = 4  # folders at a time
@@ -77,7 +78,7 @@ class ListAhead:
                 continue
             if self._namespace.complete_listing(kid) is None:
                 self._coming[ino] = trio.Event()
-                self._nursery.start_soon(self._list, kid)
+                self._nursery.start_soon(survived, "listing ahead", self._list, kid)
 
     async def _list(self, folder: Node) -> None:
         """One page: of a large folder the reader gets the rest itself."""

@@ -42,20 +42,21 @@ class Listings:
         self._probes = probes
         self.illegal_keys = 0
 
-    async def pages(self, parent: Node, *, pages_max: int = 1 << 60) -> AsyncGenerator[list[Node]]:
+    async def pages(self, parent: Node, *, pages_max: int = 1 << 60, after: str = "") -> AsyncGenerator[list[Node]]:
         """The directory page by page, in the order of the store; then `kids` has all that is not forgotten
         meanwhile, and what is not there any more has left it. Local names that the store lacks are not in
-        the pages. Raises: PhfsError."""
+        the pages. With `after`, the segment of a key, only what follows it, and maybe itself. Raises: PhfsError."""
         prefix = self._inodes.key(parent)
         seq = self._changes.seq
         asked_at = trio.current_time()
         gaps = parent.gaps
-        before = dict(parent.kids or {})
+        start = prefix + after if after else ""
+        before = {} if after else dict(parent.kids or {})
         token: str | None = None
         for _ in range(pages_max):
             try:
                 with self._merging.asking(parent) as question:
-                    page = await self._store.list(prefix, delimiter=True, token=token)
+                    page = await self._store.list(prefix, delimiter=True, token=token, start_after=start)
                     nodes = await self._merge(parent, prefix, page.objects, page.prefixes, question)
             except REFUSED as exc:
                 self._known.found_away(exc)
@@ -67,6 +68,8 @@ class Listings:
                 before.pop(node.name, None)
             yield nodes
             if (token := page.next_token) is None:
+                if after:
+                    return
                 for name, node in before.items():
                     if not node.detached:
                         self._merging.absent(parent, name, seq)

@@ -21,6 +21,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Final
 
+from phfs_fuse import jsontext
+
 PACKET_BYTES_MAX: Final = 16384
 REASON_CHARS_MAX: Final = 2000  # escaped as JSON at most 6 bytes each: always fits into one packet
 
@@ -63,5 +65,5 @@ def encode(message: Message) -> bytes:
 
 def decode(packet: bytes) -> Message:
     """Raises ValueError, TypeError or KeyError: not a message of this version."""
-    said = json.loads(packet)
+    said = jsontext.parse(packet)
     return Message(**said | {"kind": Kind(said["kind"])})

@@ -27,6 +27,7 @@ from phfs_fuse.journalrows import Act
 from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import DIRECT
 from phfs_fuse.quota import Room
+from phfs_fuse.tasks import surviving
 from phfs_fuse.types import ROOT_INO, Fh
 from phfs_fuse.vfs import Change, Vfs
 
@@ -124,7 +125,8 @@ class Operations(pyfuse3.Operations):
         return self._counted(node)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        self._vfs.forget(inode_list)
+        with surviving("forget"):  # which has no answer
+            self._vfs.forget(inode_list)
 
     @_answers
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:

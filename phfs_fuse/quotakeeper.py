@@ -17,7 +17,7 @@ from typing import Final
 
 import trio
 
-from phfs_fuse import values
+from phfs_fuse import jsontext, values
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import QuotaConfig
 from phfs_fuse.errors import ConfigError, LocalStateError, PhfsError
@@ -25,6 +25,7 @@ from phfs_fuse.journal import Journal
 from phfs_fuse.keys import segment_of
 from phfs_fuse.quota import Quotas
 from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.tasks import lasting, surviving
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +119,8 @@ class QuotaKeeper:
         """Service."""
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._look)
-                nursery.start_soon(self._count_now_and_then)
+                nursery.start_soon(lasting, "quota file", self._look)
+                nursery.start_soon(lasting, "quota count", self._count_now_and_then)
                 task_status.started()
         finally:
             self._note()
@@ -155,7 +156,10 @@ class QuotaKeeper:
         while True:
             now = trio.current_time()
             if self._quotas and (now >= self._next or (self._quotas.outdated and now >= self._earliest)):
-                await self._count()
+                with surviving("quota count") as outcome:
+                    await self._count()
+                if outcome.failure is not None:
+                    self._put_off()
             await trio.sleep(LOOK_SECONDS)
 
     async def _count(self) -> None:
@@ -165,8 +169,7 @@ class QuotaKeeper:
             for root in self._quotas.roots():
                 await self._count_below(root)
         except PhfsError as exc:
-            self._quotas.outdated = True
-            self._earliest = trio.current_time() + RETRY_SECONDS
+            self._put_off()
             log.log(logging.DEBUG if self._failed else logging.WARNING, "quotas cannot be counted now: %s", exc)
             self._failed = True
             return
@@ -175,6 +178,11 @@ class QuotaKeeper:
         self._earliest = now + max(PAUSE_SECONDS, PAUSE_FACTOR * (now - started))
         self._next = max(self._earliest, now + self._config.recount_seconds)
         log.debug("counted quotas=%d seconds=%.1f", len(self._paths), now - started)
+
+    def _put_off(self) -> None:
+        """What could not be counted is counted a little later."""
+        self._quotas.outdated = True
+        self._earliest = trio.current_time() + RETRY_SECONDS
 
     async def _count_below(self, root: str) -> None:
         count = self._quotas.begin(root, self._changes.known_sizes())
@@ -221,6 +229,6 @@ def _version(file: Path | None) -> object:
 def _mapping(text: str | None) -> dict[str, int | None]:
     """What was noted in the journal."""
     with suppress(ValueError, TypeError):
-        found = json.loads(text or "{}")
+        found = jsontext.parse(text or "{}")
         return {str(name): None if size is None else int(size) for name, size in found.items()}
     return {}

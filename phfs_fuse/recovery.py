@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import stat
@@ -12,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from phfs_fuse import keys
+from phfs_fuse import jsontext, keys
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.errors import IllegalName
 from phfs_fuse.inodes import Inodes
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def _attrs(row: PresentRow) -> Attrs:
-    xattrs = json.loads(row.xattrs) if row.xattrs else {}
+    xattrs = jsontext.parse(row.xattrs) if row.xattrs else {}
     return Attrs(
         mode=row.mode,
         uid=row.uid,

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from phfs_fuse import jsontext
 from phfs_fuse.dirs import runtime_dir
 from phfs_fuse.waiting import ended
 
@@ -67,7 +68,7 @@ def records() -> Iterator[MountRecord]:
 def _read(path: Path) -> MountRecord | None:
     """None: not there, or not a record (another version's, or half of one after a power cut)."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = jsontext.parse(path.read_text(encoding="utf-8"))
         return MountRecord(
             mountpoint=str(data["mountpoint"]),
             control_socket=str(data["control_socket"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from functools import partial
 from typing import Final
 
 import trio
@@ -19,6 +20,7 @@ from phfs_fuse.errors import MountpointError, StartupError
 from phfs_fuse.expiry import can_expire
 from phfs_fuse.memory import Memory
 from phfs_fuse.session import KeeperLink, Session
+from phfs_fuse.tasks import lasting, survived, surviving
 from phfs_fuse.wiring import Mount
 
 log = logging.getLogger(__name__)
@@ -49,18 +51,18 @@ class Services:
         mount = self._mount
         async with trio.open_nursery() as services:
             self._nursery = services
-            await services.start(mount.blocks.run)
-            await services.start(mount.writeback.run)
-            await services.start(mount.quotas.run)
-            await services.start(mount.vfs.list_ahead)
-            services.start_soon(self._hear_keeper)
+            await services.start(lasting, "cache", mount.blocks.run)
+            await services.start(lasting, "write-back", mount.writeback.run)
+            await services.start(lasting, "quotas", mount.quotas.run)
+            await services.start(lasting, "listing ahead", mount.vfs.list_ahead)
+            services.start_soon(lasting, "line to the keeper", self._hear_keeper)
             if mount.config.tree.events is EventsSetting.AUTO:
-                services.start_soon(self._hear_store)
+                services.start_soon(lasting, "events", self._hear_store)
             services.start_soon(self._announce)
-            await services.start(listener.run)
-            services.start_soon(Memory(mount.inodes).run)
-            services.start_soon(self._flush_kernel)
-            services.start_soon(self._checkpoint)
+            await services.start(lasting, "control socket", listener.run)
+            services.start_soon(lasting, "memory", Memory(mount.inodes).run)
+            services.start_soon(lasting, "syncing", self._flush_kernel)
+            services.start_soon(lasting, "checkpoint", self._checkpoint)
             await self._session.serve()
             if not self._handing_over:
                 log.info("unmounted mountpoint=%s", mount.config.kernel.mountpoint)
@@ -78,7 +80,9 @@ class Services:
         async with trio.open_nursery() as nursery:
             if self._link.expires:  # the keeper is not of an older version
                 mount.trust.kernel_takes_back = can_expire()
-                nursery.start_soon(mount.events.tell_kernel, self._link.expire)
+                nursery.start_soon(
+                    lasting, "telling the kernel", partial(mount.events.tell_kernel, self._link.expire)
+                )
                 if self._resumed:  # told by the process before, which may have missed something when it died
                     mount.events.expire_all()
             await mount.events.run()
@@ -89,8 +93,8 @@ class Services:
         if self._resumed:
             await trio.sleep(RESEND_SECONDS)
             self._mount.vfs.end_resume()
-            await self._check_again()
-        await self._mount.writeback.abort_stale_uploads()
+            await survived("look at the store", self._check_again)
+        await lasting("stale uploads", self._mount.writeback.abort_stale_uploads)
 
     async def _check_again(self) -> None:
         """What a first worker finds out before it serves."""
@@ -105,7 +109,7 @@ class Services:
             self._drain_now.set()
         if not self._ending.is_set():
             self._ending.set()
-            self._nursery.start_soon(self._end)
+            self._nursery.start_soon(lasting, "unmount", self._end)
 
     def _on_handover(self) -> None:
         """Another worker waits to go on: take no more requests, answer those in work, end. What takes too long (it
@@ -169,12 +173,18 @@ class Services:
         """Service: keep the journal's log short."""
         while True:
             await trio.sleep(CHECKPOINT_SECONDS)
-            with contextlib.suppress(OSError):
-                self._mount.journal.reserve.review()
-                self._mount.journal.forget_ended()
-            if self._mount.journal.log_bytes > CHECKPOINT_BYTES:
-                with contextlib.suppress(OSError):  # the disk is full: the log stays as it is
-                    await trio.to_thread.run_sync(self._mount.journal.checkpoint)
-            if self._mount.kernel.wants_compaction:
-                with contextlib.suppress(OSError):  # the disk is still full
-                    await self._mount.kernel.compact()
+            for step in (self._forget, self._shorten_journal, self._shorten_kernel_log):
+                with surviving("checkpoint"), contextlib.suppress(OSError):  # the disk is full: all stays as it is
+                    await step()
+
+    async def _forget(self) -> None:
+        self._mount.journal.reserve.review()
+        self._mount.journal.forget_ended()
+
+    async def _shorten_journal(self) -> None:
+        if self._mount.journal.log_bytes > CHECKPOINT_BYTES:
+            await trio.to_thread.run_sync(self._mount.journal.checkpoint)
+
+    async def _shorten_kernel_log(self) -> None:
+        if self._mount.kernel.wants_compaction:
+            await self._mount.kernel.compact()

@@ -166,7 +166,11 @@ class KeeperLink:
         stays broken.
         """
         while packet := await self._receive():
-            message = messages.decode(packet)
+            try:
+                message = messages.decode(packet)
+            except (ValueError, TypeError, KeyError):  # of another version
+                log.error("not understood, ignored: %r", packet[:200])
+                continue
             if message.kind is Kind.EXPIRED:
                 self._expired.set()
             if message.kind is Kind.DRAIN:

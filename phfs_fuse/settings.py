@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast, get_args, get_type_hints
 
-from phfs_fuse import values
+from phfs_fuse import jsontext, values
 from phfs_fuse.config import (
     CacheConfig,
     KernelConfig,
@@ -275,7 +275,7 @@ def load_config(text: str) -> MountConfig:
     Raises: UsageError when the text is of a newer version, or is none.
     """
     try:
-        data = json.loads(text)
+        data = jsontext.parse(text)
         if data["version"] > CONFIG_VERSION:
             raise UsageError("the config of the mount is of a newer version of phfs")
         return _restore(MountConfig, data)

@@ -20,6 +20,7 @@ from phfs_fuse.errors import PhfsError, StaleVersion, VersionChanged
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.nodes import Node
 from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.tasks import survived, unforeseen
 from phfs_fuse.types import ObjectKey
 from phfs_fuse.upload import Fill
 from phfs_fuse.uploadqueue import UploadQueue, Work
@@ -86,7 +87,7 @@ class Sources:
             return  # it will need them no more when that ends
         if self.nursery is not None and node not in self._fetching:
             self._fetching.add(node)
-            self.nursery.start_soon(self._fetch, node)
+            self.nursery.start_soon(survived, "fetching", self._fetch, node)
 
     async def _fetch(self, node: Node) -> None:
         """Retried until it worked, the version is gone, or nobody needs it any more."""
@@ -100,7 +101,9 @@ class Sources:
                     log.warning("bytes of ino=%d are lost, somebody else has replaced them: %s", node.ino, exc)
                     self._changes.users.untrack(node)
                     return
-                except (PhfsError, OSError) as exc:
+                except Exception as exc:
+                    if not isinstance(exc, (PhfsError, OSError)):
+                        unforeseen("fetching", exc)
                     log.warning("bytes of ino=%d cannot be fetched yet: %s", node.ino, exc)
                     await trio.sleep(self._queue.backoff(attempt))
         finally:

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
-from phfs_fuse import keeper, mount
+from phfs_fuse import jsontext, keeper, mount
 from phfs_fuse.store import warm
 from phfs_fuse.waiting import ended
 
@@ -119,7 +119,7 @@ def serve(channel: socket.socket) -> None:
         packet, fds, _flags, _address = socket.recv_fds(channel, PACKET_BYTES_MAX, 2, socket.MSG_CMSG_CLOEXEC)
         if not packet:
             return
-        if not (request := json.loads(packet)):
+        if not (request := jsontext.parse(packet)):
             channel.send(json.dumps({"pid": os.getpid()}).encode())
             continue
         report_fd, log_fd = fds

@@ -6,7 +6,6 @@ A keeper tells whether its mount is ready by a pipe: one JSON object, `exit_code
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
-from phfs_fuse import fusemount, registry
+from phfs_fuse import fusemount, jsontext, registry
 from phfs_fuse.config import MountConfig
 from phfs_fuse.errors import LocalStateError, StartupError, startup_error
 from phfs_fuse.fusemount import UNMOUNT_SECONDS
@@ -132,7 +131,7 @@ def _start_in_background(start: Callable[[int], int], log_place: str, deadline: 
             raise TimeoutError("the mount was not ready in time")
     if not answer:
         raise StartupError(f"the mount ended before it was ready; the reason is in {log_place}")
-    report = json.loads(answer)
+    report = jsontext.parse(answer)
     if report["exit_code"]:
         raise startup_error(report["exit_code"], report["reason"])
 

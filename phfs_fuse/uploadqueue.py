@@ -165,6 +165,14 @@ class UploadQueue:
         if self._heap[0][2] is work:
             self.wake.set()
 
+    def look_later(self, work: Work) -> None:
+        """At what could not be begun."""
+        due = trio.current_time() + self.backoff(3)
+        if isinstance(work, Gone):
+            self.push(work, due)
+        elif work.dirty is not None:
+            self.enqueue(work, work.dirty, due)
+
     def hurry(self, node: Node) -> None:
         """Upload `node` now, if it waits for something that is not a request."""
         if node.dirty is not None:

@@ -40,6 +40,7 @@ from phfs_fuse.refusal import Operation, is_final
 from phfs_fuse.sources import Sources
 from phfs_fuse.staging import Layer, StagingArea
 from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
+from phfs_fuse.tasks import survived, surviving, unforeseen
 from phfs_fuse.types import ETag, ObjectKey
 from phfs_fuse.undo import Undo
 from phfs_fuse.upload import Snapshot, Uploader
@@ -134,7 +135,7 @@ class Writeback:
                 self._start_due()
                 if not is_prepared and self._queue.next_due < math.inf:
                     is_prepared = True
-                    nursery.start_soon(self._prepare)
+                    nursery.start_soon(survived, "look at the store", self._prepare)
                 wake = self._queue.wake
                 with trio.move_on_at(self._next_look()):
                     await wake.wait()
@@ -174,22 +175,27 @@ class Writeback:
         now = trio.current_time()
         deletes: list[Gone] = []
         while self._journal.can_note() and (work := self._next_work(now)) is not None:
-            if isinstance(work, Gone):
-                if self._deletes.is_ready(work):
-                    deletes.append(work)
-                    self._queue.claim(work.key)
-                    if len(deletes) == BATCH_MAX:
-                        self._spawn(self._delete, deletes)
-                        deletes = []
-            elif (dirty := work.dirty) is not None:
-                if dirty.state is not State.DIRTY or work.detached:
-                    continue
-                if dirty.due > now:
-                    self._queue.enqueue(work, dirty, dirty.due)
-                else:
-                    self._start(work, dirty)
+            with surviving("write-back") as outcome:
+                self._look_at(work, now, deletes)
+            if outcome.failure is not None:
+                self._queue.look_later(work)
+            if len(deletes) == BATCH_MAX:
+                self._spawn(self._delete, deletes)
+                deletes = []
         if deletes:
             self._spawn(self._delete, deletes)
+
+    def _look_at(self, work: Work, now: float, deletes: list[Gone]) -> None:
+        """Start what is due, or add it to `deletes`."""
+        if isinstance(work, Gone):
+            if self._deletes.is_ready(work):
+                self._queue.claim(work.key)
+                deletes.append(work)
+        elif (dirty := work.dirty) is not None and dirty.state is State.DIRTY and not work.detached:
+            if dirty.due > now:
+                self._queue.enqueue(work, dirty, dirty.due)
+            else:
+                self._start(work, dirty)
 
     def _upcoming(self) -> Iterator[ObjectKey]:
         for node in self._queue.upcoming(trio.current_time()):
@@ -201,7 +207,7 @@ class Writeback:
     def _spawn(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
         assert self._nursery is not None
         self._running += 1
-        self._nursery.start_soon(self._noting, task, *args)
+        self._nursery.start_soon(survived, "write-back", self._noting, task, *args)
 
     async def _noting(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
         """What could not be noted is done once more after a restart, and finds itself done."""
@@ -249,19 +255,19 @@ class Writeback:
         staged = node.staged
         if staged is not None:
             staged.frozen = True
-        snap = Snapshot(
-            key=key,
-            metadata=to_metadata(node.attrs),
-            expect=None if self._config.on_conflict is OnConflict.OVERWRITE else Expect(dirty.over),
-            base=node.base,
-            layer=staged.bottom if staged else None,
-            fill=self._sources.filler(node),
-            properties=node.inherited,
-        )
         moved_only = _is_moved_only(node, dirty)
-        dirty.attrs, dirty.sent_attrs = False, dirty.attrs
         began_at = trio.current_time()
         try:
+            snap = Snapshot(
+                key=key,
+                metadata=to_metadata(node.attrs),
+                expect=None if self._config.on_conflict is OnConflict.OVERWRITE else Expect(dirty.over),
+                base=node.base,
+                layer=staged.bottom if staged else None,
+                fill=self._sources.filler(node),
+                properties=node.inherited,
+            )
+            dirty.attrs, dirty.sent_attrs = False, dirty.attrs
             snap = await self._uploader.inheriting(snap, moved_only=moved_only)
             self._changes.attempts.begin(key, snap.size, snap.content)
             info = await self._uploader.store(snap)
@@ -272,6 +278,9 @@ class Writeback:
         except (PhfsError, OSError) as exc:
             await self._room_for(exc)
             self._failed(node, dirty, key, exc)
+        except Exception as exc:
+            unforeseen("upload", exc)
+            self._failed(node, dirty, key, PhfsError("upload", key, f"unforeseen {type(exc).__name__}"))
         except BaseException:
             self._failed(node, dirty, key, None)
             raise
@@ -289,6 +298,9 @@ class Writeback:
         except (PhfsError, OSError) as exc:
             await self._room_for(exc)
             self._failed(node, dirty, key, exc)
+        except Exception as exc:
+            unforeseen("upload", exc)
+            self._failed(node, dirty, key, PhfsError("upload", key, f"unforeseen {type(exc).__name__}"))
         except BaseException:
             self._failed(node, dirty, key, None)
             raise

@@ -26,6 +26,7 @@ from phfs_csi.attributes import checked_prefix
 from phfs_csi.errors import CsiError, DeadlineExceeded, FailedPrecondition
 from phfs_csi.params import Credentials, VolumeParams
 from phfs_csi.volumeid import VolumeId, parse_volume_id
+from phfs_fuse import jsontext
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import NotFound, PhfsError
 from phfs_fuse.store.base import Expect, ObjectStore
@@ -66,7 +67,7 @@ class Record:
 def load_record(bucket: str, name: str, text: bytes) -> Record:
     """Raises: FailedPrecondition when it is no record of that name, or one of a newer plugin."""
     try:
-        data: Any = json.loads(text)
+        data: Any = jsontext.parse(text)
         if data.pop("version") != VERSION or data["name"] != name or not data["prefix"].endswith("/"):
             raise ValueError
         context = {str(key): str(value) for key, value in data.pop("context").items()}

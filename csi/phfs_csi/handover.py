@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from phfs_csi.succession import connect, is_of_us, listen, wait_until_alone
+from phfs_fuse import jsontext
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def ask(path: Path, pod_uid: str) -> Inheritance | None:
     try:
         channel.settimeout(ANSWER_SECONDS)
         channel.send(json.dumps({"op": "handover", "pod_uid": pod_uid}).encode())
-        answer = json.loads(channel.recv(PACKET_BYTES_MAX) or b"null")
+        answer = jsontext.parse(channel.recv(PACKET_BYTES_MAX) or b"null")
         found = Inheritance(channel, [str(name) for name in answer["released"]], str(answer["pod_uid"]))
     except (OSError, ValueError, TypeError, KeyError) as exc:
         log.warning("%s: the plugin before does not let go: %s", path, exc)
@@ -120,7 +121,7 @@ class HandoverServer:
         """Whether the successor has taken over. Returns when it has ended, too: its connection tells."""
         try:
             channel.settimeout(REQUEST_SECONDS)
-            request = json.loads(channel.recv(PACKET_BYTES_MAX) or b"null")
+            request = jsontext.parse(channel.recv(PACKET_BYTES_MAX) or b"null")
             if request is None or request["op"] != "handover":
                 return False
             log.info("handing over to pod=%s", request.get("pod_uid") or "?")
@@ -142,6 +143,6 @@ class HandoverServer:
         try:
             channel.send(json.dumps(answer).encode())
             channel.settimeout(TAKE_SECONDS)
-            return bool(json.loads(channel.recv(PACKET_BYTES_MAX) or b"null"))
+            return bool(jsontext.parse(channel.recv(PACKET_BYTES_MAX) or b"null"))
         except (OSError, ValueError):
             return False

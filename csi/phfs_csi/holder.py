@@ -16,12 +16,14 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from phfs_csi.succession import Marks, is_of_us, listen, wait_until_alone
+from phfs_fuse import jsontext
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.fusemount import is_connected
 from phfs_fuse.holding import PACKET_BYTES_MAX, Held, HolderLink
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 ROLE: Final = "holder"
 CONNECTIONS_MAX: Final = 1024
 NAME_CHARS_MAX: Final = 4096
+FAILED_SECONDS: Final = 0.1  # until the next connection is served
 
 
 class Holder:
@@ -69,7 +72,7 @@ class Holder:
             log.info("holding path=%s mounts=%d", self._path, len(self._held))
             while not self._succeeded and not (self._ending and not self._held):
                 for fd, _events in self._poll.poll()[:1]:  # what one does may close the next
-                    self._handlers[fd]()
+                    self._handle(fd)
             signal.set_wakeup_fd(-1)
         for name in list(self._held):
             self._drop(name)
@@ -78,6 +81,14 @@ class Holder:
             channel.close()
         log.info("ended path=%s succeeded=%s", self._path, self._succeeded)
         return self._succeeded and not self._ending  # asked to end: it was only waiting for that
+
+    def _handle(self, fd: int) -> None:
+        """Nothing that one connection brings about may end the others."""
+        try:
+            self._handlers[fd]()
+        except Exception:
+            log.exception("a connection failed for a reason that nobody foresaw")
+            time.sleep(FAILED_SECONDS)  # what it should have read may be there still
 
     def _take_over(self, before: HolderLink) -> None:
         name = ""
@@ -131,7 +142,7 @@ class Holder:
 
     def _answer(self, packet: bytes, fds: Sequence[int]) -> tuple[dict[str, str], list[int]]:
         try:
-            request = json.loads(packet)
+            request = jsontext.parse(packet)
             match request["op"]:
                 case "keep":
                     self._keep(Held(_text(request, "name"), _text(request, "device"), _connection(fds)))
@@ -147,7 +158,7 @@ class Holder:
                     return {"pod_uid": self._pod_uid}, []
                 case other:
                     raise ValueError(f"no such op: {other!r}")
-        except (ValueError, TypeError, KeyError) as exc:
+        except Exception as exc:  # of whatever kind: the holder is all that the mounts have
             return {"error": f"not understood: {exc}"}, []
         return {}, []
 

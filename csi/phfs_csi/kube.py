@@ -6,7 +6,6 @@ Source: Kubernetes documentation, accessing the API from a pod.
 
 from __future__ import annotations
 
-import json
 import os
 import ssl
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from urllib.parse import quote
 import urllib3
 
 from phfs_csi.errors import FailedPrecondition, NotFound, PermissionDenied, Unavailable
+from phfs_fuse import jsontext
 
 ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _SECONDS: Final = 10.0
@@ -50,7 +50,7 @@ class Cluster:
         if status != 200:
             raise Unavailable(f"claim {claim}: the cluster answered {status}")
         try:
-            found = json.loads(body)["metadata"].get("annotations") or {}
+            found = jsontext.parse(body)["metadata"].get("annotations") or {}
             return {str(key): str(text) for key, text in found.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise Unavailable(f"claim {claim}: the cluster's answer cannot be read") from None

@@ -28,6 +28,7 @@ from typing import Any, Final
 
 from phfs_csi.errors import Aborted, Internal, InvalidArgument, ResourceExhausted
 from phfs_csi.params import AccessMode, Credentials
+from phfs_fuse import jsontext
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +89,10 @@ class Records:
 
     def _load(self, path: Path) -> None:
         try:
-            record = _volume(json.loads(path.read_text(encoding="utf-8")))
-            targets = [_target(json.loads(file.read_text())) for file in sorted(path.parent.glob("targets/*.json"))]
+            record = _volume(jsontext.parse(path.read_text(encoding="utf-8")))
+            targets = [
+                _target(jsontext.parse(file.read_text())) for file in sorted(path.parent.glob("targets/*.json"))
+            ]
         except (OSError, ValueError, TypeError, KeyError) as exc:
             log.error("%s: not read: %s: its mount is not looked after until it is staged again", path, exc)
             return

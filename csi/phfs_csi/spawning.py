@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from phfs_fuse import fusemount, starting
+from phfs_fuse import fusemount, jsontext, starting
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Spawner:
     def _ask(self, request: Mapping[str, object], fds: Sequence[int]) -> int:
         channel = self._ready().channel
         socket.send_fds(channel, [json.dumps(request).encode()], fds)
-        return int(json.loads(channel.recv(PACKET_BYTES_MAX))["pid"])
+        return int(jsontext.parse(channel.recv(PACKET_BYTES_MAX))["pid"])
 
     def _ready(self) -> _Running:
         if self._running is not None and self._running.process.poll() is None:

@@ -15,7 +15,6 @@ delivers afterwards: many events at once mean that some may be missing.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 
+from phfs_fuse import jsontext
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import BadAnswer, CredentialsRefused, NotSupported, PhfsError, StoreUnavailable
 from phfs_fuse.store.answers import error_code, error_of, reading
@@ -206,7 +206,7 @@ def parse_events(line: bytes) -> list[StoreEvent]:
     if not line.strip():
         return []
     with reading("listen", "event"):
-        records = json.loads(line).get("Records") or ()
+        records = jsontext.parse(line).get("Records") or ()
         return [event for record in records if (event := _event(record)) is not None]
 
 

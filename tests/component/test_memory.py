@@ -31,8 +31,10 @@ async def list_for_kernel(world: World, node: Node) -> list[Node]:
     """As `ls -l`: the kernel has a reference to all that it was shown."""
     found = []
     fh = world.vfs.opendir(node.ino)
-    while page := await world.vfs.readdir(fh, len(found)):
+    offset = 0
+    while page := await world.vfs.readdir(fh, offset):
         world.vfs.told_page(fh, page)
+        offset = page[-1][0]
         found += [node for _, node in page]
     await world.vfs.releasedir(fh)
     return found

@@ -165,16 +165,24 @@ def test_it_does_not_end_with_what_only_it_holds(place: Place, pipe: tuple[int, 
         b'{"op": "take"}',
         b'{"op": "take", "name": "' + b"x" * 5000 + b'"}',
         b'{"op": "what"}',
+        b'{"op": []}',
+        b'{"op": "take", "name": {}}',
+        b"[" * 16_000,
+        b"9" * 5000,
+        b"7",
+        b"\xff",
     ],
 )
 def test_nonsense_is_answered(place: Place, packet: bytes) -> None:
-    place.start()
+    """And does not end the holder, which is all that its mounts have."""
+    process = place.start()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
         channel.settimeout(SECONDS)
         channel.connect(str(place.path))
         channel.send(packet)
-        assert "error" in json.loads(channel.recv(4096))
+        assert "error" in json.loads(channel.recv(1 << 16))
     assert names(place.path) == []
+    assert process.poll() is None
 
 
 def test_descriptors_nobody_asked_for_are_closed(place: Place, pipe: tuple[int, int]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -151,6 +154,72 @@ def test_a_directory_stream_goes_on_where_it_was(place: MountPlace) -> None:
         place.mount.kill_worker()
         found += [entry.name for entry in entries]
     assert sorted(found) == sorted([f"{number:05}" for number in range(1500)] + ["00001-local"])
+
+
+def test_places_in_a_directory_stay_valid(place: MountPlace) -> None:
+    """As xfstests generic/676 (seeks backwards and to anywhere), with names that go and a worker that dies."""
+    folder = place.path / "many"
+    for number in range(1500):
+        key = f"{place.mount.prefix}many/{number:05}"
+        place.mount.s3.put_object(Bucket=place.mount.bucket, Key=key, Body=b"")
+    with Directory(folder) as directory:
+        found = list(directory)
+        assert [name for _, name, _ in found] == [f"{number:05}" for number in range(1500)]
+        chance = random.Random(1)
+        for is_killed in (True, False):
+            count = len(found)
+            for index in [*range(count - 1, -1, -75), *chance.sample(range(count), 50)]:
+                directory.seek(found[index][0])
+                assert list(islice(directory, 3)) == found[index : index + 3]
+            for _, name, _ in found[:50]:
+                (folder / name).unlink()
+            directory.seek(found[100][0])
+            assert [name for _, name, _ in directory] == [name for _, name, _ in found[100:]]
+            found = found[50:]
+            if is_killed:
+                place.mount.kill_worker()
+
+
+class _Entry(ctypes.Structure):
+    _fields_ = (
+        ("ino", ctypes.c_uint64),
+        ("behind", ctypes.c_int64),
+        ("length", ctypes.c_uint16),
+        ("type", ctypes.c_uint8),
+        ("name", ctypes.c_char * 256),
+    )
+
+
+class Directory:
+    """A directory stream of the C library: yields (place before the name, name, place behind it)."""
+
+    def __init__(self, path: Path) -> None:
+        self._libc = libc = ctypes.CDLL(None, use_errno=True)
+        libc.opendir.restype = libc.readdir.restype = ctypes.c_void_p
+        libc.telldir.restype = ctypes.c_long
+        libc.readdir.argtypes = libc.telldir.argtypes = libc.closedir.argtypes = (ctypes.c_void_p,)
+        libc.seekdir.argtypes = (ctypes.c_void_p, ctypes.c_long)
+        self._stream = libc.opendir(os.fsencode(path))
+        assert self._stream
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._libc.closedir(self._stream)
+
+    def __iter__(self) -> Directory:
+        return self
+
+    def __next__(self) -> tuple[int, str, int]:
+        at = self._libc.telldir(self._stream)
+        if not (entry := self._libc.readdir(self._stream)):
+            raise StopIteration
+        found = _Entry.from_address(entry)
+        return at, found.name.decode(), found.behind
+
+    def seek(self, place: int) -> None:
+        self._libc.seekdir(self._stream, place)
 
 
 @pytest.mark.parametrize("how", ["killed", "upgraded"])

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -31,22 +32,36 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """`drip`: seconds between two bytes of its body."""
+
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
+    drip: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """Bytes in place of an answer, after which the connection is closed. `drip`: seconds between two of them."""
+
+    data: bytes = b""
+    drip: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """To the store behind. `without`: headers (lower case) that it does not get to see; its answer is `lost`, or
-    `cut` after so many bytes of its body."""
+    """To the store behind. `without`: headers (lower case) that it does not get to see; its answer is `edit`ed, and
+    then `lost`, or `cut` after so many bytes of its body. A stream of events begins with the bytes `first`."""
 
     without: frozenset[str] = frozenset()
     lost: bool = False
     cut: int | None = None
+    edit: Callable[[Answer], Answer] | None = None
+    first: bytes = b""
 
 
-Script = Callable[[Request], Answer | Forward]
+Action = Answer | Raw | Forward
+Script = Callable[[Request], Action]
 
 
 def forward_all(_: Request) -> Forward:
@@ -109,6 +124,10 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(action, Answer):
             self._reply(action, len(action.body))
             return
+        if isinstance(action, Raw):
+            self._send(action.data, action.drip)
+            self.close_connection = True
+            return
         answer = self._forwarded(request, action)
         if answer is None or action.lost:
             self.close_connection = True
@@ -130,14 +149,15 @@ class _Handler(BaseHTTPRequestHandler):
             connection.endheaders(request.body)
             response = connection.getresponse()
             if response.headers.get_content_type() == "text/event-stream":
-                self._stream(response)
+                self._stream(response, action.first)
                 return None
             headers = {n: v for n, v in response.getheaders() if n.lower() not in HOP_HEADERS}
-            return Answer(response.status, headers, response.read())
+            answer = Answer(response.status, headers, response.read())
+            return action.edit(answer) if action.edit else answer
         finally:
             connection.close()
 
-    def _stream(self, response: http.client.HTTPResponse) -> None:
+    def _stream(self, response: http.client.HTTPResponse, piece: bytes) -> None:
         seen: Proxy = self.server.seen  # type: ignore[attr-defined]
         seen.streams.append(response)
         self.send_response(response.status)
@@ -145,8 +165,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         with suppress(OSError, http.client.HTTPException), response:
-            while piece := response.read1(65536):
+            while piece := piece or response.read1(65536):
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                piece = b""
         seen.streams.remove(response)
 
     def _reply(self, answer: Answer, sent: int) -> None:
@@ -158,6 +179,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", lengths[0] if lengths else str(len(answer.body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.body[:sent])
+            self._send(answer.body[:sent], answer.drip)
         if sent < len(answer.body):
             self.close_connection = True
+
+    def _send(self, data: bytes, drip: float) -> None:
+        """Until the client goes away."""
+        if not drip:
+            self.wfile.write(data)
+            return
+        with suppress(ConnectionError):
+            for at in range(len(data)):
+                self.wfile.write(data[at : at + 1])
+                time.sleep(drip)

@@ -15,6 +15,7 @@ import argparse
 import os
 import random
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,11 +27,13 @@ from phfs_fuse.types import MIB
 from tests.support.mounts import mounted
 from tests.support.proxy import Proxy, Request, proxy
 from tests.support.servers import Server, minio
-from tests.torture.faults import Faults
-from tests.torture.rounds import ROUND_SECONDS, Place, Torture
+from tests.torture.faults import KINDS, Faults
+from tests.torture.keys import Keys
+from tests.torture.rounds import BIG_EVERY, BIG_FILES, BIG_FIRST, FLAGS, ROUND_SECONDS, Place, Torture
 
+FAULTS = [*KINDS, "deletes", "keys"]
+DEFAULTS = ["errors"]
 DISKS = {"state": 96 * MIB, "cache": 48 * MIB}
-FLAGS = ("--attr-ttl", "1s", "-o", "retry-max=2s", "--cache-size", "32MiB")
 
 
 def _place(stack: ExitStack, server: Server, at: int, bucket: str | None, options: argparse.Namespace) -> Place:
@@ -47,9 +50,14 @@ def _place(stack: ExitStack, server: Server, at: int, bucket: str | None, option
     faults = Faults(random.Random(options.seed * 10 + at), seen)
     front.script = faults.script
     has_disks = os.geteuid() == 0
+    keys: Keys | None = None
+    flags: tuple[str, ...] = FLAGS
+    if "keys" in options.faults:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="phfs-keys-"))) / "credentials"
+        keys, flags = Keys(server, path), (*flags, "--credentials-file", str(path))
     mount = stack.enter_context(
         mounted(
-            *FLAGS,
+            *flags,
             *(("--log-level", "debug") if options.keep_log else ()),
             server=replace(server, endpoint_url=front.endpoint_url),
             bucket=bucket,
@@ -57,7 +65,7 @@ def _place(stack: ExitStack, server: Server, at: int, bucket: str | None, option
         )
     )
     mount.expected.append("")  # the verdict on the log is given here
-    return Place(mount, faults, has_disks)
+    return Place(mount, front, faults, has_disks, keys)
 
 
 def _torture(options: argparse.Namespace, stack: ExitStack) -> Torture:
@@ -65,14 +73,18 @@ def _torture(options: argparse.Namespace, stack: ExitStack) -> Torture:
     places: list[Place] = []
     for at in range(options.mounts):
         places.append(_place(stack, server, at, places[0].mount.bucket if places else None, options))
-    torture = Torture(places, options.seed, options.keep_log)
+    torture = Torture(places, server, options.seed, options.faults, options.keep_log)
     end = time.monotonic() + options.seconds
     number = 0
     try:
         while time.monotonic() < end and not torture.findings:
             number += 1
-            torture.round(number, min(ROUND_SECONDS, max(5.0, end - time.monotonic())))
-            print(f"round {number}: {dict(torture.done)}, findings {len(torture.findings)}", flush=True)
+            begun = time.monotonic()
+            is_big = options.big is not None or number % BIG_EVERY == BIG_FIRST
+            big = (options.big or torture.random.choice(BIG_FILES)) if is_big else 0
+            torture.round(number, big, min(ROUND_SECONDS, max(5.0, end - time.monotonic())))
+            took = f"{big or 'no'} files in one folder, {time.monotonic() - begun:.0f} s"
+            print(f"round {number}, {took}: {dict(torture.done)}, findings {len(torture.findings)}", flush=True)
         torture.end()
     except Exception as exc:
         torture.give_up(exc)
@@ -87,6 +99,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--mounts", type=int, default=1, help="of one prefix, on this machine")
     parser.add_argument("--keep-log", type=Path, help="copy logs and requests of the mounts to files of this name")
+    parser.add_argument("--big", type=int, help="every round works in a folder of so many files")
+    parser.add_argument(
+        "--faults", type=lambda text: text.split(","), default=DEFAULTS, help=f"some of {','.join(FAULTS)}"
+    )
     options = parser.parse_args()
     started = time.monotonic()
     with ExitStack() as stack:

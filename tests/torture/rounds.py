@@ -5,7 +5,6 @@ Owns the programs, the models that they leave behind and the findings.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -15,31 +14,31 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from phfs_fuse.waiting import ended
-from tests.support.mounts import TestMount
-from tests.torture.editor import names_within, parse
-from tests.torture.faults import Faults
+from tests.support.mounts import TestMount, mounted
+from tests.support.proxy import Proxy
+from tests.support.servers import Server
+from tests.torture.content import CLIENT, SHARED, first_files
+from tests.torture.faults import KINDS, Faults
+from tests.torture.keys import Keys
+from tests.torture.outsider import Outsider
+from tests.torture.verdict import Round, Verdict
 
+FLAGS = ("--attr-ttl", "1s", "-o", "retry-max=2s", "--cache-size", "32MiB")
 ROUND_SECONDS = 30.0
+BIG_EVERY, BIG_FIRST = 3, 2  # rounds with a folder of so many files
+BIG_FILES = (700, 1100, 2300, 6000)
 KILL_SECONDS = 13.0  # between two deaths of a worker: the keeper gives up at the sixth in a minute
 SEEN_SECONDS = 1.5  # until a mount sees what another one stored: `--attr-ttl 1s`, with room
 WRITERS = 4  # in all
+UNDELETABLE = "undeletable"  # ends the name of a folder where deletions may be refused
 ROUNDS_KEPT = 2  # whose files are still there, and compared
-HASHES = """
-import hashlib, json, os, sys
-found = {}
-for at, _, names in os.walk(sys.argv[1]):
-    for name in names:
-        path = os.path.join(at, name)
-        found[os.path.relpath(path, sys.argv[1])] = hashlib.sha256(open(path, "rb").read()).hexdigest()
-json.dump(found, sys.stdout)
-"""
 EXPLAINED = re.compile(
     r"the worker ended with SIGKILL|upload of key=|delete of key=|: the store |store does not answer"
     r"|failed: (head|list|get) |requests that were in work|the keeper is gone|disk failed|disk is full"
@@ -56,8 +55,10 @@ class Place:
     """One mount and what is done to it."""
 
     mount: TestMount
+    front: Proxy  # of its store
     faults: Faults
     has_disks: bool
+    keys: Keys | None  # its credentials, where they change
     killed: float = -KILL_SECONDS
 
     @property
@@ -65,47 +66,63 @@ class Place:
         return time.monotonic() - self.killed > KILL_SECONDS
 
 
-@dataclass
-class Round:
-    """What has to be there of it."""
-
-    files: dict[str, str] = field(default_factory=dict)  # path -> hash, of the folders of one program each
-    folders: list[str] = field(default_factory=list)
-    shared: str = ""  # folder that all mounts work in
-    committed: dict[str, str] = field(default_factory=dict)  # line there -> where and when it was written
-    refused: int = 0
-
-
 class Torture:
-    def __init__(self, places: Sequence[Place], seed: int, log_path: Path | None) -> None:
+    """`kinds`: of faults, those of a round are drawn from them."""
+
+    def __init__(
+        self, places: Sequence[Place], server: Server, seed: int, kinds: Sequence[str], log_path: Path | None
+    ) -> None:
         self.places = places
+        self.server = server
         self.random = random.Random(seed)
         self.seed = seed
+        self.kinds = kinds
         self.done: Counter[str] = Counter()
         self.findings: list[str] = []
         self.rounds: list[Round] = []
         self._log_path = log_path
+        mounts = [place.mount for place in places]
+        self._verdict = Verdict(mounts, server.log.parent / "data", self.done, self._find)
 
     # ---- one round
 
-    def round(self, number: int, seconds: float) -> None:
+    def round(self, number: int, files: int, seconds: float) -> None:
+        """`files`: in the folder that all work in; 0: each has a folder of its own."""
         stop = self.places[0].mount.root / f"stop-{number}"
-        now = Round(shared=f"r{number}shared" if len(self.places) > 1 else "")
+        now = Round()
         self.rounds.append(now)
-        programs = self._start(number, now, stop)
+        programs = self._start_big(number, files, now, stop) if files else self._start(number, now, stop)
+        if "deletes" in self.kinds:
+            now.undeletable = f"r{number}{UNDELETABLE}"
+            now.roots.append(now.undeletable)
+            now.folders.add(now.undeletable)
+            for at, place in enumerate(self.places):
+                path, owner = place.mount.path / now.undeletable, f"m{at}"
+                seed = self.seed * 1000 + number * 10 + 8 + at
+                programs[f"{now.undeletable} {owner}"] = self._program("remover", path, seed, stop, owner)
         for place in self.places:
-            place.faults.chance = self.random.choice([0.0, 0.02, 0.1])
+            self._choose_faults(place)
         end = time.monotonic() + seconds
         while time.monotonic() < end and all(program.poll() is None for program in programs.values()):
-            self._disturb()
+            self._disturb(may_fill=not files)
         stop.touch()
         for name, program in programs.items():
             self._collect(name, program, now)
         stop.unlink()
         self._settle()
-        self._compare(f"round {number}", now)
+        self._compare(f"round {number}")
         self._tidy()
         self._check_logs()
+
+    def _choose_faults(self, place: Place) -> None:
+        faults = place.faults
+        faults.chance = self.random.choice([0.0, 0.02, 0.1])
+        kinds = [kind for kind in self.kinds if kind in KINDS] or ["errors"]
+        faults.kinds = tuple(self.random.sample(kinds, self.random.randint(1, len(kinds))))
+        faults.refused_deletes = UNDELETABLE if "deletes" in self.kinds and self.random.random() < 0.7 else ""
+        faults.streams = self.random.random() < 0.7
+        if not faults.streams:
+            place.front.cut_streams()
 
     def _start(self, number: int, now: Round, stop: Path) -> dict[str, subprocess.Popen[str]]:
         programs = {}
@@ -113,15 +130,35 @@ class Torture:
             folder = f"r{number}w{at}"
             path = self.places[at % len(self.places)].mount.path / folder
             programs[folder] = self._program("writer", path, self.seed * 1000 + number * 10 + at, stop)
-        if now.shared:
+            now.roots.append(folder)
+        if len(self.places) > 1:
+            now.shared = f"r{number}shared"
+            now.roots.append(now.shared)
             for at, place in enumerate(self.places):
                 name, path = f"m{at}r{number}", place.mount.path / now.shared
                 programs[name] = self._program("editor", path, self.seed * 1000 + number * 10 + 5 + at, stop, name)
+        now.folders |= set(now.roots)
+        return programs
+
+    def _start_big(self, number: int, count: int, now: Round, stop: Path) -> dict[str, subprocess.Popen[str]]:
+        """A program on each mount and an S3 client, in a folder of thousands of files that is there already."""
+        now.big = f"r{number}big"
+        now.roots.append(now.big)
+        mount, seed = self.places[0].mount, self.seed * 1000 + number * 10
+        owners = [CLIENT, SHARED, *(f"m{at}" for at in range(len(self.places)))]
+        self.done["big folders"] += 1
+        key = f"{mount.prefix}{now.big}/"
+        Outsider(mount.s3, mount.bucket, key, seed, {}).put_all(first_files(owners, count))
+        programs = {now.big: self._program("outsider", mount.bucket, key, seed, stop, count, *owners)}
+        for at, place in enumerate(self.places):
+            path, owner = place.mount.path / now.big, f"m{at}"
+            programs[f"{now.big} {owner}"] = self._program("crowd", path, seed + 1 + at, stop, owner, count, *owners)
         return programs
 
     def _program(self, module: str, *arguments: object) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", f"tests.torture.{module}", *map(str, arguments)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        env = {**os.environ, **self.server.env, "ENDPOINT_URL": self.server.endpoint_url}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
     def _collect(self, name: str, program: subprocess.Popen[str], now: Round) -> None:
         try:
@@ -135,25 +172,30 @@ class Torture:
             return
         model = json.loads(out)
         self.done["operations"] += model["operations"]
-        self.done["refused (ENOSPC)"] += model["refused"]
-        now.refused += model["refused"]
-        if "committed" in model:
-            self.done["shared edits"] += len(model["committed"])
-            now.committed |= model["committed"]
-            for text in model["torn"]:
-                self._find(f"{name} read a mixed version: {text}")
-        else:
-            now.folders.append(name)
-            now.files |= {f"{name}/{path}": found for path, found in model["files"].items()}
+        self.done["refused (ENOSPC)"] += model.get("refused", 0)
+        self.done["shared edits"] += len(model.get("committed", ()))
+        now.refused += model.get("refused", 0)
+        now.committed |= model.get("committed", {})
+        for text in model.get("torn", ()):
+            self._find(f"{name} read a mixed version: {text}")
+        root = name.partition(" ")[0]
+        now.files |= {f"{root}/{path}": found for path, found in model.get("files", {}).items()}
+        now.folders |= {f"{root}/{path}" for path in model.get("folders", ())}
+        now.guests |= model.get("guests", {})
+        now.removals |= model.get("removals", {})
+        now.contents |= model.get("contents", {})
+        for path, versions in model.get("shared", {}).items():
+            now.versions.setdefault(path, set()).update(versions)
 
     # ---- what is done to it
 
-    def _disturb(self) -> None:
+    def _disturb(self, may_fill: bool) -> None:
         time.sleep(self.random.uniform(0.2, 2.0))
         place = self.random.choice(self.places)
         kills = ["kill"] * 3 if place.may_kill else []
-        disks = ["state full", "cache full"] if place.has_disks else []
-        what = self.random.choice([*kills, *disks, "upgrade", "forget", "away", "all away", "nothing"])
+        disks = ["state full", "cache full"] if place.has_disks and may_fill else []
+        keys = ["new key"] if place.keys else []
+        what = self.random.choice([*kills, *disks, *keys, "upgrade", "forget", "away", "all away", "cut", "nothing"])
         self.done[what] += 1
         if what == "kill":
             self._kill(place)
@@ -163,6 +205,11 @@ class Torture:
             Path("/proc/sys/vm/drop_caches").write_text("2")
         elif what in ("away", "all away"):
             self._away([place] if what == "away" else self.places)
+        elif what == "cut":
+            place.front.cut_streams()
+        elif what == "new key":
+            assert place.keys
+            place.faults.refused_key = place.keys.renew()
         elif what in ("state full", "cache full"):
             self._fill(place, what.split()[0])
 
@@ -213,58 +260,27 @@ class Torture:
             if self.random.random() < 0.4:
                 self._kill_keeper(place)
             place.faults.chance = 0.0
+            place.faults.refused_deletes = ""
         for place in self.places:
             place.mount.sync()
         if len(self.places) > 1:
             time.sleep(SEEN_SECONDS)
 
-    def _compare(self, when: str, now: Round) -> None:
-        wanted = {name: found for past in self.rounds for name, found in past.files.items()}
-        objects = self._objects()
-        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in objects.items()}
-        shared = {name: data for name, data in objects.items() if now.shared and name.startswith(f"{now.shared}/")}
-        wanted |= {name: hashes[name] for name in shared}
-        self._differences(f"{when}, objects say", hashes, wanted)
+    def _compare(self, when: str) -> None:
         for at, place in enumerate(self.places):
-            self._differences(f"{when}, mount {at} sees", json.loads(self._run(HASHES, place.mount.path)), wanted)
-        self._check_shared(when, now, shared)
+            pending = place.mount.status()["pending"]
+            if pending["files"] or pending["deletes"]:
+                self._find(f"{when}, mount {at} has pending changes: {pending}")
+        with mounted(*FLAGS, server=self.server, bucket=self.places[0].mount.bucket) as fresh:
+            self._verdict.compare(when, self.rounds, {**self._views(), "a new mount": fresh.path})
 
-    def _differences(self, where: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-        for name in sorted(found.keys() | wanted.keys()):
-            if found.get(name) != wanted.get(name):
-                kind = "lost" if name not in found else "too much" if name not in wanted else "other bytes"
-                self._find(f"{where} {kind}: {name}")
-
-    def _check_shared(self, when: str, now: Round, shared: Mapping[str, bytes]) -> None:
-        """Every line whose close was answered is in an object, or in what was saved aside and reported."""
-        there: set[str] = set()
-        for name, data in shared.items():
-            content = parse(data)
-            there |= set(content.names)
-            if content.good_bytes < len(data) and not now.refused:
-                self._find(f"{when}, torn: {name} is good until {content.good_bytes} of {len(data)} bytes")
-        self.done["conflict files"] += sum(".conflict-" in name for name in shared)
-        missing = now.committed.keys() - there
-        saved = {name for place in self.places for name in names_within(_saved(place.mount))}
-        self.done["edits saved aside"] += len(missing & saved)
-        for name in sorted(missing - saved):
-            self._find(f"{when}, lost edit: {name} {now.committed[name]}")
-
-    def _objects(self) -> dict[str, bytes]:
-        mount, found = self.places[0].mount, {}
-        for page in mount.s3.get_paginator("list_objects_v2").paginate(Bucket=mount.bucket, Prefix=mount.prefix):
-            for row in page.get("Contents", ()):
-                if not row["Key"].endswith("/"):
-                    body = mount.s3.get_object(Bucket=mount.bucket, Key=row["Key"])["Body"]
-                    found[row["Key"].removeprefix(mount.prefix)] = body.read()
-        return found
+    def _views(self) -> dict[str, Path]:
+        return {f"mount {at}": place.mount.path for at, place in enumerate(self.places)}
 
     def _tidy(self) -> None:
         """Remove what is not compared any more, so that the run may last as long as it likes."""
         old, self.rounds = self.rounds[:-ROUNDS_KEPT], self.rounds[-ROUNDS_KEPT:]
-        last = self.rounds[-1]
-        shared, last.shared, last.committed = last.shared, "", {}
-        names = [folder for past in old for folder in past.folders] + ([shared] if shared else [])
+        names = [root for past in old for root in past.roots]
         if names and not self.findings:
             mount = self.random.choice(self.places).mount
             self._run(
@@ -303,7 +319,6 @@ class Torture:
 
     def end(self) -> None:
         """New mounts with empty caches see the same."""
-        now = self.rounds[-1]
         for place in self.places:
             place.mount.unmount()
             for path in place.mount.cache.iterdir():
@@ -311,7 +326,7 @@ class Torture:
         for place in self.places:
             place.mount.mount()
         if not self.findings:
-            self._compare("after a remount", now)
+            self._verdict.compare("after a remount", self.rounds, self._views())
         self._check_logs()
 
     def give_up(self, exc: BaseException) -> None:
@@ -324,14 +339,10 @@ class Torture:
     def report(self, seconds: float) -> str:
         """A row for docs/reliability.md, with its head."""
         names = [
-            "operations", "shared edits", "conflict files", "edits saved aside", "refused (ENOSPC)", "kill",
-            "kill, state full", "kill, cache full", "upgrade", "keeper killed", "away", "all away", "state full",
-            "cache full", "forget",
+            "operations", "big folders", "guests", "shared edits", "conflict files", "edits saved aside",
+            "refused (ENOSPC)", "kill", "kill, state full", "kill, cache full", "upgrade", "keeper killed", "away",
+            "all away", "state full", "cache full", "forget", "cut", "new key",
         ]  # fmt: skip
         head = ["seed", "seconds", "mounts", *names, "findings"]
         row = [self.seed, round(seconds), len(self.places), *(self.done[name] for name in names), len(self.findings)]
         return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (head, row))
-
-
-def _saved(mount: TestMount) -> bytes:
-    return b"".join(path.read_bytes() for path in mount.state.glob("*/saved/*.data"))

@@ -10,7 +10,6 @@ ENOSPC while the disk of its state is full: then it had no effect, and is made a
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -22,15 +21,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+from tests.torture.content import digest
+
 BYTES_MAX = 300_000
 FILES_MAX = 60
 AWAY_SECONDS = 60.0  # how long a call may need a store that is away, or space that is not there
 PASSING = (errno.EIO, errno.ENOSPC)
 T = TypeVar("T")
-
-
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 @dataclass

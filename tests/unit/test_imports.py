@@ -63,7 +63,7 @@ uploadqueue quota
 recovery resume
 kernelstate memory
 namewalks defaults attempts endings refusals writable
-inodes trust
+inodes trust places
 nodes
 blocks staging
 adoption
@@ -93,7 +93,7 @@ settings
 options
 values
 registry mountpoint localstate localfile holding reserve statfsino eager
-dirs logs waiting
+dirs logs waiting jsontext
 metrics
 config
 errors
@@ -122,7 +122,7 @@ FRONT = BENCH | {
 }
 FRONT_SEES = FRONT | {
     "messages", "expiry", "loop", "settings", "options", "holding", "localstate", "values", "registry", "mountpoint",
-    "dirs", "logs", "waiting",
+    "dirs", "logs", "waiting", "jsontext",
     "config", "errors", "types",
 }  # fmt: skip
 
