@@ -20,7 +20,7 @@ from phfs_fuse.dirty import DirtyFile
 from phfs_fuse.errors import NameTooLong, NoSpace, NotFound, PhfsError, StaleVersion
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
-from phfs_fuse.nodes import Node
+from phfs_fuse.nodes import Node, Pages
 from phfs_fuse.refusal import Operation
 from phfs_fuse.sources import Sources
 from phfs_fuse.staging import StagingArea
@@ -143,6 +143,7 @@ class Conflicts:
             self._inodes.displace(node)
             self._changes.displaced(node, key, None)
             self._changes.abandon(node)
+            node.pages = Pages.DOUBTED  # they have what was changed, should anybody have it open
 
     def _save_aside(self, node: Node, exc: PhfsError) -> None:
         path = self._inodes.path(node)

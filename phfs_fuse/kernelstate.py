@@ -4,9 +4,9 @@ A worker that resumes the connection of one that died has to know the same numbe
 reply that hands something out, in one append, and holds absolute values: the last one counts. The page cache keeps
 it over the death of the process; nothing here has to survive the end of the connection, so nothing is synced.
 
-Records: first the format; `node` (an inode as it was told), `refs` (lookups, open files, of these writers),
-`position` (a directory stream: cookie and key of the last name that was given), `places` (of an open directory: names
-and cookies that were given to a reader; or that the last one is gone).
+Records: first the format; `node` (an inode as it was told), `refs` (see `Refs`), `position` (a directory stream:
+cookie and key of the last name that was given), `places` (of an open directory: names and cookies that a reader was
+given, or that the last one is gone).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import trio
 from phfs_fuse import __version__
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.inodes import Inodes
-from phfs_fuse.nodes import Node
+from phfs_fuse.nodes import Node, Pages
 from phfs_fuse.places import Places, Told, restored
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
@@ -37,14 +37,18 @@ _HEAD: Final = struct.Struct("<II")  # length and CRC-32 of the body
 _MARSHAL: Final = 4  # the format of all Pythons since 3.4
 FORMAT: Final = 1
 _FORMAT, _NODE, _REFS, _POSITION, _PLACES = 0, 1, 2, 3, 4
+PAGES, SIZE = 1, 2  # of `Refs.beliefs`
 COMPACT_BYTES: Final = 16 << 20  # beyond twice what was needed last time
 COMPACT_BATCH: Final = 500  # nodes between two looks at the event loop
 
 
 class Refs(NamedTuple):
+    """`writers` are those of `opens` that may write."""
+
     lookups: int
     opens: int
     writers: int
+    beliefs: int = 0  # what the kernel may believe that is not so: PAGES, SIZE
 
 
 class NodeRecord(NamedTuple):
@@ -110,7 +114,8 @@ def _packed(kind: int, *fields: Any) -> bytes:
 
 
 def _refs(node: Node) -> bytes:
-    return _packed(_REFS, node.ino, node.lookups, node.opens, node.writers)
+    beliefs = PAGES * (node.pages is not Pages.TRUE) | SIZE * node.misjudged
+    return _packed(_REFS, node.ino, node.lookups, node.opens, node.writers, *(beliefs,) * bool(beliefs))
 
 
 class KernelState:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Mapping
+from enum import Enum, auto
 from functools import lru_cache
 from sys import intern
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -37,6 +38,14 @@ T = TypeVar("T")
 def _same(value: int) -> int:
     """One object for equal numbers: modes and owners are few, nodes are many."""
     return value
+
+
+class Pages(Enum):
+    """The pages of a file that the kernel has, as far as this process knows: see `OpenFiles.keeps_pages`."""
+
+    TRUE = auto()
+    DOUBTED = auto()  # some may have other bytes than the file
+    DROPPED = auto()  # an open had them dropped, and may be under way still
 
 
 class Base(NamedTuple):
@@ -87,6 +96,7 @@ class Node:
     writers: Few[int] = Few(0)  # of `opens`, open for writing
     direct_writers: Few[int] = Few(0)  # of these, past the kernel's cache
     misjudged: Few[bool] = Few(False)  # the kernel takes it for longer, or older, than it is
+    pages: Few[Pages] = Few(Pages.TRUE)
     doubted_at: Few[float] = Few(NEVER)  # when somebody else changed the name: answers from before do not count
 
     # of directories only; a file has these values and cannot be given others

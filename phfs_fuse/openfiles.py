@@ -1,8 +1,11 @@
 """Open files and their bytes: layers that exist only here over clean blocks. Owns the count of open files.
 
-A file handle is the inode number, whether it may write, and whether past the kernel's cache (`DIRECT`), so it means
-the same after a restart. With its write-back cache the kernel answers write(2) itself and asks us later, when the
-program cannot be told any more but by close and fsync. So near a quota files are opened for writing past it.
+A file handle is the inode number, whether it may write, and whether past the kernel's cache (`DIRECT`, `UNCACHED`),
+so it means the same after a restart. With its write-back cache the kernel answers write(2) itself and asks us later,
+when the program cannot be told any more but by close and fsync. So near a quota files are opened for writing past it.
+
+Pages that the kernel has of a file may be kept over an open as long as they have its bytes. They do, since a foreign
+version is an inode of its own, unless bytes have gone past them (`keeps_pages`).
 """
 
 from __future__ import annotations
@@ -13,16 +16,25 @@ import time
 from phfs_fuse.blocks import BlockCache, Version
 from phfs_fuse.cachefile import Buffer
 from phfs_fuse.changes import Changes
-from phfs_fuse.errors import IsADirectory, NoSpace, QuotaExceeded, StaleVersion, TooLarge
+from phfs_fuse.errors import IsADirectory, NoSpace, PhfsError, QuotaExceeded, StaleVersion, TooLarge
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.kernelstate import KernelState
-from phfs_fuse.nodes import Node
+from phfs_fuse.nodes import Node, Pages
 from phfs_fuse.quota import Quotas
 from phfs_fuse.settling import Settling
 from phfs_fuse.types import S3_OBJECT_BYTES_MAX, Fh
 from phfs_fuse.writable import Writable
 
-DIRECT = 1 << 62  # in a handle
+DIRECT = 1 << 62  # in a handle: past the kernel's cache, as we said at its open
+UNCACHED = 1 << 61  # opened with O_DIRECT
+
+
+def _ino(fh: int) -> int:
+    return (fh & ~(DIRECT | UNCACHED)) >> 1
+
+
+def _writes_past_pages(fh: int) -> bool:
+    return bool(fh & 1 and fh & (DIRECT | UNCACHED))
 
 
 class OpenFiles:
@@ -49,12 +61,15 @@ class OpenFiles:
         self.count = 0
         self.writers = 0
 
-    def resume(self) -> None:
-        """The nodes that a process before had open are in the tree, with the references that it had noted."""
+    def resume(self, *, damaged: bool) -> None:
+        """The nodes that a process before had open are in the tree, with the references that it had noted; if the
+        journal was `damaged`, maybe with other bytes. Not known: a handle with O_DIRECT of an older version."""
         for node in self._inodes.all():
             if not node.is_dir:
                 self.count += node.opens
                 self.writers += node.writers
+                if node.writers or damaged:
+                    node.pages = Pages.DOUBTED
 
     def open(self, ino: int, flags: int) -> Fh:
         """The times that O_TRUNC moves are the kernel's, as with `write`.
@@ -81,8 +96,25 @@ class OpenFiles:
             node.writers += 1
             self.writers += 1
             node.direct_writers += direct
+        fh = Fh(node.ino << 1 | writable | DIRECT * direct | UNCACHED * bool(flags & os.O_DIRECT))
+        if _writes_past_pages(fh):
+            node.pages = Pages.DOUBTED
         self._kernel.referred(node)
-        return Fh(node.ino << 1 | writable | DIRECT * direct)
+        return fh
+
+    def keeps_pages(self, fh: int) -> bool:
+        """Whether the kernel may keep the pages that it has of the file, as asked once at each open.
+
+        While a handle writes past them, what others read meanwhile may stay in them, so each open has them dropped.
+        So has the first open after the last of these handles went, and after a write was refused that the kernel had
+        taken into them, or a change was given up. When that open is through, is not known before its file has been
+        closed by all: until then the next ones do likewise.
+        """
+        node = self._inodes.get(_ino(fh))
+        if node.pages is Pages.TRUE:
+            return True
+        node.pages = Pages.DROPPED
+        return False
 
     def _is_direct(self, node: Node, flags: int) -> bool:
         """Near a quota a file that can only be written (and so not be mapped) goes past the kernel's cache; while it
@@ -94,7 +126,7 @@ class OpenFiles:
 
     async def read(self, fh: int, offset: int, length: int) -> Buffer:
         """To be answered before the next await: the next read may come into the same buffer."""
-        node = self._inodes.get((fh & ~DIRECT) >> 1)
+        node = self._inodes.get(_ino(fh))
         return await self.read_node(node, offset, offset + length)
 
     async def read_node(self, node: Node, start: int, end: int) -> Buffer:
@@ -143,7 +175,17 @@ class OpenFiles:
         goes past its cache does not move the kernel's times: they are ours, and it has to ask for them.
         Raises: QuotaExceeded, NoSpace (dirty limit, or the quota where the kernel would make EIO of EDQUOT when it
         tells the program later), OSError (ENOSPC, EDQUOT of the local disk)."""
-        node = self._inodes.get((fh & ~DIRECT) >> 1)
+        node = self._inodes.get(_ino(fh))
+        try:
+            await self._write(node, fh, offset, data)
+        except (PhfsError, OSError):  # the kernel may have taken it, into its pages
+            node.misjudged = True
+            node.pages = Pages.DOUBTED
+            self._kernel.referred(node)
+            raise
+        return len(data)
+
+    async def _write(self, node: Node, fh: int, offset: int, data: bytes) -> None:
         self._writable.require_space(len(data))
         if not self._settling.has_room(len(data)):
             await self._settling.room(len(data))
@@ -153,13 +195,11 @@ class OpenFiles:
             except QuotaExceeded as exc:
                 if fh & DIRECT:
                     raise
-                node.misjudged = True
                 raise NoSpace("write", self._inodes.path(node), str(exc)) from exc
         self.put(node, offset, data)
         if fh & DIRECT:
             node.mtime_ns = node.ctime_ns = time.time_ns()
             node.misjudged = True
-        return len(data)
 
     def _may_grow(self, node: Node, size: int) -> None:
         """Raises: TooLarge, QuotaExceeded. A file without a name is in no folder."""
@@ -187,7 +227,7 @@ class OpenFiles:
     async def flush(self, fh: int) -> Node | None:
         """At each close(2); returns the file as `release` does. Raises: the failure of an upload that was not told
         yet, to who may write."""
-        node = self._inodes.get((fh & ~DIRECT) >> 1)
+        node = self._inodes.get(_ino(fh))
         if fh & 1 and (error := self._settling.take_error(node)) is not None:
             raise error
         if self._write_through and fh & 1:
@@ -196,14 +236,18 @@ class OpenFiles:
 
     async def fsync(self, fh: int) -> None:
         """Return when the store has the bytes. Raises: PhfsError, StoreTimeout (ETIMEDOUT)."""
-        await self._settling.settle(self._inodes.get((fh & ~DIRECT) >> 1))
+        await self._settling.settle(self._inodes.get(_ino(fh)))
 
     def release(self, fh: int) -> Node | None:
         """Returns the file if the kernel has to look it up again: it believes in bytes that were refused, or in times
         that are no more."""
-        node = self._inodes.get((fh & ~DIRECT) >> 1)
+        node = self._inodes.get(_ino(fh))
         node.opens -= 1
         self.count -= 1
+        if _writes_past_pages(fh):
+            node.pages = Pages.DOUBTED
+        elif not node.opens and node.pages is Pages.DROPPED:
+            node.pages = Pages.TRUE
         if fh & 1:
             node.writers -= 1
             self.writers -= 1

@@ -193,9 +193,13 @@ class Operations(pyfuse3.Operations):
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         raise FUSEError(errno.EPERM)  # Source: link(2), the filesystem does not support hard links
 
+    def _opened(self, fh: Fh) -> FileInfo:
+        direct, keeps = bool(fh & DIRECT), self._vfs.keeps_pages(fh)
+        return FileInfo(fh=pyfuse3.FileHandleT(fh), direct_io=direct, keep_cache=keeps)
+
     @_answers
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return _opened(self._vfs.open(inode, flags))
+        return self._opened(self._vfs.open(inode, flags))
 
     @_answers
     async def create(
@@ -203,7 +207,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         act = Act(ctx.pid, "create", parent_inode, name)
         node, fh = await self._vfs.create(parent_inode, name, mode, flags, ctx.uid, ctx.gid, act=act)
-        return _opened(fh), self._counted(node)
+        return self._opened(fh), self._counted(node)
 
     @_answers
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]  # a buffer
@@ -294,12 +298,6 @@ def _drop_entry(parent: int, name: bytes) -> None:
     """Have the kernel look the name up again, on a thread: it may hold a lock there until we have answered it."""
     with suppress(OSError):  # it does not know the name
         pyfuse3.invalidate_entry(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
-
-
-def _opened(fh: Fh) -> FileInfo:
-    """A foreign version has a number of its own, so what the kernel has cached of this one is true."""
-    direct = bool(fh & DIRECT)
-    return FileInfo(fh=pyfuse3.FileHandleT(fh), direct_io=direct, keep_cache=not direct)
 
 
 def operations(vfs: Vfs, config: TreeConfig, demand: Demand) -> Operations:

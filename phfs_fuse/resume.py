@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.journalrows import Act
-from phfs_fuse.kernelstate import Known, NodeRecord, Refs
+from phfs_fuse.kernelstate import PAGES, SIZE, Known, NodeRecord, Refs
 from phfs_fuse.keys import segment_of
-from phfs_fuse.nodes import Base, Node
+from phfs_fuse.nodes import Base, Node, Pages
 from phfs_fuse.types import ROOT_INO, Ino
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,9 @@ def _fill(node: Node, record: NodeRecord, refs: Refs) -> None:
     node.base = Base(*record.base) if record.base else None
     if node.is_dir:
         node.marker, node.own_attrs = record.marker, record.own_attrs
-    node.lookups, node.opens, node.writers = refs
+    node.lookups, node.opens, node.writers = refs.lookups, refs.opens, refs.writers
+    node.pages = Pages.DOUBTED if refs.beliefs & PAGES else Pages.TRUE
+    node.misjudged = bool(refs.beliefs & SIZE)
 
 
 def last_change(known: Known, done: Done) -> int:

@@ -84,16 +84,20 @@ class Vfs:
         self.setattr, self.getxattr, self.listxattr = attrs.setattr, attrs.getxattr, attrs.listxattr
         self.setxattr, self.removexattr = attrs.setxattr, attrs.removexattr
         self.open, self.read, self.write = files.open, files.read, files.write
+        self.keeps_pages = files.keeps_pages
         self.flush, self.fsync, self.release = files.flush, files.fsync, files.release
         self.opendir, self.readdir, self.told_page = streams.opendir, streams.readdir, streams.told_page
         self.list_ahead = streams.ahead.run
         self.fsyncdir, self.releasedir = streams.fsyncdir, streams.releasedir
 
-    def resume(self, positions: dict[int, tuple[int, bytes]], acts: dict[int, tuple[Act, Ino]]) -> None:
-        """Go on for a process that died: its nodes are in the tree, with the references that it had noted."""
+    def resume(
+        self, positions: dict[int, tuple[int, bytes]], acts: dict[int, tuple[Act, Ino]], *, damaged: bool
+    ) -> None:
+        """Go on for a process that died: its nodes are in the tree, with the references that it had noted.
+        Its journal may have been `damaged`."""
         self._streams.resume(positions)
         self._names.resume(acts)
-        self._files.resume()
+        self._files.resume(damaged=damaged)
 
     def end_resume(self) -> None:
         """What is asked for from now on is no repetition."""

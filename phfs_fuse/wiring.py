@@ -166,7 +166,8 @@ class Mount:
         for _, ino, _ in done:  # `recover` ends their rows
             if (node := self.inodes.find(ino)) is not None:
                 self.kernel.changed(node)
-        self.vfs.resume(known.positions, {act.pid: (act, ino) for act, ino, _ in done})
+        acts = {act.pid: (act, ino) for act, ino, _ in done}
+        self.vfs.resume(known.positions, acts, damaged=self.journal.saved_aside is not None)
 
     def recover(self) -> None:
         """Take up what an earlier process left in the journal. Says so."""

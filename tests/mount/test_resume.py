@@ -156,6 +156,29 @@ def test_a_directory_stream_goes_on_where_it_was(place: MountPlace) -> None:
     assert sorted(found) == sorted([f"{number:05}" for number in range(1500)] + ["00001-local"])
 
 
+def test_pages_are_dropped_while_others_write_past_them(place: MountPlace) -> None:
+    """At each open while a handle with O_DIRECT is open, and at the first after it, over the death of the worker."""
+
+    def asks_to_read() -> bool:
+        before = place.mount.status()["counters"]["fuse_requests"].get("read", 0)
+        assert len((place.path / "db").read_bytes()) == 65536
+        return int(place.mount.status()["counters"]["fuse_requests"].get("read", 0)) > before
+
+    (place.path / "db").write_bytes(b"x" * 65536)
+    assert not asks_to_read()
+    database = os.open(place.path / "db", os.O_RDWR | os.O_DIRECT)
+    assert asks_to_read()
+    assert asks_to_read()
+    place.mount.kill_worker()
+    assert asks_to_read()
+    assert asks_to_read()
+    os.close(database)
+    assert asks_to_read()
+    within(20, asks_to_read, False)
+    (place.path / "db").write_bytes(b"y" * 65536)
+    assert not asks_to_read()
+
+
 def test_places_in_a_directory_stay_valid(place: MountPlace) -> None:
     """As xfstests generic/676 (seeks backwards and to anywhere), with names that go and a worker that dies."""
     folder = place.path / "many"
