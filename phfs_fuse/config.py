@@ -44,8 +44,10 @@ class StoreConfig:
     bucket: str
     prefix: str = ""  # "" or ends in "/"
     endpoint_url: str | None = None
+    endpoint_from: str = ""  # the flag, variable or file that names it, for messages
     region: str | None = None
     profile: str | None = None
+    ca_bundle: Path | None = None  # authorities that may have signed the store's certificate; None: those of boto3
     create_bucket: bool = False
     path_style: bool | None = None  # None: path style with an own endpoint, virtual hosts with AWS
     connect_seconds: float = 5.0
@@ -69,6 +71,13 @@ class StoreConfig:
     @property
     def url(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}"
+
+    @property
+    def endpoint_text(self) -> str:
+        """The endpoint and where it was named, for messages."""
+        if self.endpoint_url is None:
+            return "the endpoint of boto3 (AWS, unless a profile names another)"
+        return f"{self.endpoint_url} (from {self.endpoint_from})" if self.endpoint_from else self.endpoint_url
 
     @property
     def volume_id(self) -> str:

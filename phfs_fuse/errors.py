@@ -10,10 +10,12 @@ from typing import ClassVar
 class PhfsError(Exception):
     """An answer to a file-system request that is an error.
 
-    `op` is what was being done, `subject` the key or path it was done to, `reason` why it failed.
+    `op` is what was being done, `subject` the key or path it was done to, `reason` why it failed, `code` the store's
+    word for it, if it came from there.
     """
 
     errno: ClassVar[int] = errno.EIO
+    code: str = ""
 
     def __init__(self, op: str, subject: str, reason: str = "") -> None:
         super().__init__(op, subject, reason)
@@ -58,6 +60,10 @@ class AccessDenied(PhfsError):
 
 class CredentialsRefused(AccessDenied):
     """The store does not accept these credentials, or does not say why it refuses: the same may work with others."""
+
+
+class WrongRegion(CredentialsRefused):
+    """The store takes requests for this bucket only if they are signed for its own region."""
 
 
 class ClockOff(CredentialsRefused):
@@ -187,17 +193,24 @@ def startup_error(exit_code: int, line: str) -> StartupError:
     return next((kind for kind in kinds if kind.exit_code == exit_code), StartupError)(line)
 
 
-def store_startup_error(exc: PhfsError, url: str) -> StoreStartupError:
-    """What the first request to the store found out, as one line with the remedy."""
+def store_startup_error(exc: PhfsError, url: str, endpoint: str = "") -> StoreStartupError:
+    """What the first request to the store found out, as one line with the remedy; the store's own code is at its end.
+    `endpoint`: the URL that was tried, and where it came from."""
+    at = f" at {endpoint}" if endpoint else ""
+    code = f" ({exc.code})" if exc.code else ""
+    words = exc.reason.removesuffix(exc.code).removesuffix(code)
+    why = f": {words}" if words else ""
     match exc:
         case BucketNotFound():
-            line = f"{url}: there is no such bucket; --create-bucket makes it"
+            line = f"{url}: there is no such bucket{at}; --create-bucket makes it"
         case ClockOff():
-            line = f"{url}: the clock of this machine is too far from the store's ({exc.reason}); set it (NTP)"
+            line = f"{url}: the clock of this machine is too far from the store's{at}; set it (NTP){code}"
+        case WrongRegion():
+            line = f"{url}: the bucket is in another region{at}; name it with --region{code}"
         case AccessDenied():
-            line = f"{url}: access denied ({exc.reason}); check the credentials and their rights"
+            line = f"{url}: access denied{at}{why}; check the credentials and their rights{code}"
         case StoreUnavailable():
-            line = f"{url}: the store does not answer ({exc.reason}); check --endpoint-url and the network"
+            line = f"{url}: the store{at} does not answer{why}; check --endpoint-url and the network{code}"
         case _:
             line = f"{url}: {exc}"
     return StoreStartupError(line)

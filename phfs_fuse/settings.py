@@ -184,11 +184,13 @@ def resolve(source: str | None, mountpoint: Path, given: Layer) -> Resolved:
     parsed = {name: _parse(BY_NAME[name], item) for name, item in given.items()}
     bucket, prefix = _volume(source, given, parsed)
     try:
-        config = _build(bucket, prefix, mountpoint, parsed)
+        config = _build(bucket, prefix, mountpoint, parsed, given)
     except ConfigError as exc:
         raise _located(exc, given) from exc
     if len(os.fsencode(config.control_socket)) > SOCKET_PATH_BYTES_MAX:
         raise ConfigError("--state-dir", str(config.writeback.directory.parent), "a shorter path")
+    if config.store.ca_bundle is not None and not config.store.ca_bundle.is_file():
+        raise UsageError(f"{given['ca-bundle'].where}: {config.store.ca_bundle}: no such file")
     return Resolved(config, _credentials_file(given, parsed))
 
 
@@ -215,7 +217,7 @@ def _volume(source: str | None, given: Layer, parsed: Mapping[str, Any]) -> tupl
         raise ConfigError("volume", source, str(exc)) from exc
 
 
-def _build(bucket: str, prefix: str, mountpoint: Path, parsed: Mapping[str, Any]) -> MountConfig:
+def _build(bucket: str, prefix: str, mountpoint: Path, parsed: Mapping[str, Any], given: Layer) -> MountConfig:
     sections = ("store", "cache", "writeback", "tree", "kernel", "quota", "")
     fields: dict[str, dict[str, Any]] = {name: {} for name in sections}
     umask = parsed.get("umask", 0o022)
@@ -226,6 +228,8 @@ def _build(bucket: str, prefix: str, mountpoint: Path, parsed: Mapping[str, Any]
         if field:
             fields[section][field] = value
     cache_dir, state_dir = parsed.get("cache-dir", cache_home()), parsed.get("state-dir", state_home())
+    if "endpoint-url" in given:
+        fields["store"]["endpoint_from"] = given["endpoint-url"].where
     store = StoreConfig(bucket=bucket, prefix=prefix, **fields["store"])
     return MountConfig(
         store=store,

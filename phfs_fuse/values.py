@@ -138,14 +138,14 @@ def bucket(raw: Raw) -> str:
 
 
 def endpoint(raw: Raw) -> str:
-    """`http(s)://host[:port]`, without a slash at the end."""
+    """`http(s)://host[:port][/path]`, without a slash at the end."""
     url = text(raw).rstrip("/")
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
     except ValueError:
         valid = False
-    if not valid or parts.path or parts.query or parts.fragment:
+    if not valid or parts.query or parts.fragment:
         raise ValueError("a URL such as http://minio:9000")
     if parts.username is not None or parts.password is not None:
         raise ValueError("a URL without credentials in it")

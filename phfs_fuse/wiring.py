@@ -155,7 +155,7 @@ class Mount:
                 with contextlib.suppress(NotFound):
                     self.namespace.set_marker(root, await self.store.head(self.inodes.key(root)))
         except PhfsError as exc:
-            raise store_startup_error(exc, config.url) from exc
+            raise store_startup_error(exc, config.url, config.endpoint_text) from exc
 
     def resume(self) -> None:
         """Put the tree back as the kernel knows it, before `recover`."""

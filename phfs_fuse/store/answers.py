@@ -34,6 +34,7 @@ from phfs_fuse.errors import (
     StoreUnavailable,
     TooLarge,
     VersionChanged,
+    WrongRegion,
 )
 from phfs_fuse.store.base import Properties
 from phfs_fuse.types import KEY_BYTES_MAX
@@ -52,7 +53,8 @@ _FIELD: Final = re.compile(r"(?:[!-~](?:[ -~]*[!-~])?)?")  # no blanks at the en
 
 _BY_CODE: Final[Mapping[str, type[PhfsError]]] = {
     "AccessDenied": AccessDenied,
-    "AuthorizationHeaderMalformed": CredentialsRefused,
+    "AuthorizationHeaderMalformed": WrongRegion,
+    "PermanentRedirect": WrongRegion,
     "ExpiredToken": CredentialsRefused,
     "ExpiredTokenException": CredentialsRefused,
     "InvalidAccessKeyId": CredentialsRefused,
@@ -105,6 +107,7 @@ _BY_CODE: Final[Mapping[str, type[PhfsError]]] = {
 }
 
 _BY_STATUS: Final[Mapping[int, type[PhfsError]]] = {
+    301: WrongRegion,
     403: AccessDenied,
     404: NotFound,
     405: NotSupported,
@@ -157,8 +160,10 @@ def error_of(op: str, subject: str, code: str, status: int) -> PhfsError:
     kind = _BY_CODE.get(code) or _BY_STATUS.get(status)
     if kind is None:
         kind = StoreUnavailable if status >= 500 else InvalidArgument
-    reason = f"{code} ({_REMEDY[code]})" if code in _REMEDY else code or f"HTTP {status}"
-    return kind(op, subject, reason)
+    reason = f"{_REMEDY[code]} ({code})" if code in _REMEDY else code or f"HTTP {status}"
+    error = kind(op, subject, reason)
+    error.code = code
+    return error
 
 
 def check_text(op: str, key: str) -> bytes:

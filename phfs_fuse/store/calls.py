@@ -1,4 +1,4 @@
-"""One try of each call to the store, by boto3 on a bounded thread. Owns the clients and the limiters.
+"""One try of each call to the store, by boto3 on a bounded thread. Owns the access to the bucket and the limiters.
 
 Answers are checked, nothing is repeated (that is `store.s3`). Reads may be abandoned when cancelled; a write
 goes on until its thread ends.
@@ -18,6 +18,7 @@ from botocore.session import Session
 from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import InvalidArgument, PhfsError
+from phfs_fuse.store.access import Access
 from phfs_fuse.store.answers import NO_SUCH_KEY, error_of, reading
 from phfs_fuse.store.base import Body, Expect, FileRange, Listing, ObjectInfo, Part, Properties, Upload
 from phfs_fuse.store.headers import (
@@ -30,7 +31,7 @@ from phfs_fuse.store.headers import (
     stored_info,
     tag_header,
 )
-from phfs_fuse.store.session import DEFAULT_REGION, HEADERS, PAGE, Clients, open_clients, translated
+from phfs_fuse.store.session import DEFAULT_REGION, HEADERS, PAGE, Clients, translated
 from phfs_fuse.store.transfer import FileBody, Receiver, body_length
 from phfs_fuse.types import MIB, ETag, ObjectKey
 
@@ -55,23 +56,17 @@ class BotoCalls:
 
     def __init__(self, config: StoreConfig, core: Session | None = None) -> None:
         self.config = config
-        self._core = core
+        self.access = Access(config, core)
         self._bucket = config.bucket
-        self._opened: Clients | None = None
-        self._open_lock = trio.Lock()
         self._reads = trio.CapacityLimiter(config.reads_max)
         self._writes = trio.CapacityLimiter(config.writes_max)
         self._control = trio.CapacityLimiter(CONTROL_MAX)
 
     async def clients(self) -> Clients:
-        async with self._open_lock:
-            if self._opened is None:
-                self._opened = await trio.to_thread.run_sync(open_clients, self.config, self._core)
-        return self._opened
+        return await self.access.clients()
 
     async def aclose(self) -> None:
-        if self._opened is not None:
-            await trio.to_thread.run_sync(self._opened.close)
+        await self.access.aclose()
 
     async def create_bucket(self) -> None:
         clients = await self.clients()

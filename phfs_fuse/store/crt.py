@@ -21,13 +21,11 @@ from xml.etree import ElementTree
 
 import trio
 from awscrt.auth import AwsCredentialsProvider, AwsSignedBodyValue
-from botocore.credentials import ReadOnlyCredentials
-from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
 from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
-from phfs_fuse.errors import BadAnswer, CredentialsRefused
+from phfs_fuse.errors import BadAnswer
 from phfs_fuse.store.answers import error_code, error_of, reading
 from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Properties
 from phfs_fuse.store.calls import BotoCalls
@@ -66,33 +64,26 @@ class Credentials:
     """Those of the boto3 session, in the form that signing takes."""
 
     def __init__(self, clients: Clients) -> None:
-        self._session = clients.session
+        self._clients = clients
         self._provider: AwsCredentialsProvider | None = None
         self._stale_at = 0.0
 
     async def provider(self) -> AwsCredentialsProvider:
         now = time.monotonic()
         if self._provider is None or now >= self._stale_at:
-            frozen = await trio.to_thread.run_sync(self._freeze)
+            frozen = await trio.to_thread.run_sync(self._clients.credentials)
             self._provider = AwsCredentialsProvider.new_static(
                 frozen.access_key, frozen.secret_key, frozen.token or None
             )
             self._stale_at = now + CREDENTIALS_SECONDS
         return self._provider
 
-    def _freeze(self) -> ReadOnlyCredentials:
-        """Blocks where they have to be renewed."""
-        with reading("sign", "credentials"), translated("sign", "credentials"):
-            source = self._session.get_credentials()
-            if source is None:  # open_clients found some
-                raise CredentialsRefused("sign", "request", "the credentials are gone")
-            return source.get_frozen_credentials()
-
 
 class _Signed:
     """Signed requests to one bucket."""
 
     def __init__(self, clients: Clients, endpoint: Endpoint, config: StoreConfig) -> None:
+        self.clients = clients
         self._endpoint = endpoint
         self._credentials = Credentials(clients)
         self._http = HttpClient(endpoint, connect_seconds=config.connect_seconds, read_seconds=config.read_seconds)
@@ -175,7 +166,7 @@ class CrtCalls(BotoCalls):
         super().__init__(config)
         self._crt_lock = trio.Lock()
         self._crt: _Signed | None = None
-        self._boto_only = False
+        self._boto_only: Clients | None = None  # cannot be used by awscrt
 
     async def aclose(self) -> None:
         if self._crt is not None:
@@ -299,14 +290,22 @@ class CrtCalls(BotoCalls):
 
     async def _signed(self) -> _Signed | None:
         """None where boto3 has to do it all."""
-        if self._crt is None and not self._boto_only:
-            clients = await self.clients()
-            async with self._crt_lock:
-                if self._crt is None and not self._boto_only:
-                    endpoint = await trio.to_thread.run_sync(_endpoint, clients, self.config.bucket)
-                    self._boto_only = endpoint is None
-                    self._crt = _Signed(clients, endpoint, self.config) if endpoint else None
+        clients = await self.clients()
+        if self._crt is not None and self._crt.clients is clients:
+            return self._crt
+        if self._boto_only is clients:
+            return None
+        async with self._crt_lock:
+            if self._boto_only is not clients and (self._crt is None or self._crt.clients is not clients):
+                await self._open_crt(clients)
         return self._crt
+
+    async def _open_crt(self, clients: Clients) -> None:
+        endpoint = await trio.to_thread.run_sync(_endpoint, clients, self.config.bucket)
+        before, self._crt = self._crt, _Signed(clients, endpoint, self.config) if endpoint else None
+        self._boto_only = None if endpoint else clients
+        if before is not None:
+            await before.aclose()
 
 
 class CrtStore(S3Store):
@@ -322,16 +321,13 @@ def _read_and_hash(crt: _Signed, body: Body) -> tuple[bytes, str]:
 
 
 def _endpoint(clients: Clients, bucket: str) -> Endpoint | None:
-    """Where botocore would send requests for objects of `bucket`; None if only botocore can: through a proxy, or
-    after a redirect to the bucket's own region. Blocks."""
+    """The place to which botocore would send requests for objects of `bucket`; None if only botocore can: through a
+    proxy. Blocks."""
     with reading("connect", bucket), translated("connect", bucket):
         url = clients.plain.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"})
         parts = urlsplit(url)
         if parts.hostname is None or parts.scheme in get_environ_proxies(url):
             log.info("boto3 does all requests: there is a proxy")
-            return None
-        if clients.is_aws and clients.plain.head_bucket(Bucket=bucket).get("BucketRegion") != clients.region:
-            log.info("boto3 does all requests: the bucket is not in %s", clients.region)
             return None
     is_tls = parts.scheme == "https"
     return Endpoint(
@@ -340,7 +336,7 @@ def _endpoint(clients: Clients, bucket: str) -> Endpoint | None:
         port=parts.port or (443 if is_tls else 80),
         path=parts.path.removesuffix("k"),
         region=clients.region,
-        ca_bundle=clients.ca_bundle or get_cert_path(True),
+        ca_bundle=clients.authorities,
     )
 
 

@@ -6,6 +6,7 @@ trio is told by `run_sync_soon`. An await here ends only after the last callback
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -26,10 +27,13 @@ from awscrt.io import (
     SocketOptions,
     TlsConnectionOptions,
     TlsContextOptions,
+    TlsVersion,
 )
 
 from phfs_fuse.errors import BadAnswer, PhfsError, StoreTimeout, StoreUnavailable
 from phfs_fuse.store.answers import reading
+
+log = logging.getLogger(__name__)
 
 ERROR_BODY_BYTES_MAX: Final = 64 * 1024
 CLOSE_SECONDS: Final = 5.0
@@ -48,7 +52,8 @@ class Endpoint:
 
     @property
     def host_header(self) -> str:
-        return self.host if self.port == (443 if self.is_tls else 80) else f"{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.is_tls else 80) else f"{host}:{self.port}"
 
 
 class Unreadable(BadAnswer):
@@ -69,6 +74,23 @@ _KINDS: Final[Mapping[str, type[PhfsError]]] = {
     "AWS_ERROR_HTTP_PROTOCOL_ERROR": BadAnswer,
     "AWS_ERROR_HTTP_PARSE": BadAnswer,
     "AWS_ERROR_UNKNOWN": Unreadable,  # what awscrt makes of an exception in its own Python code
+}
+
+_WORDS: Final[Mapping[str, str]] = {  # by what the names of awscrt's errors begin with; the first that fits
+    "AWS_IO_SOCKET_CONNECTION_REFUSED": "connection refused",
+    "AWS_IO_SOCKET_TIMEOUT": "no answer in time",
+    "AWS_IO_SOCKET_NETWORK_DOWN": "the network is down",
+    "AWS_IO_SOCKET_NO_ROUTE": "no route to the host",
+    "AWS_IO_SOCKET": "the connection was closed",
+    "AWS_IO_BROKEN_PIPE": "the connection was closed",
+    "AWS_IO_DNS": "no such host",
+    "AWS_IO_TLS_NEGOTIATION_TIMEOUT": "TLS was not agreed on in time",
+    "AWS_IO_TLS_ERROR_NEGOTIATION_FAILURE": "TLS failed: certificate not trusted, or not TLS",
+    "AWS_IO_TLS": "TLS failed",
+    "AWS_ERROR_HTTP_CONNECTION_CLOSED": "the connection was closed",
+    "AWS_ERROR_HTTP_SERVER_CLOSED": "the connection was closed",
+    "AWS_ERROR_HTTP": "the answer is no HTTP",
+    "AWS_ERROR_UNKNOWN": "a header that is not UTF-8",
 }
 
 
@@ -236,6 +258,7 @@ def _close_late(future: Future[HttpClientConnection]) -> None:
 
 def _tls_options(endpoint: Endpoint) -> TlsConnectionOptions:
     context = TlsContextOptions()
+    context.min_tls_ver = TlsVersion.TLSv1_2
     if endpoint.ca_bundle:
         context.override_default_trust_store_from_path(None, endpoint.ca_bundle)
     options = ClientTlsContext(context).new_connection_options()
@@ -256,7 +279,9 @@ def _error_of(exc: Exception, op: str, subject: str) -> PhfsError:
     """awscrt raises its own errors, RuntimeError for a connection that the other side has closed already, and
     Python's own for some of its codes."""
     if isinstance(exc, AwsCrtError):
-        return _KINDS.get(exc.name, StoreUnavailable)(op, subject, exc.name)
+        log.debug("%s %s: %s", op, subject, exc.name)
+        reason = next((words for name, words in _WORDS.items() if exc.name.startswith(name)), "the request failed")
+        return _KINDS.get(exc.name, StoreUnavailable)(op, subject, reason)
     reason = "the connection was closed" if isinstance(exc, RuntimeError) else type(exc).__name__
     return StoreUnavailable(op, subject, reason)
 

@@ -43,8 +43,9 @@ class Guard:
         self._conditions: Conditions | None = None
         self._probe_lock = trio.Lock()
 
-    async def retrying(self, attempt: Callable[[int], Awaitable[T]]) -> T:
-        return await retrying(self._config.attempts_max, attempt)
+    async def retrying(self, attempt: Callable[[int], Awaitable[T]], *, attempts_max: int | None = None) -> T:
+        tries = attempts_max or self._config.attempts_max
+        return await self._calls.access.renewing(lambda: retrying(tries, attempt))
 
     async def conditional(
         self,

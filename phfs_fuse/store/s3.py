@@ -5,7 +5,7 @@ those of `store.calls`, what a write rests on is `store.guard`'s.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -22,6 +22,7 @@ from phfs_fuse.errors import (
     NotFound,
     NotSupported,
     PhfsError,
+    StoreUnavailable,
     VersionChanged,
 )
 from phfs_fuse.extents import split
@@ -40,10 +41,10 @@ from phfs_fuse.store.base import (
 )
 from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
 from phfs_fuse.store.conditions import NONE_KEPT
+from phfs_fuse.store.diagnosis import diagnose
 from phfs_fuse.store.events import EventStream
 from phfs_fuse.store.guard import CLEANUP_SECONDS, Guard, quietly
 from phfs_fuse.store.headers import TAG_COUNT, placed
-from phfs_fuse.store.retry import retrying
 from phfs_fuse.store.transfer import Receiver, body_length, holds, multipart_etag
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import COPY_PART_BYTES, GIB, MIB, S3_PARTS_MAX, ETag, ObjectKey
@@ -52,6 +53,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+DIAGNOSIS_AFTER_SECONDS: Final = 1.0
+DIAGNOSIS_SECONDS: Final = 5.0
 CHECK_ATTEMPTS: Final = 2  # a wrong endpoint must show soon
 COPY_BYTES_MAX: Final = 256 * MIB  # in one request: more may take longer than the time without a byte
 COPY_ONTO_ITSELF_BYTES_MAX: Final = 5 * GIB  # Source: S3 API reference, CopyObject
@@ -78,17 +81,53 @@ class S3Store:
 
     async def check_bucket(self, *, create: bool = False) -> None:
         try:
-            await self._probe_listing()
+            await self._checked(self._probe_listing)
         except BucketNotFound:
             if not create:
                 raise
             await self._calls.create_bucket()
             await self._probe_listing()
 
+    async def _checked(self, call: Callable[[], Awaitable[None]]) -> None:
+        """`call`, the first request, which ends as soon as it is known why there is no connection: a client may go on
+        trying for long, as awscrt does with a certificate that it does not trust."""
+        ended = trio.Event()
+
+        async def watch() -> None:
+            with trio.move_on_after(DIAGNOSIS_AFTER_SECONDS):
+                await ended.wait()
+            if not ended.is_set() and (reason := await self._diagnosis()):
+                raise StoreUnavailable("connect", self._config.url, reason)
+
+        async def run() -> None:
+            try:
+                await call()
+            except StoreUnavailable as exc:
+                if not (reason := await self._diagnosis()):
+                    raise
+                raise StoreUnavailable("connect", self._config.url, reason) from exc
+            finally:
+                ended.set()
+
+        await gather([run, watch])
+
+    async def _diagnosis(self) -> str:
+        """The reason why there is no connection; "" if there is one, or if that cannot be told in time."""
+        clients = await self._calls.clients()
+        if clients.proxies:
+            return ""
+        with trio.move_on_after(DIAGNOSIS_SECONDS):
+            return await trio.to_thread.run_sync(
+                diagnose, clients.endpoint_url, clients.authorities, abandon_on_cancel=True
+            )
+        return ""
+
     async def _probe_listing(self) -> None:
         """List one key, which proves access; where the store is not AWS, once more with its metadata."""
         prefix = self._config.prefix
-        await retrying(CHECK_ATTEMPTS, lambda _: self._calls.list_page(prefix, 1, {}, metadata=False))
+        await self._guard.retrying(
+            lambda _: self._calls.list_page(prefix, 1, {}, metadata=False), attempts_max=CHECK_ATTEMPTS
+        )
         if (await self._calls.clients()).is_aws:
             return
         try:
@@ -355,10 +394,13 @@ class S3Store:
     # -- changes
 
     async def listen(self, prefix: str, listener: Listener) -> None:
-        clients = await self._calls.clients()
-        if clients.is_aws:
+        if (await self._calls.clients()).is_aws:
             raise NotSupported("listen", prefix, "AWS has no stream of events")
-        await EventStream(clients, self._config, prefix, listener).run()
+
+        async def run() -> None:
+            await EventStream(await self._calls.clients(), self._config, prefix, listener).run()
+
+        await self._calls.access.renewing(run)
 
     async def _copy_in_parts(
         self,

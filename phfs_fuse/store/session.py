@@ -1,28 +1,33 @@
 """boto3's clients for one bucket, and botocore's exceptions to `PhfsError`s. Owns no state.
 
-They are made by botocore, boto3's core: boto3 itself also loads its file transfers, which nothing here uses. Creating
-a client reads files and may ask a metadata service: always on a thread.
+Creating a client reads files and may ask a metadata service: always on a thread.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+import boto3.session
 import botocore.exceptions as bexc
 import botocore.session
 import urllib3.exceptions
 from botocore.auth import AUTH_TYPE_MAPS, S3SigV4Auth
 from botocore.config import Config
+from botocore.credentials import ReadOnlyCredentials
+from botocore.httpsession import get_cert_path
 from botocore.loaders import Loader, create_loader
 from botocore.parsers import ResponseParserError
 from botocore.session import Session
+from botocore.utils import get_environ_proxies
 
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import (
@@ -33,18 +38,20 @@ from phfs_fuse.errors import (
     StoreTimeout,
     StoreUnavailable,
 )
-from phfs_fuse.store.answers import error_of
+from phfs_fuse.store.answers import error_of, reading
 from phfs_fuse.store.listing import is_xml, parse_listing
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+log = logging.getLogger(__name__)
 
 DEFAULT_REGION: Final = "us-east-1"
 PAGE: Final = "PhfsListing"  # name of the parsed page in the answer of list_objects_v2
 HEADERS: Final = "PhfsHeaders"  # parameter of a call by boto3: headers to be sent as they are
 
 _NO_CREDENTIALS: Final = "no usable credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile"
-_NO_TRUST: Final = "TLS failed; name the authority of the store's certificate in AWS_CA_BUNDLE"
+_NO_TRUST: Final = "TLS failed; name the authority of the store's certificate with --ca-bundle"
 _CREDENTIAL_ERRORS: Final = (
     bexc.NoCredentialsError,
     bexc.PartialCredentialsError,
@@ -59,11 +66,31 @@ _CREDENTIAL_ERRORS: Final = (
 )
 _BY_TYPE: Final[Sequence[tuple[tuple[type[Exception], ...], type[PhfsError], str]]] = (  # the first that fits
     (_CREDENTIAL_ERRORS, CredentialsRefused, _NO_CREDENTIALS),
-    ((bexc.ConnectTimeoutError, bexc.ReadTimeoutError, urllib3.exceptions.TimeoutError), StoreTimeout, ""),
+    ((bexc.ConnectTimeoutError,), StoreTimeout, "no connection in time"),
+    ((bexc.ReadTimeoutError, urllib3.exceptions.TimeoutError), StoreTimeout, "no answer in time"),
     ((bexc.SSLError,), StoreUnavailable, _NO_TRUST),
-    ((bexc.IncompleteReadError, ResponseParserError), BadAnswer, ""),
-    ((bexc.HTTPClientError, bexc.ConnectionError, urllib3.exceptions.HTTPError), StoreUnavailable, ""),
+    ((bexc.ProxyConnectionError,), StoreUnavailable, "the proxy cannot be reached"),
+    ((bexc.EndpointConnectionError,), StoreUnavailable, "no connection"),
+    ((bexc.IncompleteReadError,), BadAnswer, "the answer broke off"),
+    ((ResponseParserError,), BadAnswer, "the answer is no S3"),
+    (
+        (bexc.HTTPClientError, bexc.ConnectionError, urllib3.exceptions.HTTPError),
+        StoreUnavailable,
+        "the connection broke",
+    ),
 )
+
+
+FileState = tuple[int, int, int] | None
+"""Inode, size in bytes and time of change in ns of a file; None: it is not there."""
+
+
+def _file_state(path: str) -> FileState:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +100,8 @@ class Clients:
     session: Session
     plain: S3Client
     listing: S3Client
-    ca_bundle: str | None  # from AWS_CA_BUNDLE or the profile
+    ca_bundle: str | None  # from --ca-bundle, AWS_CA_BUNDLE or the profile
+    files: Mapping[str, FileState]  # what credentials and certificates were read from
 
     @property
     def endpoint_url(self) -> str:
@@ -84,23 +112,56 @@ class Clients:
         return self.plain.meta.region_name
 
     @property
+    def authorities(self) -> str | None:
+        """The file of those that the store's certificate is checked against."""
+        return self.ca_bundle or get_cert_path(True)
+
+    @property
+    def proxies(self) -> Mapping[str, str]:
+        """Proxies by scheme of the URL, as the environment names them for the endpoint."""
+        return get_environ_proxies(self.endpoint_url)
+
+    @property
     def is_aws(self) -> bool:
         return _is_aws(self.endpoint_url)
+
+    def is_outdated(self) -> bool:
+        """Whether a file has changed that credentials or certificates were read from. Blocks."""
+        return any(_file_state(path) != state for path, state in self.files.items())
+
+    def credentials(self) -> ReadOnlyCredentials:
+        """Those to sign with now. Blocks where they have to be renewed. Raises: CredentialsRefused."""
+        with reading("sign", "credentials"), translated("sign", "credentials"):
+            if (source := self.session.get_credentials()) is None:  # open_clients found some
+                raise CredentialsRefused("sign", "request", "the credentials are gone")
+            return source.get_frozen_credentials()
+
+    def has_credentials_of(self, other: Clients) -> bool:
+        """Blocks. Raises: CredentialsRefused."""
+        return self.credentials() == other.credentials()
+
+    def bucket_region(self, bucket: str) -> str | None:
+        """The region that the store names for the bucket. Blocks."""
+        try:
+            return self.plain.head_bucket(Bucket=bucket).get("BucketRegion")
+        except (bexc.BotoCoreError, bexc.ClientError) as exc:
+            log.info("the region of the bucket is not told: %s", type(exc).__name__)
+            return None
 
     def close(self) -> None:
         self.plain.close()
         self.listing.close()
 
 
-def open_clients(config: StoreConfig, core: Session | None = None) -> Clients:
-    """Blocks. `core` brings credentials of its own; None: the usual chain.
+def open_clients(config: StoreConfig, core: Session | None = None, region: str | None = None) -> Clients:
+    """Blocks. `core` brings credentials of its own; None: the usual chain. `region` goes before all others.
 
     Raises: CredentialsRefused without credentials, InvalidArgument for a wrong endpoint or profile.
     """
     name = endpoint_name(config)
     try:
         with translated("connect", name):
-            return _open_clients(config, name, core or _session())
+            return _open_clients(config, name, core or _session(), region)
     except ValueError as exc:  # botocore's for a wrong endpoint
         raise InvalidArgument("connect", name, str(exc)) from exc
 
@@ -124,20 +185,32 @@ def warm() -> None:
     open_clients(StoreConfig(bucket="none", endpoint_url="http://127.0.0.1:9", region=DEFAULT_REGION), core).close()
 
 
-def _open_clients(config: StoreConfig, name: str, core: Session) -> Clients:
-    for variable, given in (("profile", config.profile), ("region", config.region)):
-        if given is not None:
-            core.set_config_variable(variable, given)
+def _open_clients(config: StoreConfig, name: str, core: Session, region: str | None) -> Clients:
+    given = {"profile": config.profile, "region": region or config.region, "ca_bundle": config.ca_bundle}
+    for variable, value in given.items():
+        if value is not None:
+            core.set_config_variable(variable, str(value))
+    ca_bundle = core.get_config_variable("ca_bundle")
+    paths = [core.get_config_variable("credentials_file"), core.get_config_variable("config_file"), ca_bundle]
+    files = {path: _file_state(path) for path in map(os.path.expanduser, filter(None, paths))}
     if core.get_credentials() is None:
         raise CredentialsRefused("connect", name, _NO_CREDENTIALS)
+    maker = boto3.session.Session(botocore_session=core)
     style = "auto" if config.path_style is None else "path" if config.path_style else "virtual"
-    plain = _client(core, config, style)
+    plain = _client(maker, config, style)
     if config.path_style is None and not _is_aws(plain.meta.endpoint_url):
         style = "path"  # known only now: the endpoint may come from a profile or a variable
-        plain = _client(core, config, style)
-    listing = _client(core, config, style)
+        plain = _client(maker, config, style)
+    listing = _client(maker, config, style)
     listing.meta.events.register("before-call.s3.ListObjectsV2", _ask_for_metadata)
-    return Clients(core, plain, listing, core.get_config_variable("ca_bundle"))
+    clients = Clients(core, plain, listing, ca_bundle, files)
+    if region is not None or not clients.is_aws:
+        return clients
+    found = clients.bucket_region(config.bucket)  # AWS answers only there
+    if found in (None, clients.region):
+        return clients
+    clients.close()
+    return _open_clients(config, name, _session(), found)
 
 
 def endpoint_name(config: StoreConfig) -> str:
@@ -151,7 +224,7 @@ def _is_aws(endpoint_url: str) -> bool:
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
 
 
-def _client(core: Session, config: StoreConfig, style: str) -> S3Client:
+def _client(maker: boto3.session.Session, config: StoreConfig, style: str) -> S3Client:
     settings = Config(
         connect_timeout=config.connect_seconds,
         read_timeout=config.read_seconds,
@@ -167,9 +240,8 @@ def _client(core: Session, config: StoreConfig, style: str) -> S3Client:
     )
     # With awscrt there botocore signs by that, which reads the body 4 KiB at a time, each a call of the interpreter.
     AUTH_TYPE_MAPS["s3v4"] = S3SigV4Auth
-    region = core.get_config_variable("region") or DEFAULT_REGION
-    made = core.create_client("s3", region_name=region, endpoint_url=config.endpoint_url, config=settings)
-    client = cast("S3Client", made)
+    region = maker.region_name or DEFAULT_REGION
+    client = maker.client("s3", region_name=region, endpoint_url=config.endpoint_url, config=settings)
     client.meta.events.register("before-parse.s3.ListObjectsV2", _parse_listing)
     client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
     client.meta.events.register("provide-client-params.s3", _take_headers)
@@ -221,8 +293,8 @@ def _error_of(exc: Exception, op: str, subject: str) -> PhfsError:
         return error_of(op, subject, exc.response.get("Error", {}).get("Code", ""), status)
     if isinstance(exc, bexc.ProfileNotFound):
         return CredentialsRefused(op, subject, str(exc))
-    name = type(exc).__name__  # the text of some names secrets (the output of a credential process)
-    for types, kind, reason in _BY_TYPE:
+    for types, kind, reason in _BY_TYPE:  # the text of some names secrets (the output of a credential process)
         if isinstance(exc, types):
-            return kind(op, subject, f"{reason} ({name})" if reason else name)
+            log.debug("%s %s: %s", op, subject, type(exc).__name__)
+            return kind(op, subject, reason)
     return InvalidArgument(op, subject, str(exc))  # of the settings: the text says which

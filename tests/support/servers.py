@@ -66,17 +66,21 @@ def _built(name: str, instead: str | None = None) -> Path | None:
 
 
 @contextmanager
-def minio(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Iterator[Server]:
-    """A MinIO server; skips the test where there is no binary."""
+def minio(
+    access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY, *, region: str = "", host: str = "127.0.0.1"
+) -> Iterator[Server]:
+    """A MinIO server; skips the test where there is no binary. `host` as in a URL."""
     if (binary := minio_binary()) is None:
         pytest.skip("no MinIO server: set PHFS_TEST_MINIO or run .ci/run, which installs one")
     env = {"MINIO_ROOT_USER": access_key, "MINIO_ROOT_PASSWORD": secret_key, "MINIO_BROWSER": "off"}
+    env |= {"MINIO_SITE_REGION": region} if region else {}
     with _folder() as folder, _port() as port:
         data = folder / "data"
         data.mkdir()
-        command = [str(binary), "server", "--quiet", "--address", f"127.0.0.1:{port}", str(data)]
-        with _running(command, env, folder, port, "/minio/health/live") as (pid, log):
-            yield Server(f"http://127.0.0.1:{port}", access_key, secret_key, pid, log)
+        command = [str(binary), "server", "--quiet", "--address", f"{host}:{port}", str(data)]
+        url = f"http://{host}:{port}"
+        with _running(command, env, folder, url + "/minio/health/live") as (pid, log):
+            yield Server(url, access_key, secret_key, pid, log)
 
 
 @contextmanager
@@ -90,7 +94,7 @@ def versitygw(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Ite
         data.mkdir()
         command = [str(binary), "--port", f"127.0.0.1:{port}", "--keep-alive", "--quiet", "--health", "/health"]
         command += ["posix", str(data)]
-        with _running(command, env, folder, port, "/health") as (pid, log):
+        with _running(command, env, folder, f"http://127.0.0.1:{port}/health") as (pid, log):
             yield Server(f"http://127.0.0.1:{port}", access_key, secret_key, pid, log)
 
 
@@ -99,7 +103,7 @@ def moto(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Iterator
     """moto's S3 server, in a process of its own. It checks no credentials."""
     with _folder() as folder, _port() as port:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        with _running(command, {}, folder, port, "/moto-api/") as (pid, log):
+        with _running(command, {}, folder, f"http://127.0.0.1:{port}/moto-api/") as (pid, log):
             yield Server(f"http://127.0.0.1:{port}", access_key, secret_key, pid, log)
 
 
@@ -142,17 +146,15 @@ def _port() -> Iterator[int]:
 
 
 @contextmanager
-def _running(
-    command: Sequence[str], env: Mapping[str, str], folder: Path, port: int, path: str
-) -> Iterator[tuple[int, Path]]:
-    """The server process and its log, once it answers at `path`."""
+def _running(command: Sequence[str], env: Mapping[str, str], folder: Path, url: str) -> Iterator[tuple[int, Path]]:
+    """The server process and its log, once it answers at `url`."""
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, env={**os.environ, **env}, cwd=folder, stdout=output, stderr=subprocess.STDOUT
         )
     try:
-        _wait_ready(process, f"http://127.0.0.1:{port}{path}", log)
+        _wait_ready(process, url, log)
         yield process.pid, log
     finally:
         _end(process)

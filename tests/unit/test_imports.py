@@ -80,7 +80,8 @@ store.crt
 store.s3
 store.guard
 store.calls store.crt_http store.events
-store.session store.transfer store.conditions
+store.access
+store.session store.transfer store.conditions store.diagnosis
 store.listing store.retry tasks
 store.headers store.answers
 store.base
@@ -128,7 +129,7 @@ FRONT_SEES = FRONT | {
 
 USERS = {
     "awscrt": "store cachefile",
-    "boto3": "demo bench",
+    "boto3": "store demo bench",
     "botocore": "store bench",
     "matplotlib": "bench",
     "moto": "demo bench",

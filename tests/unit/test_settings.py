@@ -197,7 +197,7 @@ def test_rw_of_mount_does_not_undo_a_variable() -> None:
         ("uploads=1.5", "-o uploads: '1.5' is not valid, expected a whole number"),
         ("endpoint-url=minio:9000", "-o endpoint-url: not valid, expected a URL such as http://minio:9000"),
         (
-            "endpoint-url=http://h/path",
+            "endpoint-url=http://h/path?x=1",
             "-o endpoint-url: not valid, expected a URL such as http://minio:9000",
         ),
         (

@@ -22,6 +22,7 @@ from phfs_fuse.errors import (
     StoreUnavailable,
     TooLarge,
     VersionChanged,
+    WrongRegion,
 )
 from phfs_fuse.store.answers import OutOfRange, check_key, check_metadata, error_of
 from phfs_fuse.store.headers import content_type, etag_of, http_date_ns, info_of, user_metadata
@@ -66,7 +67,7 @@ from phfs_fuse.types import ETag, ObjectKey
         ("XMinioParentIsObject", 400, NotADirectory),
         ("XMinioAdminBucketQuotaExceeded", 400, QuotaExceeded),
         ("InvalidPart", 400, InvalidArgument),
-        ("PermanentRedirect", 301, InvalidArgument),
+        ("PermanentRedirect", 301, WrongRegion),
     ],
 )
 def test_errors(code: str, status: int, error: type[PhfsError]) -> None:
