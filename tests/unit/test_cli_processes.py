@@ -57,7 +57,7 @@ def test_debug_shows_where_an_unexpected_error_came_from(tmp_path: Path) -> None
     [
         ("cli", {"boto3", "botocore", "awscrt", "trio", "pyfuse3", "moto", "rich", "tomllib"}),
         ("keeper", {"boto3", "botocore", "awscrt", "trio", "pyfuse3", "typer", "tomllib"}),
-        ("mount, phfs_fuse.store.crt", {"boto3", "s3transfer", "multiprocessing", "typer", "rich", "tomllib"}),
+        ("mount, phfs_fuse.store.crt", {"typer", "rich", "tomllib"}),  # boto3 makes the sessions (ADR 2)
     ],
 )
 def test_each_process_loads_only_what_it_needs(tmp_path: Path, modules: str, heavy: set[str]) -> None:
