@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import trio
 
-from phfs_fuse import metrics
+from phfs_fuse import keys, metrics
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import OnConflict
 from phfs_fuse.dirty import DirtyFile
@@ -218,14 +218,17 @@ class Conflicts:
             _log_conflict(path, name)
 
     def _conflict_name(self, parent: Node, name: bytes) -> bytes | None:
-        """A free name `NAME.conflict-HOST-TIME`, with NAME cut off where it would be too long; None if all are."""
+        """A free name `NAME.conflict-HOST-TIME`, with NAME cut off where it, or its segment of the key,
+        would be too long for some store; None if all are."""
         assert parent.kids is not None
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         suffix = f".conflict-{socket.gethostname()}-{stamp}".encode()
         room = min(NAME_BYTES_MAX, KEY_BYTES_MAX - len(self._inodes.key(parent).encode()))
         for extra in (b"", *(b"-%d" % number for number in range(1, 1000))):
-            stem = name[: max(0, room - len(suffix) - len(extra))].decode(errors="ignore").encode()
-            found = stem + suffix + extra
-            if len(found) <= room and found not in parent.kids:
+            end = suffix + extra
+            if len(end) > room:
+                return None
+            found = keys.shortened(name, room - len(end)) + end
+            if found not in parent.kids:
                 return found
         return None

@@ -164,13 +164,13 @@ def plan_parts(
     Unchanged is what lies in [0, base_bytes) and not in `dirty`. The parts tile [0, size), each but the last
     has at least 5 MiB, they are at most 10 000 (they grow if need be). Uploads have `part_bytes`, copies
     `copy_part_bytes` (>= 5 MiB), the last of a run up to 5 MiB more. A lone small change costs an upload of 5 MiB, an
-    append what was appended.
+    append what was appended. Near the largest size, where other plans have too many parts, all are of one length.
     """
     changed = _changed(size, dirty, base_bytes)
     least = S3_PART_BYTES_MIN
     copy_bytes = copy_part_bytes
     part_bytes = min(max(part_bytes, -(-size // S3_PARTS_MAX)), S3_PART_BYTES_MAX - S3_PART_BYTES_MIN)
-    while True:
+    while least <= S3_PART_BYTES_MAX:
         plans = [
             PartPlan(start, end, is_copy)
             for run_start, run_end, is_copy in _runs(size, changed, least)
@@ -181,6 +181,8 @@ def plan_parts(
         least *= 2
         part_bytes = min(part_bytes * 2, S3_PART_BYTES_MAX - S3_PART_BYTES_MIN)
         copy_bytes = min(copy_bytes * 2, S3_PART_BYTES_MAX - S3_PART_BYTES_MIN)
+    length = -(-size // S3_PARTS_MAX)
+    return [PartPlan(start, end, not changed.overlap(start, end)) for start, end in split(0, size, length)]
 
 
 def _changed(size: int, dirty: Extents, base_bytes: int) -> Extents:

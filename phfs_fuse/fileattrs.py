@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import stat
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from phfs_fuse.attrs import Attrs
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import PosixAttrs, TreeConfig
 from phfs_fuse.defaults import Defaults
-from phfs_fuse.errors import NoAttribute, NoSpace, NotSupported, StaleVersion
+from phfs_fuse.errors import NoAttribute, NotSupported, StaleVersion
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import OpenFiles
+from phfs_fuse.storable import Storable
 from phfs_fuse.types import time_ns
 from phfs_fuse.writable import Writable
-
-XATTR_BYTES_MAX = 2048  # Source: S3 user guide, user metadata is limited to 2 KB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,7 @@ class FileAttrs:
         changes: Changes,
         files: OpenFiles,
         defaults: Defaults,
+        storable: Storable,
         writable: Writable,
         config: TreeConfig,
     ) -> None:
@@ -52,6 +53,7 @@ class FileAttrs:
         self._changes = changes
         self._files = files
         self._defaults = defaults
+        self._storable = storable
         self._writable = writable
         self._config = config
 
@@ -59,6 +61,8 @@ class FileAttrs:
         """Raises: ReadOnly, TooLarge, NoSpace, StaleVersion, OSError."""
         self._writable.require()
         node = self._inodes.get(ino)
+        if node.is_dir or node.xattrs is not None or node.link is not None:
+            await self._require_kept(node, self._wanted(node, change))
         if node.detached and not node.opens:
             if change.is_late:
                 return node
@@ -66,6 +70,7 @@ class FileAttrs:
         if change.size is not None and change.size != node.size:
             if change.size > node.size:
                 self._writable.require_room()
+            self._storable.require_room(node)
             self._files.truncate(node, change.size)
         changed = self._set_owner(node, change)
         if change.mtime_ns is not None and (mtime_ns := time_ns(change.mtime_ns)) != node.mtime_ns:
@@ -81,6 +86,27 @@ class FileAttrs:
                 node.own_attrs = self._defaults.differs(node.attrs)
             self._changes.attrs_changed(node)
         return node
+
+    def _wanted(self, node: Node, change: Change) -> Attrs:
+        """The attributes that `node` shall have after `change`."""
+        mtime_ns = node.mtime_ns if change.mtime_ns is None else change.mtime_ns
+        if self._config.posix_attrs is PosixAttrs.IGNORE:
+            return replace(node.attrs, mtime_ns=mtime_ns)
+        return replace(
+            node.attrs,
+            mode=node.mode if change.mode is None else stat.S_IFMT(node.mode) | stat.S_IMODE(change.mode),
+            uid=node.uid if change.uid is None else change.uid,
+            gid=node.gid if change.gid is None else change.gid,
+            mtime_ns=mtime_ns,
+        )
+
+    async def _require_kept(self, node: Node, attrs: Attrs) -> None:
+        """Raises: NoSpace if the store cannot keep `attrs` with the object, or marker, of `node`."""
+        if attrs == node.attrs or node.detached:
+            return
+        self._storable.require_attrs(node, attrs)
+        if node.is_dir:
+            await self._storable.require_marker(node)
 
     def _set_owner(self, node: Node, change: Change) -> bool:
         if self._config.posix_attrs is PosixAttrs.IGNORE:
@@ -104,14 +130,13 @@ class FileAttrs:
     def listxattr(self, ino: int) -> list[bytes]:
         return list(self._inodes.get(ino).xattrs or {})
 
-    def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+    async def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
         self._writable.require()
         node = self._inodes.get(ino)
         if not name.startswith(b"user."):
             raise NotSupported("setxattr", name.decode(errors="replace"), "only user.* is kept")
         found = {**(node.xattrs or {}), name: value}
-        if sum(2 * len(k) + 2 * len(v) for k, v in found.items()) > XATTR_BYTES_MAX:
-            raise NoSpace("setxattr", name.decode(errors="replace"), "object metadata holds at most 2 KB")
+        await self._require_kept(node, replace(node.attrs, xattrs=found))
         self._set_xattrs(node, found)
 
     def removexattr(self, ino: int, name: bytes) -> None:

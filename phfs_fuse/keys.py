@@ -17,6 +17,7 @@ _ENCODE: Final = re.compile(QUOTE + "(?=" + QUOTE + "|[89A-F][0-9A-F])")
 _DECODE: Final = re.compile(QUOTE + "(" + QUOTE + "|[89A-F][0-9A-F])")
 
 RCLONE_LINK: Final = ".rclonelink"  # a symlink as rclone's --links stores it: the target is the body
+MINIO_FOLDER: Final = "__XLDIR__"  # MinIO takes an object `x__XLDIR__` for the marker of the directory `x`
 TRIAL: Final = ".phfs-probe-"  # begins the name of an object on which a mount tries out its store: never shown
 OBJECT_BESIDE: Final = ".phfs-file"  # shows the object `x` where `x/y` makes `x` a directory
 
@@ -37,6 +38,10 @@ def segment_of(name: bytes) -> str:
         raise IllegalName("name", repr(name), "cannot be the name of an object")
     if name.startswith(TRIAL.encode()):
         raise IllegalName("name", repr(name), f"names that begin with {TRIAL} are for trials of the store")
+    return _escaped(name)
+
+
+def _escaped(name: bytes) -> str:
     try:
         text = name.decode()
         return _ENCODE.sub(QUOTE * 2, text) if QUOTE in text else text
@@ -47,10 +52,19 @@ def segment_of(name: bytes) -> str:
     return "".join(f"{QUOTE}{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in text)
 
 
+def shortened(name: bytes, segment_bytes: int) -> bytes:
+    """The longest beginning of `name` that has at most `segment_bytes` in a key. No character is cut in two."""
+    text = name.decode("utf-8", "surrogateescape")
+    while len(_escaped(name).encode()) > segment_bytes:
+        text = text[:-1]
+        name = text.encode("utf-8", "surrogateescape")
+    return name
+
+
 def new_segment(name: bytes) -> str:
     """The key segment for a name that is to be made. Raises: NameTooLong, IllegalName also for names that would
     show as something else at the next mount."""
-    for suffix in (RCLONE_LINK, OBJECT_BESIDE):
+    for suffix in (RCLONE_LINK, OBJECT_BESIDE, MINIO_FOLDER):
         if name.endswith(suffix.encode()):
             raise IllegalName("name", repr(name), f"the ending {suffix} has a meaning of its own, choose another")
     return segment_of(name)

@@ -14,7 +14,7 @@ from phfs_fuse.errors import PhfsError
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.nodes import Node
 from phfs_fuse.refusal import is_final
-from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.store.base import NAME_REFUSED, ObjectStore
 from phfs_fuse.types import ETag, ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue
 
@@ -35,7 +35,14 @@ class Markers:
             node.unseen = await self._has_more(key)
         if node.own_attrs or not (node.kids or node.unseen):
             self._changes.attempts.begin(key, 0, {})
-            return (await self._store.put(key, b"", to_metadata(node.attrs), expect=None)).etag
+            try:
+                return (await self._store.put(key, b"", to_metadata(node.attrs), expect=None)).etag
+            except NAME_REFUSED as exc:
+                if node.own_attrs:
+                    raise
+                log.warning("directory key=%s goes once nobody looks at it: the store takes no marker (%s)", key, exc)
+                node.unseen = True  # as if it had something in it: no marker is wanted
+                return None
         if node.marker is not None:
             try:
                 await self._store.delete(key)

@@ -37,8 +37,9 @@ from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import OpenFiles
 from phfs_fuse.quota import Quotas
 from phfs_fuse.staging import Layer
+from phfs_fuse.storable import Storable
 from phfs_fuse.store.base import ObjectInfo
-from phfs_fuse.types import Fh, Ino, ObjectKey
+from phfs_fuse.types import KEY_BYTES_MAX, Fh, Ino, ObjectKey
 from phfs_fuse.writable import ROWS_BYTES, Writable
 
 RENAME_NOREPLACE = 1  # Source: renameat2(2)
@@ -61,6 +62,7 @@ class Names:
         quotas: Quotas,
         claims: Claims,
         defaults: Defaults,
+        storable: Storable,
         writable: Writable,
         config: TreeConfig,
     ) -> None:
@@ -70,6 +72,7 @@ class Names:
         self._files = files
         self._quotas = quotas
         self._defaults = defaults
+        self._storable = storable
         self._writable = writable
         self._config = config
         self._claims = claims if config.exclusive_create is ExclusiveCreate.STORE else None
@@ -137,9 +140,12 @@ class Names:
         ino, parent = self._repeated(act), self._folder(parent_ino)
         if ino is not None:
             return self._created_before(await self._made_before(ino, parent, name), flags)
+        refusal = await self._storable.refusal(parent, name, is_dir=False)
         async with self._making(parent, name):
             node = await self._namespace.exists(parent, name)
             if node is None:
+                if refusal is not None:
+                    raise refusal
                 self._writable.require_room()
                 attrs = self._attrs(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, parent)
                 node = await self._new(parent, name, attrs, act, exclusive=bool(flags & os.O_EXCL))
@@ -182,11 +188,14 @@ class Names:
         ino, parent = self._repeated(act), self._folder(parent_ino)
         if ino is not None:
             return await self._made_before(ino, parent, name)
+        refusal = await self._storable.refusal(parent, name, is_dir=stat.S_ISDIR(attrs_mode))
         async with self._making(parent, name):
             if (found := await self._namespace.exists(parent, name)) is not None:
                 if self._made_by_us(found):
                     return found
                 raise Exists("create", name.decode(errors="replace"))
+            if refusal is not None:
+                raise refusal
             attrs = self._attrs(attrs_mode, uid, gid, parent, rdev)
             return await self._new(parent, name, attrs, act, content, exclusive=True)
 
@@ -328,6 +337,7 @@ class Names:
             source = self._meant(await self._namespace.child(source_dir, name))
             if source.is_dir:
                 await self._namespace.load_below(source)
+            refusal = await self._storable.refusal(target_dir, to_name, is_dir=source.is_dir)
             target = await self._namespace.exists(target_dir, to_name)
             if target is source:
                 return
@@ -336,6 +346,8 @@ class Names:
             still = self._still(source_dir, name, source) and self._still(target_dir, to_name, target)
             if still and self._namespace.is_loaded(source):
                 break
+        if refusal is not None:
+            raise refusal
         info = None
         if flags & RENAME_NOREPLACE and self._claims:
             info = await self._claim_target(self._claims, source, source_dir, name, target_dir, to_name)
@@ -397,8 +409,8 @@ class Names:
         old = [self._inodes.key(node) for node in moved]
         new_prefix = keys.join(self._inodes.key(target_dir), keys.new_segment(to_name))
         longest = max(len(key.encode()) for key in old) - len(old[0].encode()) + len(new_prefix.encode()) + 1
-        if longest > 1024:
-            raise NameTooLong("rename", self._inodes.path(source), "a key would be longer than 1024 bytes")
+        if longest > KEY_BYTES_MAX:
+            raise NameTooLong("rename", self._inodes.path(source), f"a key would have over {KEY_BYTES_MAX} bytes")
         if self._quotas:
             self._may_move(moved, old, new_prefix, target)
         over = None if info is None else info.etag

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.dirty import DirtyFile
+from phfs_fuse.errors import PhfsError
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Node:
     direct_writers: Few[int] = Few(0)  # of these, past the kernel's cache
     misjudged: Few[bool] = Few(False)  # the kernel takes it for longer, or older, than it is
     pages: Few[Pages] = Few(Pages.TRUE)
+    refused: Few[PhfsError | None] = Few(None)  # why a write was not taken that the kernel had answered; to be told
     doubted_at: Few[float] = Few(NEVER)  # when somebody else changed the name: answers from before do not count
 
     # of directories only; a file has these values and cannot be given others

@@ -22,11 +22,12 @@ from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.nodes import Node, Pages
 from phfs_fuse.quota import Quotas
 from phfs_fuse.settling import Settling
-from phfs_fuse.types import S3_OBJECT_BYTES_MAX, Fh
+from phfs_fuse.storable import Storable
+from phfs_fuse.types import Fh
 from phfs_fuse.writable import Writable
 
 DIRECT = 1 << 62  # in a handle: past the kernel's cache, as we said at its open
-UNCACHED = 1 << 61  # opened with O_DIRECT
+UNCACHED = 1 << 61  # opened with O_DIRECT: what we answer to a write is what the program gets
 
 
 def _ino(fh: int) -> int:
@@ -47,6 +48,7 @@ class OpenFiles:
         settling: Settling,
         kernel: KernelState,
         quotas: Quotas,
+        storable: Storable,
         writable: Writable,
         write_through: bool,
     ) -> None:
@@ -56,6 +58,7 @@ class OpenFiles:
         self._settling = settling
         self._kernel = kernel
         self._quotas = quotas
+        self._storable = storable
         self._writable = writable
         self._write_through = write_through
         self.count = 0
@@ -81,6 +84,7 @@ class OpenFiles:
             raise StaleVersion("open", self._inodes.path(node))
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._writable.require()
+            self._storable.require_room(node)
         if flags & os.O_TRUNC and node.size:
             self._changes.stage(node).truncate(0)
             self._changes.written(node, 0)
@@ -173,16 +177,19 @@ class OpenFiles:
         """Returns len(data); what was answered is found again after a crash of this process. Times do not move:
         with its writeback cache the kernel keeps them, and sends them by setattr at the latest when it closes. What
         goes past its cache does not move the kernel's times: they are ours, and it has to ask for them.
-        Raises: QuotaExceeded, NoSpace (dirty limit, or the quota where the kernel would make EIO of EDQUOT when it
-        tells the program later), OSError (ENOSPC, EDQUOT of the local disk)."""
+        Raises: QuotaExceeded, TooLarge, NoSpace (dirty limit, or the quota where the kernel would make EIO of EDQUOT
+        when it tells the program later), OSError (ENOSPC, EDQUOT of the local disk). What is too large is dropped
+        where the kernel has answered it already: of EFBIG it would make EIO, so `flush` and `fsync` say it."""
         node = self._inodes.get(_ino(fh))
         try:
             await self._write(node, fh, offset, data)
-        except (PhfsError, OSError):  # the kernel may have taken it, into its pages
+        except (PhfsError, OSError) as exc:  # the kernel may have taken it, into its pages
             node.misjudged = True
             node.pages = Pages.DOUBTED
             self._kernel.referred(node)
-            raise
+            if not isinstance(exc, TooLarge) or fh & (DIRECT | UNCACHED):
+                raise
+            node.refused = exc
         return len(data)
 
     async def _write(self, node: Node, fh: int, offset: int, data: bytes) -> None:
@@ -193,7 +200,7 @@ class OpenFiles:
             try:
                 self._may_grow(node, offset + len(data))
             except QuotaExceeded as exc:
-                if fh & DIRECT:
+                if fh & (DIRECT | UNCACHED):
                     raise
                 raise NoSpace("write", self._inodes.path(node), str(exc)) from exc
         self.put(node, offset, data)
@@ -203,8 +210,7 @@ class OpenFiles:
 
     def _may_grow(self, node: Node, size: int) -> None:
         """Raises: TooLarge, QuotaExceeded. A file without a name is in no folder."""
-        if size > S3_OBJECT_BYTES_MAX:
-            raise TooLarge("write", self._inodes.path(node), "an object holds at most 5 TiB")
+        self._storable.require_size(node, size)
         if self._quotas and not node.detached:
             self._quotas.require(self._inodes.key(node), size - node.size)
 
@@ -224,19 +230,34 @@ class OpenFiles:
         if not node.writers:
             self._changes.closed(node)
 
-    async def flush(self, fh: int) -> Node | None:
-        """At each close(2); returns the file as `release` does. Raises: the failure of an upload that was not told
-        yet, to who may write."""
+    async def flush(self, fh: int) -> None:
+        """At each close(2). Raises: the failure of an upload, or of a write, that was not told yet; it is told to
+        writers only."""
         node = self._inodes.get(_ino(fh))
+        if fh & 1:
+            self._tell_refused(node)
         if fh & 1 and (error := self._settling.take_error(node)) is not None:
             raise error
         if self._write_through and fh & 1:
             await self._settling.settle(node)
-        return node if fh & DIRECT and node.misjudged and not node.detached else None
+
+    def misjudged(self, fh: int) -> Node | None:
+        """The file if the kernel has to look it up again already at this close(2) of a writer. Its inode goes then,
+        unless others have the file open: see `release`."""
+        node = self._inodes.get(_ino(fh))
+        return node if fh & 1 and node.misjudged and not node.detached else None
+
+    @staticmethod
+    def _tell_refused(node: Node) -> None:
+        if (error := node.refused) is not None:
+            node.refused = None
+            raise error
 
     async def fsync(self, fh: int) -> None:
         """Return when the store has the bytes. Raises: PhfsError, StoreTimeout (ETIMEDOUT)."""
-        await self._settling.settle(self._inodes.get(_ino(fh)))
+        node = self._inodes.get(_ino(fh))
+        self._tell_refused(node)
+        await self._settling.settle(node)
 
     def release(self, fh: int) -> Node | None:
         """Returns the file if the kernel has to look it up again: it believes in bytes that were refused, or in times

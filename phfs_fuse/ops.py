@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 DROP_SECONDS: Final = 1.0
 BLOCK_BYTES: Final = 4096
 NOMINAL: Final = Room(1 << 50, 1 << 50, 1 << 50)  # a bucket has no size
-PASSED: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE))  # of the local disk
+PASSED: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE))  # of the local disk
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
 
@@ -219,11 +219,14 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def flush(self, fh: int) -> None:
-        node = await self._vfs.flush(fh)
-        if node is not None and node.parent is not None:  # whoever asks after close(2) shall be told what is
-            drop = partial(_drop_entry, node.parent.ino, node.name)
-            with trio.move_on_after(DROP_SECONDS):
-                await trio.to_thread.run_sync(drop, abandon_on_cancel=True)
+        try:
+            await self._vfs.flush(fh)
+        finally:
+            node = self._vfs.misjudged(fh)
+            if node is not None and node.parent is not None:  # whoever asks after close(2) shall be told what is
+                drop = partial(_drop_entry, node.parent.ino, node.name)
+                with trio.move_on_after(DROP_SECONDS):
+                    await trio.to_thread.run_sync(drop, abandon_on_cancel=True)
 
     @_answers
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -287,7 +290,7 @@ class XattrOperations(Operations):
 
     @_answers
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        self._vfs.setxattr(inode, name, value)
+        await self._vfs.setxattr(inode, name, value)
 
     @_answers
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:

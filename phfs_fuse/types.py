@@ -17,12 +17,13 @@ MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 
 NAME_BYTES_MAX: Final = 255  # Source: NAME_MAX of Linux
+SEGMENT_BYTES_SURE: Final = 128  # between two slashes of a key: no store is known that takes less
 KEY_BYTES_MAX: Final = 1024  # Source: S3 user guide, object keys
 S3_PART_BYTES_MIN: Final = 5 * MIB  # Source: S3 user guide, multipart limits; the last part may be smaller
 S3_PART_BYTES_MAX: Final = 5 * GIB
 S3_PARTS_MAX: Final = 10_000
+S3_OBJECT_BYTES_MAX: Final = S3_PARTS_MAX * S3_PART_BYTES_MAX  # 48.8 TiB; many stores take less
 COPY_PART_BYTES: Final = 64 * MIB  # in the store, several at once; more may take longer than the time without a byte
-S3_OBJECT_BYTES_MAX: Final = 5 << 40
 
 # The ranges of numbers that come from outside: what does not fit is clamped or refused where it is parsed, so that
 # the tree, the journal and the kernel take each number as it is.

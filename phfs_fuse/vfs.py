@@ -26,6 +26,7 @@ from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import OpenFiles
 from phfs_fuse.quota import Quotas, Room
 from phfs_fuse.settling import Settling
+from phfs_fuse.storable import Storable
 from phfs_fuse.types import Ino
 from phfs_fuse.writable import Writable
 
@@ -43,6 +44,7 @@ class Vfs:
         quotas: Quotas,
         claims: Claims,
         defaults: Defaults,
+        storable: Storable,
         writable: Writable,
         config: TreeConfig,
         write_through: bool,
@@ -59,6 +61,7 @@ class Vfs:
             settling=settling,
             kernel=kernel,
             quotas=quotas,
+            storable=storable,
             writable=writable,
             write_through=write_through,
         )
@@ -70,12 +73,19 @@ class Vfs:
             quotas=quotas,
             claims=claims,
             defaults=defaults,
+            storable=storable,
             writable=writable,
             config=config,
         )
         self._streams = streams = DirStreams(inodes=inodes, namespace=namespace, kernel=kernel, settling=settling)
         attrs = FileAttrs(
-            inodes=inodes, changes=changes, files=files, defaults=defaults, writable=writable, config=config
+            inodes=inodes,
+            changes=changes,
+            files=files,
+            defaults=defaults,
+            storable=storable,
+            writable=writable,
+            config=config,
         )
         # what the kernel asks for, each by the one that does it
         self.lookup, self.readlink, self.rename = names.lookup, names.readlink, names.rename
@@ -86,6 +96,7 @@ class Vfs:
         self.open, self.read, self.write = files.open, files.read, files.write
         self.keeps_pages = files.keeps_pages
         self.flush, self.fsync, self.release = files.flush, files.fsync, files.release
+        self.misjudged = files.misjudged
         self.opendir, self.readdir, self.told_page = streams.opendir, streams.readdir, streams.told_page
         self.list_ahead = streams.ahead.run
         self.fsyncdir, self.releasedir = streams.fsyncdir, streams.releasedir

@@ -39,6 +39,7 @@ from phfs_fuse.refusal import summary
 from phfs_fuse.resume import last_change, restore
 from phfs_fuse.settling import Settling
 from phfs_fuse.staging import StagingArea
+from phfs_fuse.storable import Storable
 from phfs_fuse.store import open_store
 from phfs_fuse.store.base import ObjectStore
 from phfs_fuse.trust import Trust
@@ -140,6 +141,7 @@ class Mount:
             quotas=quotas,
             claims=Claims(store=store, changes=self.changes, queue=queue),
             defaults=self.defaults,
+            storable=Storable(store, self.inodes),
             writable=Writable(self.journal, read_only=config.tree.read_only),
             config=config.tree,
             write_through=config.writeback.write_through,

@@ -38,6 +38,11 @@ class Access:
         self._region: str | None = None  # where the bucket was found, if that is another than was configured
         self._lock = trio.Lock()
 
+    @property
+    def is_aws(self) -> bool:
+        """Whether the store is known to be AWS, which it is once there are clients."""
+        return self._clients is not None and self._clients.is_aws
+
     async def clients(self) -> Clients:
         """Raises: CredentialsRefused, InvalidArgument, if there are none yet."""
         if self._clients is not None and trio.current_time() < self._look_at:

@@ -37,7 +37,7 @@ from phfs_fuse.errors import (
     WrongRegion,
 )
 from phfs_fuse.store.base import Properties
-from phfs_fuse.types import KEY_BYTES_MAX
+from phfs_fuse.types import KEY_BYTES_MAX, SEGMENT_BYTES_SURE
 
 
 class OutOfRange(BadAnswer):
@@ -92,7 +92,8 @@ _BY_CODE: Final[Mapping[str, type[PhfsError]]] = {
     "KeyTooLong": NameTooLong,
     "KeyTooLongError": NameTooLong,
     "InvalidURI": IllegalName,
-    "XMinioInvalidObjectName": IllegalName,
+    "XMinioInvalidObjectName": IllegalName,  # or too long: see `error_of`
+    "XMinioInvalidResourceName": IllegalName,
     "XMinioObjectExistsAsDirectory": IsADirectory,
     "XMinioParentIsObject": NotADirectory,
     "XMinioStorageFull": NoSpace,
@@ -160,10 +161,16 @@ def error_of(op: str, subject: str, code: str, status: int) -> PhfsError:
     kind = _BY_CODE.get(code) or _BY_STATUS.get(status)
     if kind is None:
         kind = StoreUnavailable if status >= 500 else InvalidArgument
+    if code == "XMinioInvalidObjectName" and _has_long_segment(subject):
+        kind = NameTooLong
     reason = f"{_REMEDY[code]} ({code})" if code in _REMEDY else code or f"HTTP {status}"
     error = kind(op, subject, reason)
     error.code = code
     return error
+
+
+def _has_long_segment(key: str) -> bool:
+    return any(len(segment.encode()) > SEGMENT_BYTES_SURE for segment in key.split("/"))
 
 
 def check_text(op: str, key: str) -> bytes:

@@ -16,7 +16,7 @@ from math import inf
 from types import MappingProxyType
 from typing import Final, Protocol
 
-from phfs_fuse.errors import PhfsError
+from phfs_fuse.errors import IllegalName, NameTooLong, NotFound, PhfsError
 from phfs_fuse.types import ETag, ObjectKey
 
 NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
@@ -73,6 +73,9 @@ class FileRange:
 
 Body = bytes | FileRange
 
+NAME_REFUSED: Final = (IllegalName, NameTooLong)  # the store can keep nothing under such a key
+NOT_THERE: Final = (NotFound, *NAME_REFUSED)  # answers by which nothing is under a key
+
 LOOK_SECONDS: Final = 1.0  # for which a `look` stands in for the look just before a copy
 
 
@@ -84,6 +87,14 @@ class Expect:
     """
 
     etag: ETag | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Sizes that a store takes."""
+
+    object_bytes_max: int
+    metadata_bytes_max: int = 2048  # names with their prefix, and values
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +142,22 @@ class ObjectStore(Protocol):
     def lists_metadata(self) -> bool:
         """Whether listings carry user metadata (MinIO's extension), known after `check_bucket`."""
 
+    @property
+    def limits(self) -> Limits:
+        """Sizes that the store takes, as far as is known who it is."""
+
+    async def require_key(self, key: ObjectKey) -> None:
+        """Return if the store takes an object of this name. A name out of the ordinary costs one request, once.
+        Raises: IllegalName, NameTooLong."""
+
     async def check_bucket(self, *, create: bool = False) -> None:
         """Return if the bucket can be listed; probe what the store can do. Creates it if asked to."""
 
     async def prepare(self) -> None:
         """Find out what conditional writes rest on; the first one does otherwise."""
 
-    async def head(self, key: ObjectKey) -> ObjectInfo: ...
+    async def head(self, key: ObjectKey) -> ObjectInfo:
+        """NotFound also for a name that the store does not take."""
 
     async def properties(self, key: ObjectKey, etag: ETag) -> Properties:
         """What the store keeps with version `etag`. VersionChanged if it has another, or none."""
@@ -155,7 +175,8 @@ class ObjectStore(Protocol):
         start_after: str = "",
         count_max: int = 1000,
     ) -> Listing:
-        """A page of the keys under `prefix`; with `delimiter` those beyond the next "/" are rolled up."""
+        """A page of the keys under `prefix`; with `delimiter` those beyond the next "/" are rolled up. Under a name
+        that the store does not take there are none."""
 
     async def put(
         self,
@@ -191,7 +212,8 @@ class ObjectStore(Protocol):
         condition of copies."""
 
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
-        """Remove; a key that is not there is a success. VersionChanged if another version is."""
+        """Remove; a key that is not there, or that the store does not take, is a success. VersionChanged if another
+        version is."""
 
     async def delete_many(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
         """Remove up to 1000 keys in one request (two or more, where the store has no conditions), each if it has

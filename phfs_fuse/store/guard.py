@@ -16,12 +16,21 @@ from typing import Final, TypeVar
 import trio
 
 from phfs_fuse.config import StoreConfig
-from phfs_fuse.errors import AccessDenied, BadAnswer, CredentialsRefused, NotFound, PhfsError, VersionChanged
+from phfs_fuse.errors import (
+    AccessDenied,
+    BadAnswer,
+    CredentialsRefused,
+    InvalidArgument,
+    NotFound,
+    PhfsError,
+    VersionChanged,
+)
 from phfs_fuse.keys import TRIAL
 from phfs_fuse.store.answers import NO_SUCH_KEY, check_key
-from phfs_fuse.store.base import Expect, Listing, ObjectInfo
+from phfs_fuse.store.base import NOT_THERE, Expect, Listing, ObjectInfo
 from phfs_fuse.store.calls import BotoCalls
 from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
+from phfs_fuse.store.limits import Segment
 from phfs_fuse.store.retry import retrying
 from phfs_fuse.store.transfer import Receiver
 from phfs_fuse.tasks import gather
@@ -76,11 +85,11 @@ class Guard:
         return await self.retrying(attempt)
 
     async def head(self, key: ObjectKey) -> ObjectInfo:
-        """One try of a HEAD. Where it is refused, its answer has no body that tells rights from credentials: a GET of
-        the first byte, which needs the same right, does."""
+        """One try of a HEAD. Where it is refused, its answer has no body that says why (rights, credentials, a name
+        that the store does not take): a GET of the first byte, which needs the same right, does."""
         try:
             return await self._calls.head(key)
-        except CredentialsRefused:
+        except (CredentialsRefused, InvalidArgument):
             with suppress(BadAnswer):
                 await self._calls.get(Receiver(key, 0, 1, None, lambda _offset, _data: None))
             raise
@@ -88,7 +97,7 @@ class Guard:
     async def _found(self, key: ObjectKey) -> ObjectInfo | None:
         try:
             return await self.head(key)
-        except NotFound:
+        except NOT_THERE:
             return None
 
     async def etag_now(self, key: ObjectKey) -> ETag | None:
@@ -132,11 +141,14 @@ class Guard:
         try:
             return await probe_conditions(_ProbeObject(self._calls, key))
         finally:
-            with trio.move_on_after(CLEANUP_SECONDS, shield=True):
-                await quietly(lambda: self._remove(key))
+            await self.clean_up(key)
+
+    async def clean_up(self, key: ObjectKey) -> None:
+        with trio.move_on_after(CLEANUP_SECONDS, shield=True):
+            await quietly(lambda: self._remove(key))
 
     async def _remove(self, key: ObjectKey) -> None:
-        with suppress(NotFound):
+        with suppress(*NOT_THERE):
             await self.retrying(lambda _: self._calls.delete(key, None))
 
     async def look(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
@@ -184,6 +196,27 @@ def _common(one: str, other: str) -> str:
     """What both begin with."""
     length = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
     return one[:length]
+
+
+class ProbeName:
+    """Names that nobody uses; see `NameTrial`. AWS takes each that is short enough for a key."""
+
+    def __init__(self, guard: Guard, config: StoreConfig, calls: BotoCalls, owner: str) -> None:
+        self._guard, self._calls = guard, calls
+        self._folder, self._name = config.prefix, TRIAL + (owner or secrets.token_hex(8))
+
+    def key(self, segment: Segment) -> ObjectKey:
+        return ObjectKey(self._folder + self._name.ljust(segment.length, "-") + "/" * segment.is_marker)
+
+    async def look(self, key: ObjectKey) -> object:
+        return None if (await self._calls.clients()).is_aws else await self._guard.head(key)
+
+    async def store(self, key: ObjectKey) -> None:
+        if not (await self._calls.clients()).is_aws:
+            try:
+                await self._calls.put(key, b"", {}, None)
+            finally:
+                await self._guard.clean_up(key)
 
 
 class _ProbeObject:

@@ -29,8 +29,11 @@ from phfs_fuse.extents import split
 from phfs_fuse.store.answers import NO_SUCH_UPLOAD, check_key, check_metadata, check_text
 from phfs_fuse.store.base import (
     LOOK_SECONDS,
+    NAME_REFUSED,
+    NOT_THERE,
     Body,
     Expect,
+    Limits,
     Listener,
     Listing,
     ObjectInfo,
@@ -43,8 +46,9 @@ from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
 from phfs_fuse.store.conditions import NONE_KEPT
 from phfs_fuse.store.diagnosis import diagnose
 from phfs_fuse.store.events import EventStream
-from phfs_fuse.store.guard import CLEANUP_SECONDS, Guard, quietly
+from phfs_fuse.store.guard import CLEANUP_SECONDS, Guard, ProbeName, quietly
 from phfs_fuse.store.headers import TAG_COUNT, placed
+from phfs_fuse.store.limits import AWS, USUAL, NameLimits
 from phfs_fuse.store.transfer import Receiver, body_length, holds, multipart_etag
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import COPY_PART_BYTES, GIB, MIB, S3_PARTS_MAX, ETag, ObjectKey
@@ -67,8 +71,17 @@ class S3Store:
         self._config = config
         self._calls = calls or BotoCalls(config)
         self._guard = Guard(config, self._calls, owner)
+        self._names = NameLimits(ProbeName(self._guard, config, self._calls, owner))
         self._lists_metadata: bool | None = False  # None: to be seen at the first page that has an object
         self._places = False  # some object here has a storage class or an encryption of its own
+
+    @property
+    def limits(self) -> Limits:
+        return AWS if self._calls.access.is_aws else USUAL
+
+    async def require_key(self, key: ObjectKey) -> None:
+        check_key("name", key)
+        await self._names.require(key)
 
     @property
     def lists_metadata(self) -> bool:
@@ -146,7 +159,10 @@ class S3Store:
 
     async def head(self, key: ObjectKey) -> ObjectInfo:
         check_key("head", key)
-        found = await self._guard.retrying(lambda _: self._guard.head(key))
+        try:
+            found = await self._guard.retrying(lambda _: self._guard.head(key))
+        except NAME_REFUSED as exc:
+            raise NotFound("head", key, exc.reason) from exc
         self._places = self._places or bool(placed(found.headers))
         return found
 
@@ -191,7 +207,10 @@ class S3Store:
             options["ContinuationToken"] = token
         elif start_after:
             options["StartAfter"] = start_after
-        return await self._guard.retrying(lambda _: self._list_page(prefix, count_max, options))
+        try:
+            return await self._guard.retrying(lambda _: self._list_page(prefix, count_max, options))
+        except NAME_REFUSED:
+            return Listing(objects=(), prefixes=(), next_token=None)
 
     async def _list_page(self, prefix: str, count_max: int, options: Mapping[str, Any]) -> Listing:
         page = await self._list_page_either_way(prefix, count_max, options)
@@ -287,7 +306,7 @@ class S3Store:
                     raise VersionChanged("delete", key, f"the store has version {found}")
             await self._calls.delete(key, expect if conditions.delete else None)
 
-        with suppress(NotFound):
+        with suppress(*NOT_THERE):
             await self._guard.retrying(attempt)
 
     async def delete_many(self, versions: Mapping[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:
@@ -313,7 +332,8 @@ class S3Store:
                     failed[key] = VersionChanged("delete", key, f"the store has version {found[key]}")
             versions = {key: None for key in versions if key not in failed}
         if versions:
-            failed |= await self._guard.retrying(lambda _: self._calls.delete_many(versions))
+            answers = await self._guard.retrying(lambda _: self._calls.delete_many(versions))
+            failed |= {key: exc for key, exc in answers.items() if not isinstance(exc, NOT_THERE)}
         return failed
 
     async def look(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:

@@ -105,7 +105,7 @@ async def _open_truncated(world: World, number: int) -> None:
 
 
 async def _setxattr(world: World, number: int) -> None:
-    world.vfs.setxattr((await _node(world, f"f{number}")).ino, b"user.a", b"b")
+    await world.vfs.setxattr((await _node(world, f"f{number}")).ino, b"user.a", b"b")
 
 
 async def _replace(world: World, number: int) -> None:

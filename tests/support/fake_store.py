@@ -19,10 +19,12 @@ from phfs_fuse.errors import (
     BucketNotFound,
     CredentialsRefused,
     InvalidArgument,
+    NameTooLong,
     NotFound,
     NotSupported,
     PhfsError,
     StoreUnavailable,
+    TooLarge,
     VersionChanged,
 )
 from phfs_fuse.store.answers import check_key, check_metadata, check_text
@@ -40,6 +42,7 @@ from phfs_fuse.store.base import (
     Upload,
 )
 from phfs_fuse.store.headers import content_type
+from phfs_fuse.store.limits import USUAL, longest_segments, metadata_bytes
 from phfs_fuse.store.transfer import md5_etag, multipart_etag
 from phfs_fuse.types import S3_PART_BYTES_MIN, ETag, ObjectKey
 
@@ -102,6 +105,9 @@ class FakeStore:
         self._clock = clock
         self._upload_count = 0
         self.half_deleted: set[str] = set()  # keys that a listing shows as folders, as MinIO's does for a moment
+        self.segment_bytes_max = 1024  # between two slashes of a key; MinIO: 255, and 9 less for a marker
+        self.marker_extra_bytes = 0
+        self.limits = USUAL
         self.has_events = True
         self.is_prepared = False
         self._listeners: list[tuple[str, Listener]] = []
@@ -142,6 +148,10 @@ class FakeStore:
 
     async def prepare(self) -> None:
         self.is_prepared = True
+
+    async def require_key(self, key: ObjectKey) -> None:
+        check_key("name", key)
+        self._check_length("name", key)
 
     async def head(self, key: ObjectKey) -> ObjectInfo:
         await self._request("head", key)
@@ -202,7 +212,7 @@ class FakeStore:
         properties: Properties | None = None,
     ) -> ObjectInfo:
         await self._request("put", key)
-        check_metadata("put", key, metadata, properties)
+        self._check("put", key, metadata, properties)
         data = body_bytes(body)
         self._require("put", key, expect)
         return self._info(key, self._store(key, data, md5_etag(data), metadata, properties))
@@ -225,7 +235,7 @@ class FakeStore:
         properties: Properties | None = None,
     ) -> ObjectInfo:
         await self._request("copy", key)
-        check_metadata("copy", key, metadata or {}, properties)
+        self._check("copy", key, metadata or {}, properties)
         found = self._version("copy", source, source_etag)
         if trio.current_time() > seen_at + LOOK_SECONDS:
             self._require("copy", key, expect)
@@ -257,7 +267,7 @@ class FakeStore:
         self, key: ObjectKey, metadata: Mapping[str, str], properties: Properties | None = None
     ) -> str:
         await self._request("create_multipart", key)
-        check_metadata("create_multipart", key, metadata, properties)
+        self._check("create_multipart", key, metadata, properties)
         self._upload_count += 1
         upload_id = f"upload-{self._upload_count}"
         self.uploads[upload_id] = OpenUpload(key, dict(metadata), self._clock(), properties)
@@ -343,6 +353,17 @@ class FakeStore:
             raise CredentialsRefused(method, key, "SignatureDoesNotMatch")
         if not self.bucket_exists:
             raise BucketNotFound(method, key, "NoSuchBucket")
+
+    def _check(self, op: str, key: ObjectKey, metadata: Mapping[str, str], properties: Properties | None) -> None:
+        check_metadata(op, key, metadata, properties)
+        self._check_length(op, key)
+        if metadata_bytes(metadata) > self.limits.metadata_bytes_max:
+            raise TooLarge(op, key, "MetadataTooLarge")
+
+    def _check_length(self, op: str, key: ObjectKey) -> None:
+        for length, is_marker in longest_segments(key):
+            if length + self.marker_extra_bytes * is_marker > self.segment_bytes_max:
+                raise NameTooLong(op, key, "XMinioInvalidObjectName")
 
     def _store(
         self,

@@ -17,6 +17,7 @@ from phfs_fuse.errors import PhfsError, StoreUnavailable
 from phfs_fuse.store.base import (
     Body,
     Expect,
+    Limits,
     Listener,
     Listing,
     ObjectInfo,
@@ -169,6 +170,13 @@ class FaultStore:
 
     async def prepare(self) -> None:
         await self._through("prepare", "", self.inner.prepare)
+
+    @property
+    def limits(self) -> Limits:
+        return self.inner.limits
+
+    async def require_key(self, key: ObjectKey) -> None:
+        await self._through("require_key", key, lambda: self.inner.require_key(key))
 
     async def head(self, key: ObjectKey) -> ObjectInfo:
         return await self._through("head", key, lambda: self.inner.head(key))

@@ -28,6 +28,7 @@ from phfs_fuse.nodes import Node
 from phfs_fuse.quota import Quotas
 from phfs_fuse.settling import Settling
 from phfs_fuse.staging import StagingArea
+from phfs_fuse.storable import Storable
 from phfs_fuse.trust import Trust
 from phfs_fuse.types import MIB, ObjectKey
 from phfs_fuse.uploadqueue import UploadQueue
@@ -184,6 +185,7 @@ def made(
         quotas=quotas,
         claims=Claims(store=store, changes=changes, queue=queue),
         defaults=defaults,
+        storable=Storable(store, inodes),
         writable=Writable(journal, read_only=tree.read_only),
         config=tree,
         write_through=False,

@@ -181,7 +181,7 @@ def test_nothing_has_no_parts() -> None:
 
 
 def test_copies_grow_when_they_would_be_too_many() -> None:
-    size = S3_OBJECT_BYTES_MAX - 1
+    size = (5 << 40) - 1
     plans = plan_parts(size + 1, Extents([(size, size + 1)]), size, 8 * MIB)
     check(plans, size + 1, Extents([(size, size + 1)]), size)
     assert uploaded(plans) == 1
@@ -193,6 +193,14 @@ def test_parts_grow_when_they_would_be_too_many(part: int) -> None:
     size = 5 << 40
     plans = plan_parts(size, Extents([(0, size)]), 0, part)
     check(plans, size, Extents([(0, size)]), 0)
+
+
+@pytest.mark.parametrize("dirty", [Extents([(0, S3_OBJECT_BYTES_MAX)]), Extents([(7 * GIB, 7 * GIB + 1)])])
+def test_the_largest_object_has_parts_of_one_length(dirty: Extents) -> None:
+    size = S3_OBJECT_BYTES_MAX
+    plans = plan_parts(size, dirty, size, 8 * MIB)
+    check(plans, size, dirty, size)
+    assert {plan.length for plan in plans} == {5 * GIB}
 
 
 def test_changes_all_over_a_huge_object_stay_within_the_part_count() -> None:

@@ -47,6 +47,7 @@ events
 vfs
 fileattrs names
 openfiles dirstream
+storable
 listahead
 namespace
 doubts lookup
@@ -81,7 +82,7 @@ store.s3
 store.guard
 store.calls store.crt_http store.events
 store.access
-store.session store.transfer store.conditions store.diagnosis
+store.session store.transfer store.conditions store.diagnosis store.limits
 store.listing store.retry tasks
 store.headers store.answers
 store.base

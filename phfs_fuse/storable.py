@@ -1,0 +1,55 @@
+"""Changes that the store could not keep: found before they are answered, by what would be sent. Owns no state."""
+
+from __future__ import annotations
+
+from phfs_fuse import keys
+from phfs_fuse.attrs import Attrs, to_metadata
+from phfs_fuse.errors import IllegalName, NameTooLong, NoSpace, PhfsError, TooLarge
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.nodes import Node
+from phfs_fuse.store.base import ObjectStore
+from phfs_fuse.store.limits import metadata_bytes
+
+
+class Storable:
+    def __init__(self, store: ObjectStore, inodes: Inodes) -> None:
+        self._store = store
+        self._inodes = inodes
+
+    async def refusal(self, parent: Node, name: bytes, *, is_dir: bool) -> PhfsError | None:
+        """The reason why nothing new can have `name` in `parent`. None: the store takes it."""
+        try:
+            key = keys.join(self._inodes.key(parent), keys.new_segment(name))
+            await self._store.require_key(keys.join(key, "/" * is_dir))
+        except (IllegalName, NameTooLong) as exc:
+            return exc
+        return None
+
+    def require_attrs(self, node: Node, attrs: Attrs) -> None:
+        """Raises: NoSpace if the object of `node` has no room for `attrs`. Mode, owner and times alone always fit."""
+        if attrs.xattrs is None and attrs.link is None:
+            return
+        size, size_max = metadata_bytes(to_metadata(attrs)), self._store.limits.metadata_bytes_max
+        if size > size_max:
+            reason = f"{size} bytes of attributes, the store keeps {size_max}; remove some extended attributes"
+            raise NoSpace("set attributes", self._inodes.path(node), reason)
+
+    def require_room(self, node: Node) -> None:
+        """As `require_attrs`, for those that `node` has: they are sent again with each change of its bytes."""
+        if node.xattrs is not None or node.link is not None:
+            self.require_attrs(node, node.attrs)
+
+    async def require_marker(self, node: Node) -> None:
+        """Raises: NoSpace if the directory cannot have attributes, since the store takes no marker of its name."""
+        if not (key := self._inodes.key(node)):
+            return  # the root of the bucket
+        try:
+            await self._store.require_key(key)
+        except (IllegalName, NameTooLong) as exc:
+            reason = "the name is too long for a directory marker, which would keep them; rename the directory"
+            raise NoSpace("set attributes", self._inodes.path(node), reason) from exc
+
+    def require_size(self, node: Node, size: int) -> None:
+        """Raises: TooLarge."""
+        if size > (size_max := self._store.limits.object_bytes_max):
+            raise TooLarge("write", self._inodes.path(node), f"{size} bytes, an object holds at most {size_max}")
