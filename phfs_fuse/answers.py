@@ -58,6 +58,7 @@ class Answers:
             "inodes": len(self._mount.inodes),
             "open_files": self._mount.vfs.open_files,
             "quotas": self._mount.quotas.shown(),
+            "left_uploads": self._left_uploads(),
             "conflicts": len(self._mount.journal.conflicts()),
             "illegal_keys": self._mount.namespace.illegal_keys,
             "unforeseen": dict(metrics.UNFORESEEN.values),
@@ -66,6 +67,16 @@ class Answers:
             "counters": metrics.snapshot(),
             "refused": [_refused(refusal) for refusal in settling.refused()],
             "store": {"state": settling.store_state},
+        }
+
+    def _left_uploads(self) -> Mapping[str, object]:
+        left = self._mount.writeback.multiparts.left()
+        return {
+            "aborts": left.aborts,
+            "unanswered": left.intents,
+            "kept": [
+                {"key": one.key, "upload_id": one.upload_id, "begun": one.started_ns / 1e9} for one in left.kept
+            ],
         }
 
     def conflicts(self) -> Sequence[Mapping[str, object]]:

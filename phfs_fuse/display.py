@@ -51,11 +51,12 @@ def _lines(label: str, events: Iterable[client.Progress]) -> None:
 def mounts(answers: Iterable[Mapping[str, Any]]) -> None:
     """A table, one row per mount, and the errors below it."""
     table = Table("MOUNT POINT", "VOLUME", "STATE", "PENDING", "CACHE", "HITS", "CONFLICTS", box=None)
-    errors, quotas, refused = [], [], []
+    errors, quotas, refused, uploads = [], [], [], []
     for answer in answers:
         table.add_row(*map(escape, _row(answer)))
         errors += [(answer["mountpoint"], error) for error in answer.get("errors", ())]
         refused += [(answer["mountpoint"], refusal) for refusal in answer.get("refused", ())]
+        uploads += [(answer["mountpoint"], one) for one in answer.get("left_uploads", {}).get("kept", ())]
         quotas += [(answer["mountpoint"], quota) for quota in answer.get("quotas", ())]
     # A pipe has no width: one line per mount for grep.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
@@ -64,6 +65,8 @@ def mounts(answers: Iterable[Mapping[str, Any]]) -> None:
         console.print(os.path.join(mountpoint, quota["path"]) + ": " + _quota(quota), markup=False)
     for mountpoint, refusal in refused:
         console.print(f"{mountpoint}: {refusal['line']}", markup=False)
+    for mountpoint, upload in uploads:
+        console.print(f"{mountpoint}: {_kept(upload)}", markup=False)
     for mountpoint, error in errors:
         console.print(f"{mountpoint}: {error['path']}: {error['reason']} ({error['count']} times)", markup=False)
 
@@ -100,6 +103,13 @@ def _quota(quota: Mapping[str, Any]) -> str:
     known = "" if quota["counted"] else ", being counted"
     refused = f", refused {quota['refused']} times" if quota["refused"] else ""
     return f"{size(quota['used'])} of {size(quota['limit'])}, {size(quota['free'])} free{known}{refused}"
+
+
+def _kept(upload: Mapping[str, Any]) -> str:
+    begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(upload["begun"]))
+    return (
+        f"{upload['key']}: multipart upload {upload['upload_id']}, begun {begun}, may be another client's and is kept"
+    )
 
 
 def size(count: float) -> str:

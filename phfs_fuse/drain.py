@@ -20,7 +20,7 @@ from phfs_fuse import logs, metrics
 from phfs_fuse.answers import Answers
 from phfs_fuse.config import MountConfig
 from phfs_fuse.control import ControlServer
-from phfs_fuse.errors import MountpointError, StartupError
+from phfs_fuse.errors import MountpointError, NotDrained, StartupError
 from phfs_fuse.mount import first_startup_error, prepare_process
 from phfs_fuse.settings import load_config
 from phfs_fuse.tasks import lasting
@@ -54,15 +54,19 @@ async def upload_left(config: MountConfig) -> None:
             await services.start(lasting, "control socket", control.run)
             services.start_soon(lasting, "report", partial(_report, mount))
             await mount.settling.drain()
-            await mount.writeback.abort_stale_uploads()
+            is_tidy = await mount.writeback.multiparts.finish()
             services.cancel_scope.cancel()
         mount.require_stored()
+        if not is_tidy:
+            raise NotDrained(
+                f"{config.store.url}: all files are in the store, unfinished uploads are not removed yet"
+            )
         log.info("uploaded files=%d bytes=%d", metrics.UPLOADED_FILES.values[""], metrics.UPLOADED_BYTES.values[""])
 
 
 def _is_done(mount: Mount) -> bool:
     left = mount.settling.pending()
-    return not (left.files or left.deletes)
+    return not (left.files or left.deletes or mount.writeback.multiparts.left().aborts)
 
 
 async def _report(mount: Mount) -> None:

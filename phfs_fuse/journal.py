@@ -1,10 +1,10 @@
 """The journal: what exists only on this machine, kept across restarts. Owns its rows.
 
 Rows: `present` (a file, symlink or directory marker that the store lacks in this form), `layer` (its staging files,
-bottom first), `gone` (a key that has to be deleted), `upload` (multipart uploads under way, so that only our own are
-ever aborted), `attempt` (what was sent and not answered: the store may have it), `act` (the last change of names by
-each thread, since the kernel may ask again for one that was done and not answered), `conflict`, `refusal` (a change
-that the store refuses for good), `meta`.
+bottom first), `gone` (a key that has to be deleted), `intent` (a multipart upload that is asked for), `upload` (one
+under way, so that only our own are ever aborted), `attempt` (what was sent and not answered: the store may have it),
+`act` (the last change of names by each thread, since the kernel may ask again for one that was done and not
+answered), `conflict`, `refusal` (a change that the store refuses for good), `meta`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from phfs_fuse.database import Database
-from phfs_fuse.journalrows import ENDED, Act, ConflictRow, LayerRow, PresentRow
+from phfs_fuse.journalrows import ENDED, Act, ConflictRow, Intent, LayerRow, PresentRow
 from phfs_fuse.refusal import Operation, Refusal
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
@@ -98,6 +98,15 @@ class Journal(Database):
 
     # multipart uploads, conflicts, numbers
 
+    def put_intent(self, key: ObjectKey, at_ns: int) -> int:
+        """Returns the number of the row."""
+        row_id = self._run("INSERT INTO intent (key, at_ns) VALUES (?,?)", (key, at_ns)).lastrowid
+        assert row_id is not None
+        return row_id
+
+    def drop_intent(self, intent_id: int) -> None:
+        self._run("DELETE FROM intent WHERE id=?", (intent_id,))
+
     def put_upload(self, upload_id: str, key: ObjectKey) -> None:
         self._run("INSERT OR REPLACE INTO upload VALUES (?,?)", (upload_id, key))
 
@@ -168,3 +177,6 @@ class Journal(Database):
 
     def uploads(self) -> list[tuple[str, ObjectKey]]:
         return list(self._run("SELECT upload_id, key FROM upload"))
+
+    def intents(self) -> list[Intent]:
+        return [Intent(*row) for row in self._run("SELECT id, key, at_ns FROM intent")]

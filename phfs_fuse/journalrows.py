@@ -22,6 +22,7 @@ CREATE TABLE IF NOT EXISTS layer (id INTEGER PRIMARY KEY, ino INTEGER NOT NULL, 
 CREATE INDEX IF NOT EXISTS layer_ino ON layer (ino, id);
 CREATE TABLE IF NOT EXISTS gone (key TEXT PRIMARY KEY, etag TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS upload (upload_id TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS intent (id INTEGER PRIMARY KEY, key TEXT NOT NULL, at_ns INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS attempt (key TEXT NOT NULL, size INTEGER NOT NULL, metadata TEXT NOT NULL,
     PRIMARY KEY (key, size, metadata)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS act (
@@ -36,7 +37,7 @@ CREATE TABLE IF NOT EXISTS refusal (
 """
 
 # What is carried over from a damaged file.
-TABLES: Final = ("present", "layer", "gone", "upload", "attempt", "conflict", "refusal")
+TABLES: Final = ("present", "layer", "gone", "upload", "intent", "attempt", "conflict", "refusal")
 
 
 class PresentRow(NamedTuple):
@@ -69,6 +70,15 @@ class LayerRow:
     id: int
     ino: Ino
     seen: int
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """A multipart upload of `key` that was asked for at `at_ns`, by the store's clock, and has no id yet."""
+
+    id: int
+    key: ObjectKey
+    at_ns: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,12 @@ UPLOADED_FILES: Final = Metric("uploaded_files", "files", "", "Versions of files
 UPLOADED_BYTES: Final = Metric("uploaded_bytes", "bytes", "", "Changed bytes of these.")
 UPLOAD_FAILURES: Final = Metric("upload_failures", "tries", "", "Uploads and deletions that will be tried again.")
 UNFORESEEN: Final = Metric("unforeseen_failures", "failures", "work", "Exceptions that nobody foresaw, and survived.")
+LEFT_UPLOADS: Final = Metric(
+    "left_uploads",
+    "uploads",
+    "outcome",
+    "Multipart uploads left behind: aborted, or kept as perhaps another client's.",
+)
 CONFLICTS: Final = Metric("conflicts", "files", "", "Changes that lost against those of somebody else and were kept.")
 REFUSED: Final = Metric("refused", "changes", "operation", "Changes that the store refused for good.")
 JOURNAL: Final = Metric("journal_transactions", "transactions", "", "Commits of the journal.", is_stable=False)

@@ -67,6 +67,7 @@ class Services:
             if not self._handing_over:
                 log.info("unmounted mountpoint=%s", mount.config.kernel.mountpoint)
                 await self._drain()
+                await mount.writeback.multiparts.finish()
             services.cancel_scope.cancel()
         if not self._handing_over:
             mount.require_stored()
@@ -94,7 +95,6 @@ class Services:
             await trio.sleep(RESEND_SECONDS)
             self._mount.vfs.end_resume()
             await survived("look at the store", self._check_again)
-        await lasting("stale uploads", self._mount.writeback.abort_stale_uploads)
 
     async def _check_again(self) -> None:
         """What a first worker finds out before it serves."""

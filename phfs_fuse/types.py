@@ -23,6 +23,8 @@ S3_PART_BYTES_MIN: Final = 5 * MIB  # Source: S3 user guide, multipart limits; t
 S3_PART_BYTES_MAX: Final = 5 * GIB
 S3_PARTS_MAX: Final = 10_000
 S3_OBJECT_BYTES_MAX: Final = S3_PARTS_MAX * S3_PART_BYTES_MAX  # 48.8 TiB; many stores take less
+COPY_BYTES_MAX: Final = 256 * MIB  # in one request: more may take longer than the time without a byte
+COPY_ONTO_ITSELF_BYTES_MAX: Final = 5 * GIB  # Source: S3 API reference, CopyObject
 COPY_PART_BYTES: Final = 64 * MIB  # in the store, several at once; more may take longer than the time without a byte
 
 # The ranges of numbers that come from outside: what does not fit is clamped or refused where it is parsed, so that

@@ -1,14 +1,14 @@
 """How one snapshot of a file gets into the store: PUT, multipart, parts copied from the base, or a plain copy.
 
-Owns the multipart uploads under way (they are noted in the journal, so that a crash leaves none behind).
+The multipart uploads under way are those of `multiparts`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -21,10 +21,19 @@ from phfs_fuse.attrs import STORED, others
 from phfs_fuse.config import WritebackConfig
 from phfs_fuse.errors import PhfsError, VersionChanged
 from phfs_fuse.extents import Extents, PartPlan, plan_parts
-from phfs_fuse.journal import Journal
+from phfs_fuse.multiparts import Multiparts
 from phfs_fuse.nodes import Base
 from phfs_fuse.staging import Layer
-from phfs_fuse.store.base import LOOK_SECONDS, Expect, FileRange, ObjectInfo, ObjectStore, Part, Properties
+from phfs_fuse.store.base import (
+    LOOK_SECONDS,
+    Expect,
+    FileRange,
+    ObjectInfo,
+    ObjectStore,
+    Part,
+    Properties,
+    fits_copy,
+)
 from phfs_fuse.store.headers import content_type
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import ETag, ObjectKey
@@ -120,19 +129,27 @@ class Uploader:
     def __init__(
         self,
         store: ObjectStore,
-        journal: Journal,
+        multiparts: Multiparts,
         config: WritebackConfig,
         upcoming: Callable[[], Iterable[ObjectKey]],
     ) -> None:
         """`upcoming`: keys that will be copied to soon."""
         self._store = store
         self.looks = Looks(store, upcoming)
-        self._journal = journal
+        self.multiparts = multiparts
         self._config = config
-        self._stale = journal.uploads()  # of the process before
         self._parts = trio.CapacityLimiter(config.uploads_max)
 
     async def inheriting(self, snap: Snapshot, *, moved_only: bool) -> Snapshot:
+        """`snap` as `_inheriting` says; what is copied in parts takes nothing along by itself."""
+        found = await self._inheriting(snap, moved_only=moved_only)
+        base = found.base
+        if found.metadata is not None or base is None or fits_copy(base.key, found.key, base.size):
+            return found
+        properties = await self._store.properties(base.key, base.etag)
+        return replace(found, metadata=properties.metadata, properties=properties)
+
+    async def _inheriting(self, snap: Snapshot, *, moved_only: bool) -> Snapshot:
         """`snap` with all that the store keeps with its base, which others may have given to it. A file of new bytes
         has nothing of that; one that was `moved_only` is copied as it is, unless it was written here under a name of
         another type. Raises: PhfsError (VersionChanged: the base is no more)."""
@@ -175,9 +192,12 @@ class Uploader:
         if layer.size < self._config.multipart_bytes_min:
             await self._fill(snap, layer, 0, layer.size)
             return await self._put(snap, layer)
-        return await self._multipart(snap, layer)
+        return await self._multipart(snap, self._plan(snap, layer))
 
     async def _copy(self, snap: Snapshot, base: Base) -> ObjectInfo:
+        seen_at = await self.looks.seen_at(snap.key, snap.expect)
+        if not fits_copy(base.key, snap.key, base.size):
+            return await self._copy_in_parts(snap, base)
         return await self._store.copy(
             base.key,
             base.etag,
@@ -185,9 +205,16 @@ class Uploader:
             base.size,
             snap.metadata,
             expect=snap.expect,
-            seen_at=max(snap.seen_at, await self.looks.seen_at(snap.key, snap.expect)),
+            seen_at=max(snap.seen_at, seen_at),
             properties=snap.properties,
         )
+
+    async def _copy_in_parts(self, snap: Snapshot, base: Base) -> ObjectInfo:
+        if snap.expect is not None:  # before gigabytes are moved in vain
+            found = (await self._store.look([snap.key])).get(snap.key)
+            if found != snap.expect.etag:
+                raise VersionChanged("copy", snap.key, f"the store has version {found}, not {snap.expect.etag}")
+        return await self._multipart(snap, plan_parts(base.size, Extents(), base.size, self._config.part_bytes))
 
     async def _put(self, snap: Snapshot, layer: Layer) -> ObjectInfo:
         metadata, kept = snap.metadata or {}, snap.properties
@@ -217,49 +244,22 @@ class Uploader:
             return plan_parts(layer.size, Extents([(0, layer.size)]), 0, self._config.part_bytes)
         return plan_parts(layer.size, layer.extents, min(layer.seen, layer.size), self._config.part_bytes)
 
-    async def _multipart(self, snap: Snapshot, layer: Layer) -> ObjectInfo:
-        plans = self._plan(snap, layer)
-        upload_id = await self._store.create_multipart(snap.key, snap.metadata or {}, snap.properties)
-        try:
-            self._journal.put_upload(upload_id, snap.key)
-            with layer.path.open("rb", buffering=0) as file:
-                parts = await gather(
-                    [
-                        partial(self._part, snap, layer, file.fileno(), upload_id, part_no, plan)
-                        for part_no, plan in enumerate(plans, 1)
-                    ]
-                )
-            info = await self._store.complete_multipart(snap.key, upload_id, parts, expect=snap.expect)
-        except BaseException:
-            await self._abort(snap.key, upload_id)
-            raise
-        self._journal.drop_upload(upload_id)
-        return info
+    async def _multipart(self, snap: Snapshot, plans: Sequence[PartPlan]) -> ObjectInfo:
+        with snap.layer.path.open("rb", buffering=0) if snap.layer else nullcontext() as file:
+            send = partial(self._part, snap, file.fileno() if file else None)
+            async with self.multiparts.begun(snap.key, snap.metadata or {}, snap.properties) as upload_id:
+                parts = await gather([partial(send, upload_id, no, plan) for no, plan in enumerate(plans, 1)])
+                return await self._store.complete_multipart(snap.key, upload_id, parts, expect=snap.expect)
 
-    async def _part(
-        self, snap: Snapshot, layer: Layer, fd: int, upload_id: str, part_no: int, plan: PartPlan
-    ) -> Part:
+    async def _part(self, snap: Snapshot, fd: int | None, upload_id: str, part_no: int, plan: PartPlan) -> Part:
         async with self._parts:
             if plan.is_copy:
                 assert snap.base is not None
                 return await self._store.upload_part_copy(
                     snap.key, upload_id, part_no, snap.base.key, snap.base.etag, plan.start, plan.end
                 )
-            await self._fill(snap, layer, plan.start, plan.end)
+            assert snap.layer is not None
+            assert fd is not None
+            await self._fill(snap, snap.layer, plan.start, plan.end)
             body = FileRange(fd, plan.start, plan.length)
             return await self._store.upload_part(snap.key, upload_id, part_no, body)
-
-    async def _abort(self, key: ObjectKey, upload_id: str) -> None:
-        with trio.CancelScope(shield=True), trio.move_on_after(10):
-            try:
-                await self._store.abort_multipart(key, upload_id)
-            except PhfsError as exc:
-                log.warning("multipart upload of key=%s is left for the next mount to abort: %s", key, exc)
-            else:
-                with suppress(OSError):  # one that is no more is aborted once more by the next mount
-                    self._journal.drop_upload(upload_id)
-
-    async def abort_stale(self) -> None:
-        """Abort the uploads that an earlier process of this state directory left behind; no others."""
-        for upload_id, key in self._stale:
-            await self._abort(key, upload_id)

@@ -35,6 +35,7 @@ from phfs_fuse.gone import Gone
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
 from phfs_fuse.markers import Markers
+from phfs_fuse.multiparts import Multiparts
 from phfs_fuse.nodes import Base, Node
 from phfs_fuse.refusal import Operation, is_final
 from phfs_fuse.sources import Sources
@@ -98,7 +99,8 @@ class Writeback:
         self._config = config
         self._demand = demand
         self._store = store
-        self._uploader = Uploader(store, journal, config, self._upcoming)
+        self.multiparts = Multiparts(store, journal, queue.backoff)
+        self._uploader = Uploader(store, self.multiparts, config, self._upcoming)
         self._sources = Sources(store=store, inodes=inodes, blocks=blocks, changes=changes, queue=queue)
         self._markers = Markers(store=store, inodes=inodes, changes=changes, queue=queue)
         self._conflicts = Conflicts(
@@ -128,6 +130,7 @@ class Writeback:
         """Upload what is due, forever."""
         async with trio.open_nursery() as nursery:
             self._nursery = self._sources.nursery = nursery
+            nursery.start_soon(self.multiparts.run)
             task_status.started()
             is_prepared = False
             while True:
@@ -419,7 +422,3 @@ class Writeback:
     def spared(self) -> int:
         """Objects that were removed here and stay, since somebody else had stored them anew."""
         return self._deletes.spared
-
-    async def abort_stale_uploads(self) -> None:
-        """Multipart uploads that an earlier process of this state directory began and did not end."""
-        await self._uploader.abort_stale()

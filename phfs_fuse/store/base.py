@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Final, Protocol
 
 from phfs_fuse.errors import IllegalName, NameTooLong, NotFound, PhfsError
-from phfs_fuse.types import ETag, ObjectKey
+from phfs_fuse.types import COPY_BYTES_MAX, COPY_ONTO_ITSELF_BYTES_MAX, ETag, ObjectKey
 
 NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
@@ -89,6 +89,11 @@ class Expect:
     etag: ETag | None
 
 
+def fits_copy(source: ObjectKey, key: ObjectKey, size: int) -> bool:
+    """Whether one request copies `size` bytes in time: else they are copied in parts."""
+    return size <= (COPY_ONTO_ITSELF_BYTES_MAX if source == key else COPY_BYTES_MAX)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """Sizes that a store takes."""
@@ -110,6 +115,7 @@ class Upload:
     key: ObjectKey
     upload_id: str
     started_ns: int
+    initiator: str  # the identity that began it, "" where the store does not tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,11 +211,11 @@ class ObjectStore(Protocol):
         seen_at: float = -inf,
         properties: Properties | None = None,
     ) -> ObjectInfo:
-        """Server-side copy. Any size. `metadata` None: the copy has all that the source has; else it has this
-        metadata and `properties`, as with `put` (and the source may be `key`); tags are copied in any case.
-        VersionChanged if the source is not `source_etag` or `expect` fails. `seen_at`: when (trio's clock) a
-        `look` that found `expect` to hold was asked for; within LOOK_SECONDS it does where the store keeps no
-        condition of copies."""
+        """Server-side copy in one request: for the sizes of `fits_copy`. `metadata` None: the copy has all that the
+        source has; else it has this metadata and `properties`, as with `put` (and the source may be `key`); tags are
+        copied in any case. VersionChanged if the source is not `source_etag` or `expect` fails. `seen_at`: when
+        (trio's clock) a `look` that found `expect` to hold was asked for; within LOOK_SECONDS it does where the store
+        keeps no condition of copies."""
 
     async def delete(self, key: ObjectKey, *, expect: Expect | None = None) -> None:
         """Remove; a key that is not there, or that the store does not take, is a success. VersionChanged if another
@@ -221,7 +227,9 @@ class ObjectStore(Protocol):
 
     async def create_multipart(
         self, key: ObjectKey, metadata: Mapping[str, str], properties: Properties | None = None
-    ) -> str: ...
+    ) -> str:
+        """Begin an upload; returns its id. One try: each try may begin an upload of its own, also one without an
+        answer. Whoever begins one notes that first (`multiparts`)."""
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part: ...
 
@@ -240,9 +248,20 @@ class ObjectStore(Protocol):
         self, key: ObjectKey, upload_id: str, parts: Sequence[Part], *, expect: Expect | None
     ) -> ObjectInfo: ...
 
-    async def abort_multipart(self, key: ObjectKey, upload_id: str) -> None: ...
+    async def abort_multipart(self, key: ObjectKey, upload_id: str) -> None:
+        """Drop the upload and its parts; one that is not there is a success."""
 
-    async def list_multipart(self, prefix: str) -> Sequence[Upload]: ...
+    async def list_multipart(self, prefix: str) -> Sequence[Upload]:
+        """Uploads under way below `prefix`. MinIO lists those of one whole key only."""
+
+    async def uploads_of(self, key: ObjectKey) -> Sequence[Upload]:
+        """Uploads under way of just this key, by any client."""
+
+    async def last_part_ns(self, key: ObjectKey, upload_id: str) -> int | None:
+        """Time at which the newest part of an upload was stored; None: it has none. Raises: NotFound."""
+
+    async def time_ns(self) -> int:
+        """The store's clock, as of its answers so far; at most some seconds late."""
 
     async def listen(self, prefix: str, listener: Listener) -> None:
         """Tell `listener` of the changes below `prefix`. Never returns. Raises: StoreUnavailable (the stream is

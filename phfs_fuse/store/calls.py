@@ -7,10 +7,11 @@ goes on until its thread ends.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote_plus, urlencode
 
 import trio
 from botocore.session import Session
@@ -22,14 +23,15 @@ from phfs_fuse.store.access import Access
 from phfs_fuse.store.answers import NO_SUCH_KEY, error_of, reading
 from phfs_fuse.store.base import Body, Expect, FileRange, Listing, ObjectInfo, Part, Properties, Upload
 from phfs_fuse.store.headers import (
-    SECOND_NS,
     copy_headers,
+    date_ns,
     etag_of,
     info_of,
     object_headers,
     quoted,
     stored_info,
     tag_header,
+    whole_seconds,
 )
 from phfs_fuse.store.session import DEFAULT_REGION, HEADERS, PAGE, Clients, translated
 from phfs_fuse.store.transfer import FileBody, Receiver, body_length
@@ -51,6 +53,26 @@ def answer_headers(answer: Mapping[str, Any]) -> Mapping[str, str]:
     return headers
 
 
+class StoreClock:
+    """The store's time, by the `Date` of its answers. Owns its distance from the time since this machine started."""
+
+    def __init__(self) -> None:
+        self._date = ""
+        self._ahead_ns: int | None = None
+
+    def heard(self, headers: Mapping[str, str]) -> None:
+        """Headers of an answer that has just come; names in lower case."""
+        date = headers.get("date", "")
+        if date != self._date:
+            self._date = date
+            if (at_ns := date_ns(date)) is not None:
+                self._ahead_ns = at_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+    def now_ns(self) -> int | None:
+        """Late by the second that a `Date` leaves out, and by the way of its answer. None: nothing was heard."""
+        return None if self._ahead_ns is None else self._ahead_ns + time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
 class BotoCalls:
     """Opened by its first call."""
 
@@ -61,6 +83,7 @@ class BotoCalls:
         self._reads = trio.CapacityLimiter(config.reads_max)
         self._writes = trio.CapacityLimiter(config.writes_max)
         self._control = trio.CapacityLimiter(CONTROL_MAX)
+        self.clock = StoreClock()
 
     async def clients(self) -> Clients:
         return await self.access.clients()
@@ -89,6 +112,7 @@ class BotoCalls:
             self._control,
             is_read=True,
         )
+        self.clock.heard(answer_headers(answer))
         return info_of(key, answer_headers(answer))
 
     async def tags(self, key: ObjectKey) -> str:
@@ -127,6 +151,7 @@ class BotoCalls:
             self._control,
             is_read=True,
         )
+        self.clock.heard(answer_headers(answer))
         return answer[PAGE], answer_headers(answer).get("server", "")
 
     async def put(
@@ -295,23 +320,43 @@ class BotoCalls:
             self._control,
         )
 
-    async def list_multipart(self, prefix: str) -> Sequence[Upload]:
+    async def list_multipart(self, prefix: str, *, whole: bool = False) -> Sequence[Upload]:
+        """`whole`: `prefix` is a key, and only its uploads are wanted."""
         s3 = (await self.clients()).plain
         return await self._run(
-            "list multipart", prefix, lambda: self._list_multipart(s3, prefix), self._control, is_read=True
+            "list multipart", prefix, lambda: self._list_multipart(s3, prefix, whole), self._control, is_read=True
         )
 
-    def _list_multipart(self, s3: S3Client, prefix: str) -> Sequence[Upload]:
-        pages = s3.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix)
-        return [
-            Upload(
-                key=ObjectKey(upload["Key"]),
-                upload_id=upload["UploadId"],
-                started_ns=int(upload["Initiated"].timestamp()) * SECOND_NS,
-            )
-            for page in pages
-            for upload in page.get("Uploads", ())
-        ]
+    def _list_multipart(self, s3: S3Client, prefix: str, whole: bool) -> Sequence[Upload]:
+        pages = s3.get_paginator("list_multipart_uploads").paginate(
+            Bucket=self._bucket, Prefix=prefix, EncodingType="url"
+        )
+        found: list[Upload] = []
+        for page in pages:
+            decode = unquote_plus if page.get("EncodingType") == "url" else str
+            for row in page.get("Uploads", ()):
+                if whole and decode(row["Key"]) != prefix:
+                    return found  # its own come first
+                found.append(
+                    Upload(
+                        key=ObjectKey(decode(row["Key"])),
+                        upload_id=row["UploadId"],
+                        started_ns=whole_seconds(row["Initiated"]),
+                        initiator=row.get("Initiator", {}).get("ID", ""),
+                    )
+                )
+        return found
+
+    async def last_part_ns(self, key: ObjectKey, upload_id: str) -> int | None:
+        s3 = (await self.clients()).plain
+        return await self._run(
+            "list parts", key, lambda: self._last_part_ns(s3, key, upload_id), self._control, is_read=True
+        )
+
+    def _last_part_ns(self, s3: S3Client, key: ObjectKey, upload_id: str) -> int | None:
+        pages = s3.get_paginator("list_parts").paginate(Bucket=self._bucket, Key=key, UploadId=upload_id)
+        parts = (part for page in pages for part in page.get("Parts", ()))
+        return max((whole_seconds(part["LastModified"]) for part in parts), default=None)
 
     async def _run(
         self,

@@ -28,7 +28,7 @@ from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import BadAnswer
 from phfs_fuse.store.answers import error_code, error_of, reading
 from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Properties
-from phfs_fuse.store.calls import BotoCalls
+from phfs_fuse.store.calls import BotoCalls, StoreClock
 from phfs_fuse.store.crt_http import Consumer, Endpoint, HttpClient, Unreadable, build_request, sign, told
 from phfs_fuse.store.headers import (
     copy_headers,
@@ -82,8 +82,8 @@ class Credentials:
 class _Signed:
     """Signed requests to one bucket."""
 
-    def __init__(self, clients: Clients, endpoint: Endpoint, config: StoreConfig) -> None:
-        self.clients = clients
+    def __init__(self, clients: Clients, endpoint: Endpoint, config: StoreConfig, clock: StoreClock) -> None:
+        self.clients, self._clock = clients, clock
         self._endpoint = endpoint
         self._credentials = Credentials(clients)
         self._http = HttpClient(endpoint, connect_seconds=config.connect_seconds, read_seconds=config.read_seconds)
@@ -131,6 +131,7 @@ class _Signed:
             await sign(request, provider, self._endpoint.region, payload_hash)
         metrics.STORE_REQUESTS.add(1, op)
         exchange = await self._http.send(op, subject, request, consumer)
+        self._clock.heard(exchange.headers)
         if not exchange.is_good:
             raise error_of(op, subject, error_code(exchange.error_body), exchange.status)
         return exchange.headers
@@ -302,7 +303,7 @@ class CrtCalls(BotoCalls):
 
     async def _open_crt(self, clients: Clients) -> None:
         endpoint = await trio.to_thread.run_sync(_endpoint, clients, self.config.bucket)
-        before, self._crt = self._crt, _Signed(clients, endpoint, self.config) if endpoint else None
+        before, self._crt = self._crt, _Signed(clients, endpoint, self.config, self.clock) if endpoint else None
         self._boto_only = None if endpoint else clients
         if before is not None:
             await before.aclose()

@@ -72,15 +72,17 @@ def size_of(text: str | None, op: str, key: str) -> int:
 
 def http_date_ns(text: str | None) -> int:
     """Nanoseconds since the epoch of a `Date` or `Last-Modified`; now if it is missing or cannot be read."""
-    try:
-        return _date_ns(text or "")
-    except Exception:  # the parser of dates raises what it likes, OverflowError and TypeError too
-        return time.time_ns() // SECOND_NS * SECOND_NS
+    found = date_ns(text or "")
+    return time.time_ns() // SECOND_NS * SECOND_NS if found is None else found
 
 
 @lru_cache(64)  # many answers come within one second
-def _date_ns(text: str) -> int:
-    return whole_seconds(parsedate_to_datetime(text))
+def date_ns(text: str) -> int | None:
+    """Nanoseconds since the epoch of a date in a header; None if it cannot be read."""
+    try:
+        return whole_seconds(parsedate_to_datetime(text))
+    except Exception:  # the parser of dates raises what it likes, OverflowError and TypeError too
+        return None
 
 
 def whole_seconds(at: datetime) -> int:

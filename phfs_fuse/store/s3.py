@@ -5,9 +5,9 @@ those of `store.calls`, what a write rests on is `store.guard`'s.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from math import inf
 from typing import Any, Final, TypeVar
 
@@ -25,7 +25,6 @@ from phfs_fuse.errors import (
     StoreUnavailable,
     VersionChanged,
 )
-from phfs_fuse.extents import split
 from phfs_fuse.store.answers import NO_SUCH_UPLOAD, check_key, check_metadata, check_text
 from phfs_fuse.store.base import (
     LOOK_SECONDS,
@@ -46,12 +45,12 @@ from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
 from phfs_fuse.store.conditions import NONE_KEPT
 from phfs_fuse.store.diagnosis import diagnose
 from phfs_fuse.store.events import EventStream
-from phfs_fuse.store.guard import CLEANUP_SECONDS, Guard, ProbeName, quietly
+from phfs_fuse.store.guard import Guard, ProbeName
 from phfs_fuse.store.headers import TAG_COUNT, placed
 from phfs_fuse.store.limits import AWS, USUAL, NameLimits
 from phfs_fuse.store.transfer import Receiver, body_length, holds, multipart_etag
 from phfs_fuse.tasks import gather
-from phfs_fuse.types import COPY_PART_BYTES, GIB, MIB, S3_PARTS_MAX, ETag, ObjectKey
+from phfs_fuse.types import ETag, ObjectKey
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +59,6 @@ T = TypeVar("T")
 DIAGNOSIS_AFTER_SECONDS: Final = 1.0
 DIAGNOSIS_SECONDS: Final = 5.0
 CHECK_ATTEMPTS: Final = 2  # a wrong endpoint must show soon
-COPY_BYTES_MAX: Final = 256 * MIB  # in one request: more may take longer than the time without a byte
-COPY_ONTO_ITSELF_BYTES_MAX: Final = 5 * GIB  # Source: S3 API reference, CopyObject
 
 
 class S3Store:
@@ -270,11 +267,8 @@ class S3Store:
         check_key("copy", key)
         check_metadata("copy", key, metadata or {}, properties)
         conditions = await self._guard.kept()
-        in_parts = size > (COPY_ONTO_ITSELF_BYTES_MAX if source == key else COPY_BYTES_MAX)
-        if metadata is None and (in_parts or self._places):
+        if metadata is None and self._places:
             properties = await self.properties(source, source_etag)
-        if in_parts:
-            return await self._copy_in_parts(source, source_etag, key, size, metadata, expect, properties)
 
         async def write() -> ObjectInfo:
             nonlocal seen_at
@@ -346,7 +340,7 @@ class S3Store:
     ) -> str:
         check_key("create multipart", key)
         check_metadata("create multipart", key, metadata, properties)
-        return await self._guard.retrying(lambda _: self._calls.create_multipart(key, metadata, properties))
+        return await self._calls.create_multipart(key, metadata, properties)
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
         metrics.STORE_SENT.add(body_length(body), "upload part")
@@ -411,6 +405,20 @@ class S3Store:
         check_text("list multipart", prefix)
         return await self._guard.retrying(lambda _: self._calls.list_multipart(prefix))
 
+    async def uploads_of(self, key: ObjectKey) -> Sequence[Upload]:
+        check_key("list multipart", key)
+        return await self._guard.retrying(lambda _: self._calls.list_multipart(key, whole=True))
+
+    async def last_part_ns(self, key: ObjectKey, upload_id: str) -> int | None:
+        check_key("list parts", key)
+        return await self._guard.retrying(lambda _: self._calls.last_part_ns(key, upload_id))
+
+    async def time_ns(self) -> int:
+        if (now := self._calls.clock.now_ns()) is None:
+            await self._guard.retrying(lambda _: self._calls.list_page(self._config.prefix, 1, {}, metadata=False))
+            now = self._calls.clock.now_ns()
+        return time.time_ns() if now is None else now  # a store that tells no time
+
     # -- changes
 
     async def listen(self, prefix: str, listener: Listener) -> None:
@@ -421,39 +429,6 @@ class S3Store:
             await EventStream(await self._calls.clients(), self._config, prefix, listener).run()
 
         await self._calls.access.renewing(run)
-
-    async def _copy_in_parts(
-        self,
-        source: ObjectKey,
-        source_etag: ETag,
-        key: ObjectKey,
-        size: int,
-        metadata: Mapping[str, str] | None,
-        expect: Expect | None,
-        properties: Properties | None,
-    ) -> ObjectInfo:
-        if metadata is None:
-            metadata = properties.metadata if properties else {}
-        await self._guard.confirm("copy", key, expect)  # before gigabytes are moved in vain
-        upload_id = await self.create_multipart(key, metadata, properties)
-        try:
-            parts = await self._copy_parts(source, source_etag, key, size, upload_id)
-            return await self.complete_multipart(key, upload_id, parts, expect=expect)
-        except BaseException:
-            with trio.move_on_after(CLEANUP_SECONDS, shield=True):
-                await quietly(lambda: self.abort_multipart(key, upload_id))
-            raise
-
-    async def _copy_parts(
-        self, source: ObjectKey, source_etag: ETag, key: ObjectKey, size: int, upload_id: str
-    ) -> Sequence[Part]:
-        step = max(COPY_PART_BYTES, -(-size // S3_PARTS_MAX))
-        return await gather(
-            [
-                partial(self.upload_part_copy, key, upload_id, part_no, source, source_etag, start, end)
-                for part_no, (start, end) in enumerate(split(0, size, step), 1)
-            ]
-        )
 
 
 def _has_metadata(page: Listing) -> bool | None:

@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phfs_fuse import cli, keeper, mount, starting, wiring, workers
+from phfs_fuse import cli, keeper, mount, multiparts, starting, wiring, workers
 from phfs_fuse.config import MountConfig, StoreConfig
 from phfs_fuse.journal import Journal
 from phfs_fuse.settings import load_config
-from phfs_fuse.store import open_store
+from phfs_fuse.store import base, open_store
+from phfs_fuse.types import MIB
 
 CHANGES = {
     "put", "copy", "delete", "delete_many", "create_multipart", "upload_part", "upload_part_copy",
@@ -87,6 +88,8 @@ def worker() -> int:
     config = load_config(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
     step = Steps(config.writeback.directory)
     crash_at_commits(step)
+    multiparts.BEGIN_NS = multiparts.CLOCK_NS = multiparts.IDLE_NS = 2 * multiparts.SECOND_NS  # type: ignore[misc]
+    base.COPY_BYTES_MAX = 16 * MIB  # type: ignore[misc]
     wiring.open_store = lambda config, _owner: CrashingStore(config, step)  # type: ignore[assignment, return-value]
     return mount.main()
 

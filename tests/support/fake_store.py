@@ -66,8 +66,10 @@ class OpenUpload:
     key: ObjectKey
     metadata: Mapping[str, str]
     started_ns: int
+    initiator: str
     properties: Properties | None = None
     parts: dict[int, bytes] = field(default_factory=dict)
+    touched_ns: int | None = None
 
 
 def body_bytes(body: Body) -> bytes:
@@ -110,6 +112,7 @@ class FakeStore:
         self.limits = USUAL
         self.has_events = True
         self.is_prepared = False
+        self.identity = "a user"  # of who asks; begins multipart uploads
         self._listeners: list[tuple[str, Listener]] = []
         self._cut = trio.Event()
 
@@ -270,7 +273,7 @@ class FakeStore:
         self._check("create_multipart", key, metadata, properties)
         self._upload_count += 1
         upload_id = f"upload-{self._upload_count}"
-        self.uploads[upload_id] = OpenUpload(key, dict(metadata), self._clock(), properties)
+        self.uploads[upload_id] = OpenUpload(key, dict(metadata), self._clock(), self.identity, properties)
         return upload_id
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
@@ -316,8 +319,18 @@ class FakeStore:
 
     async def list_multipart(self, prefix: str) -> Sequence[Upload]:
         await self._request("list_multipart", prefix)
-        found = [Upload(u.key, upload_id, u.started_ns) for upload_id, u in self.uploads.items()]
-        return [upload for upload in found if upload.key.startswith(prefix)]
+        return [upload for upload in self._open_uploads() if upload.key.startswith(prefix)]
+
+    async def uploads_of(self, key: ObjectKey) -> Sequence[Upload]:
+        await self._request("uploads_of", key)
+        return [upload for upload in self._open_uploads() if upload.key == key]
+
+    async def last_part_ns(self, key: ObjectKey, upload_id: str) -> int | None:
+        await self._request("last_part_ns", key)
+        return self._upload("last_part_ns", key, upload_id).touched_ns
+
+    async def time_ns(self) -> int:
+        return self._clock()
 
     async def listen(self, prefix: str, listener: Listener) -> None:
         """Tells only while `has_events`; a test ends it by `cut_events`."""
@@ -406,6 +419,9 @@ class FakeStore:
         if expect is not None and expect.etag != (found.etag if found else None):
             raise VersionChanged(op, key, f"is {found.etag if found else 'not there'}, not {expect.etag}")
 
+    def _open_uploads(self) -> Sequence[Upload]:
+        return [Upload(u.key, upload_id, u.started_ns, u.initiator) for upload_id, u in self.uploads.items()]
+
     def _upload(self, op: str, key: ObjectKey, upload_id: str) -> OpenUpload:
         upload = self.uploads.get(upload_id)
         if upload is None or upload.key != key:
@@ -413,7 +429,8 @@ class FakeStore:
         return upload
 
     def _store_part(self, op: str, key: ObjectKey, upload_id: str, part_no: int, data: bytes) -> Part:
-        self._upload(op, key, upload_id).parts[part_no] = data
+        upload = self._upload(op, key, upload_id)
+        upload.parts[part_no], upload.touched_ns = data, self._clock()
         return Part(part_no, md5_etag(data))
 
     def _uploaded(self, key: ObjectKey, upload: OpenUpload, part: Part) -> bytes:

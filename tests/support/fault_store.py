@@ -122,6 +122,10 @@ class FaultStore:
         """Let calls take `seconds` longer, by the clock of trio."""
         self._faults.append(Fault(method, nth - 1, count, when, seconds=seconds))
 
+    def clear(self) -> None:
+        """No more faults."""
+        self._faults.clear()
+
     def cut(self, after_bytes: int, *, nth: int = 1) -> None:
         """Let the `nth` get fail once it has passed on `after_bytes`."""
         self._cuts.append((nth - 1, after_bytes))
@@ -297,6 +301,15 @@ class FaultStore:
 
     async def list_multipart(self, prefix: str) -> Sequence[Upload]:
         return await self._through("list_multipart", prefix, lambda: self.inner.list_multipart(prefix))
+
+    async def uploads_of(self, key: ObjectKey) -> Sequence[Upload]:
+        return await self._through("uploads_of", key, lambda: self.inner.uploads_of(key))
+
+    async def last_part_ns(self, key: ObjectKey, upload_id: str) -> int | None:
+        return await self._through("last_part_ns", key, lambda: self.inner.last_part_ns(key, upload_id))
+
+    async def time_ns(self) -> int:
+        return await self.inner.time_ns()
 
     async def listen(self, prefix: str, listener: Listener) -> None:
         await self._through("listen", prefix, lambda: self.inner.listen(prefix, listener))

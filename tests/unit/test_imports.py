@@ -59,6 +59,7 @@ undo
 conflicts claims
 sources markers settling
 upload changes
+multiparts
 removed keyusers dirtyfiles
 uploadqueue quota
 recovery resume
