@@ -63,7 +63,7 @@ class Changes:
         self.endings = Endings()
         self.refusals = Refusals(journal)
         self.files = DirtyFiles(inodes, journal, kernel, self.endings, self.refusals)
-        self._removed = Removed(journal, queue, self.attempts, self.endings)
+        self._removed = Removed(journal, queue, self.attempts, self.endings, inodes.questions.oldest_seq)
         self.gone = self._removed.keys
         self.on_met: Callable[[ObjectKey], None] | None = None
         self.on_displaced: Callable[[Node], None] | None = None  # one that was displaced is about to be changed

@@ -97,21 +97,22 @@ class DirStream:
         if (known := self._namespace.complete_listing(self._node)) is not None:
             yield _entries(known, after)
             return
-        shown = set(self._namespace.local_only(self._node))
-        local = deque(_entries(shown, after))
+        held = self._namespace.local_only(self._node)
+        shown = {node.name for node in held}  # names: a file may give its own to another while the pages come
+        local = deque(_entries(held, after))
         try:
-            for node in shown:
+            for node in held:
                 node.holds += 1
             async with aclosing(self._namespace.pages(self._node, after=segment_of(after))) as pages:
                 async for page in pages:
-                    stored = _entries((node for node in page if node not in shown), after)
+                    stored = _entries((node for node in page if node.name not in shown), after)
                     before = []
                     while local and stored and local[0][0] < stored[-1][0]:
                         before.append(local.popleft())
                     yield sorted(before + stored, key=_place) if before else stored
             yield list(local)
         finally:
-            for node in shown:
+            for node in held:
                 self._release(node)
 
     def _release(self, node: Node) -> None:

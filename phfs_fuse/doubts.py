@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-import trio
-
 from phfs_fuse import keys
 from phfs_fuse.errors import IllegalName, NameTooLong
 from phfs_fuse.inodes import Inodes
@@ -34,7 +32,7 @@ class Doubts:
             is_last = depth == len(segments)
             kid: Node | None = None
             for name in _names_for(segment, is_object=is_last and not is_marker):
-                self._inodes.heard(at, name)
+                self._inodes.heard(at, name, removed=removed)
                 kid = (at.kids or {}).get(name)
                 if _concerns(kid, is_folder=is_marker or not is_last, is_last=is_last, removed=removed):
                     told += self._doubt(at, name, kid, removed=removed)
@@ -49,7 +47,7 @@ class Doubts:
         if kid is None or removed:
             self._inodes.incomplete(parent)
         if kid is not None:
-            kid.doubted_at = trio.current_time()
+            kid.doubted_at = self._inodes.questions.moment()
         return [(parent.ino, name)] if was_missing or (kid is not None and kid.lookups) else []
 
 

@@ -7,13 +7,15 @@ Whatever a listing or a HEAD says of such a key is not true any more. A director
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-from cachetools import LRUCache
+from itertools import islice
 
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.types import ETag, ObjectKey
+
+DONE_MAX = 100_000  # keys that are known to have been deleted; more where answers may still tell of them
+DONE_STEP = 1000
 
 
 @dataclass(slots=True, eq=False)
@@ -36,10 +38,13 @@ def ancestors(key: str) -> Iterator[str]:
 
 
 class GoneKeys:
-    def __init__(self) -> None:
+    def __init__(self, oldest_seq: Callable[[], float]) -> None:
+        """`oldest_seq` says of which change on all answers know that are still to come."""
+        self._oldest_seq = oldest_seq
         self._gone: dict[ObjectKey, Gone] = {}
         self._below: Counter[str] = Counter()
-        self._done: LRUCache[str, int] = LRUCache(100_000)  # key -> change number when the delete ended
+        self._done: dict[str, int] = {}  # key -> change number when the delete ended, in this order
+        self._done_max = DONE_MAX
 
     def __len__(self) -> int:
         return len(self._gone)
@@ -67,8 +72,19 @@ class GoneKeys:
                 del self._below[ancestor]
             else:
                 self._below[ancestor] -= 1
+        self._done.pop(key, None)
         self._done[key] = seq
+        if len(self._done) > self._done_max:
+            self._let_go_of_done()
         return gone
+
+    def _let_go_of_done(self) -> None:
+        oldest = self._oldest_seq()
+        for key in list(islice(self._done, len(self._done) - DONE_MAX)):
+            if self._done[key] > oldest:
+                break
+            del self._done[key]
+        self._done_max = len(self._done) + DONE_STEP
 
     def hides(self, key: str, asked_seq: int) -> bool:
         """Whether an answer about `key`, asked for at change number `asked_seq`, speaks of something deleted."""

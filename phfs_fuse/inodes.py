@@ -9,23 +9,13 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.errors import IllegalName, StaleVersion
 from phfs_fuse.nodes import NEVER, Folder, Node
+from phfs_fuse.questions import Question, Questions
 from phfs_fuse.types import ROOT_INO, Ino, ObjectKey
-
-
-@dataclass(slots=True, eq=False)
-class Question:
-    """What the store was asked about names of one directory, at local change number `seq` and at time `at`. The
-    answer says nothing reliable of the names in `heard`: somebody else has changed them meanwhile."""
-
-    seq: int
-    at: float
-    heard: set[bytes] = field(default_factory=set)
 
 
 class Inodes:
@@ -36,7 +26,7 @@ class Inodes:
         self._places = 0  # how often a folder got a place in the tree
         self._next = first_ino
         self._nodes: dict[int, Node] = {}
-        self._questions: dict[Ino, list[Question]] = {}  # by directory, those under way
+        self.questions = Questions()
         self._displaced: set[Ino] = set()  # open files whose names others have taken or removed
         self.on_changed: Callable[[Node], None] | None = None  # a node got another name, or lost it
         self.root: Node = Folder(ROOT_INO, root_attrs, ctime_ns=now_ns)
@@ -181,7 +171,7 @@ class Inodes:
     def drop_unused(self, node: Node) -> None:
         """Let go of a node that nothing refers to, and of its parents likewise."""
         at: Node | None = node
-        while at is not None and not at.busy and at is not self.root and not self._outdates_an_answer(at):
+        while at is not None and not at.busy and at is not self.root and not self.questions.keeps(at):
             parent = at.parent
             self._drop_untold(at)
             if at.kids:
@@ -203,7 +193,7 @@ class Inodes:
     def _drop_untold(self, folder: Node) -> None:
         """Let go of what a listing brought into `folder` and nobody has asked for."""
         for kid in list((folder.kids or {}).values()):
-            if kid.busy or self._outdates_an_answer(kid):
+            if kid.busy or self.questions.keeps(kid):
                 return
             self._drop_untold(kid)
             if kid.kids:
@@ -226,27 +216,24 @@ class Inodes:
         parent.gaps += 1
 
     @contextmanager
-    def asking(self, parent: Node, question: Question) -> Iterator[Question]:
+    def asking(self, parent: Node, seq: int) -> Iterator[Question]:
         """While the store is asked about names in `parent`, and until the answer is merged: nodes changed since then
         stay, they know what the answer cannot know. May be held over an await."""
-        asked = self._questions.setdefault(parent.ino, [])
-        asked.append(question)
+        question = Question(self.key(parent), seq, self.questions.moment())
+        self.questions.open(parent, question)
         try:
             yield question
         finally:
-            asked.remove(question)
-            if not asked:
-                del self._questions[parent.ino]
+            self.questions.close(parent, question)
 
-    def _outdates_an_answer(self, node: Node) -> bool:
-        if node.detached or node.parent is None or (asked := self._questions.get(node.parent.ino)) is None:
-            return False
-        return node.seq > min(question.seq for question in asked)
+    def is_about(self, question: Question, parent: Node) -> bool:
+        """Whether `parent` is still the folder that the question was put about: it may have moved meanwhile."""
+        return self.key(parent) == question.prefix
 
-    def heard(self, parent: Node, name: bytes) -> None:
-        """Somebody else has changed `name`: answers that are under way say nothing of it."""
-        for question in self._questions.get(parent.ino, ()):
-            question.heard.add(name)
+    def heard(self, parent: Node, name: bytes, *, removed: bool) -> None:
+        """Others have changed `name`, or something below it: answers that are under way say nothing of it."""
+        for question in self.questions.about(parent):
+            question.heard[name] = removed
 
     @staticmethod
     def descendants(node: Node) -> Iterator[Node]:

@@ -64,6 +64,10 @@ class Known:
         asked_at = self._missing.get((parent.ino, name), NEVER)
         return self._trust.holds(asked_at, now) or now < asked_at + MISSING_SECONDS
 
+    def missing_at(self, parent: Node, name: bytes) -> float:
+        """When the store was asked last and had nothing of that name, which the tree has not; NEVER."""
+        return max(parent.complete_at, self._missing.get((parent.ino, name), NEVER))
+
     def note_missing(self, parent: Node, name: bytes, asked_at: float) -> None:
         self._missing[parent.ino, name] = asked_at
 

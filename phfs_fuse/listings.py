@@ -5,19 +5,19 @@ since no name can show them.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
-
-import trio
+from dataclasses import replace
 
 from phfs_fuse import keys
 from phfs_fuse.changes import Changes
 from phfs_fuse.errors import IllegalName
-from phfs_fuse.inodes import Inodes, Question
+from phfs_fuse.inodes import Inodes
 from phfs_fuse.known import REFUSED, Known
 from phfs_fuse.merging import Merging
 from phfs_fuse.nodes import NEVER, Node
 from phfs_fuse.probes import Probes
+from phfs_fuse.questions import Question
 from phfs_fuse.store.base import Listing, ObjectInfo, ObjectStore
 
 log = logging.getLogger(__name__)
@@ -45,61 +45,94 @@ class Listings:
     async def pages(self, parent: Node, *, pages_max: int = 1 << 60, after: str = "") -> AsyncGenerator[list[Node]]:
         """The directory page by page, in the order of the store; then `kids` has all that is not forgotten
         meanwhile, and what is not there any more has left it. Local names that the store lacks are not in
-        the pages. With `after`, the segment of a key, only what follows it, and maybe itself. Raises: PhfsError."""
-        prefix = self._inodes.key(parent)
-        seq = self._changes.seq
-        asked_at = trio.current_time()
+        the pages. With `after`, the segment of a key, only what follows it. All pages are answers to one question, as
+        old as the first. Raises: PhfsError."""
         gaps = parent.gaps
-        start = prefix + after if after else ""
-        before = {} if after else dict(parent.kids or {})
-        token: str | None = None
-        for _ in range(pages_max):
-            try:
-                with self._merging.asking(parent) as question:
-                    page = await self._store.list(prefix, delimiter=True, token=token, start_after=start)
-                    nodes = await self._merge(parent, prefix, page.objects, page.prefixes, question)
-            except REFUSED as exc:
-                self._known.found_away(exc)
-                if token is not None or parent.complete_at == NEVER:
-                    raise
-                yield list((parent.kids or {}).values())  # as it was known last
-                return
-            for node in nodes:
-                before.pop(node.name, None)
-            yield nodes
-            if (token := page.next_token) is None:
-                if after:
+        before = set(parent.kids or ())  # names of which no page told so far
+        moved: set[bytes] = set()  # names that were given when the folder got another place
+        token, last, is_last = None, after, False
+        with self._merging.walking(parent) as question:
+            whole = Question(question.prefix, question.seq, question.at)
+            for _ in range(pages_max):
+                try:
+                    page = await self._page(question, token, last)
+                    nodes = await self._merge(parent, page.objects, page.prefixes, question)
+                except REFUSED as exc:
+                    self._known.found_away(exc)
+                    if token is not None or parent.complete_at == NEVER:
+                        raise
+                    yield list((parent.kids or {}).values())  # as it was known last
                     return
-                for name, node in before.items():
-                    if not node.detached:
-                        self._merging.absent(parent, name, seq)
-                parent.misses = 0
-                parent.unseen = False
-                if parent.gaps == gaps:
-                    parent.complete_at = asked_at
-                return
+                if nodes is None:  # the folder has another place, and the tree all that was in it
+                    question.prefix = self._inodes.key(parent)
+                    self._merging.ask_anew(question)
+                    nodes = [kid for kid in (parent.kids or {}).values() if _is_behind(kid, last)]
+                    moved.update(kid.name for kid in nodes)
+                    token = None
+                else:
+                    nodes = [node for node in nodes if node.name not in moved] if moved else nodes
+                    before.difference_update(node.name for node in nodes)
+                    last = max((key[len(question.prefix) :] for key in _ends(page)), key=str.encode, default=last)
+                    token = page.next_token
+                    is_last = token is None
+                question.rests = True
+                yield nodes
+                question.rests = False
+                if is_last:
+                    if not after:
+                        self._listed(parent, before, whole, gaps)
+                    return
+
+    def _listed(self, parent: Node, before: Iterable[bytes], question: Question, gaps: int) -> None:
+        """All pages of `parent` are in the tree, and none of the names `before` was on them; `gaps` as it was."""
+        if not self._inodes.is_about(question, parent):
+            return
+        kids = parent.kids or {}
+        for name in before:
+            if (kid := kids.get(name)) is not None and kid.doubted_at <= question.at:
+                self._merging.absent(parent, name, question)
+        parent.misses = 0
+        parent.unseen = False
+        if parent.gaps == gaps:
+            parent.complete_at = max(parent.complete_at, question.at)
+
+    async def _page(self, question: Question, token: str | None, last: str) -> Listing:
+        """The next page, behind the segment `last`. It is asked for as the first of a new walk, and `question` put
+        anew, where this walk has lasted for long, or the page has what others were heard to have removed."""
+        if token is not None and not question.is_spent:
+            page = await self._store.list(question.prefix, delimiter=True, token=token)
+            if not _has_left(page, question):
+                return page
+        if token is not None:
+            self._merging.ask_anew(question)
+        page = await self._store.list(
+            question.prefix, delimiter=True, start_after=question.prefix + last if last else ""
+        )
+        again = question.prefix + last  # a folder, in which the store goes on
+        if again in page.prefixes:
+            return replace(page, prefixes=[prefix for prefix in page.prefixes if prefix != again])
+        return page
 
     async def page_behind(self, parent: Node, segment: str) -> tuple[str, float]:
         """Bring a page of plain objects, from behind `segment` on, into the tree. Returns the last segment of the
         page ("": it is empty), and when it was asked for. Awaits nothing after the tree has it."""
-        prefix = self._inodes.key(parent)
         with self._merging.asking(parent) as question:
+            prefix = question.prefix
             page = await self._store.list(prefix, delimiter=True, start_after=prefix + segment)
-            await self._merge(parent, prefix, _plain(page, prefix), (), question)
+            await self._merge(parent, _plain(page, prefix), (), question)
         return page.objects[-1].key[len(prefix) :] if page.objects else "", question.at
 
     async def _merge(
-        self,
-        parent: Node,
-        prefix: str,
-        objects: Sequence[ObjectInfo],
-        prefixes: Sequence[str],
-        question: Question,
-    ) -> list[Node]:
+        self, parent: Node, objects: Sequence[ObjectInfo], prefixes: Sequence[str], question: Question
+    ) -> list[Node] | None:
+        """Returns the nodes that show them, in order of their kind. None: `parent` is another folder by now."""
+        prefix = question.prefix
         infos = await self._probes.with_metadata(parent, prefix, objects)
         legal = [key[len(prefix) : -1] for key in prefixes if self._legal(key[len(prefix) : -1])]
         segments = await self._probes.real_folders(parent, prefix, legal, question)
         markers = await self._probes.markers(prefix, segments)
+        if not self._inodes.is_about(question, parent):
+            return None
         nodes: list[Node] = []
         folders = set(segments)
         plain = folders | {info.key[len(prefix) :] for info in infos}
@@ -155,15 +188,15 @@ class Listings:
             return False
         if self._known.has_all(node):
             return True
-        key = self._inodes.key(node)
-        seq = self._changes.seq
         token: str | None = None
-        while True:
-            page = await self._store.list(key, delimiter=False, token=token)
-            if any(o.key != key and not self._changes.gone.hides(o.key, seq) for o in page.objects):
-                return False
-            if (token := page.next_token) is None:
-                return not node.kids
+        with self._merging.asking(node) as question:
+            key, seq = question.prefix, question.seq
+            while True:
+                page = await self._store.list(key, delimiter=False, token=token)
+                if any(o.key != key and not self._changes.gone.hides(o.key, seq) for o in page.objects):
+                    return False
+                if (token := page.next_token) is None:
+                    return not node.kids
 
     async def load_below(self, node: Node) -> None:
         """Bring all that the store has below `node` into the tree, so that it can be renamed as a whole."""
@@ -177,6 +210,27 @@ class Listings:
         """Whether the tree still has all that `load_below` brought (the kernel may have forgotten some)."""
         folders = [node, *self._inodes.descendants(node)]
         return all(folder.complete_at > NEVER for folder in folders if folder.is_dir)
+
+
+def _ends(page: Listing) -> Iterator[str]:
+    """The last keys of a page."""
+    yield from (found.key for found in page.objects[-1:])
+    yield from page.prefixes[-1:]
+
+
+def _is_behind(node: Node, segment: str) -> bool:
+    """Whether `node` comes after `segment` in a listing."""
+    own = node.segment + "/" * node.is_dir
+    return own.encode("utf-8", "surrogatepass") > segment.encode("utf-8", "surrogatepass")
+
+
+def _has_left(page: Listing, question: Question) -> bool:
+    """Whether a page has something that others were heard to have removed since the walk began."""
+    left = [keys.segment_of(name) for name, removed in question.heard.items() if removed]
+    if not left:
+        return False
+    found = {info.key for info in page.objects} | {prefix.removesuffix("/") for prefix in page.prefixes}
+    return any(question.prefix + segment in found for segment in left)
 
 
 def _plain(page: Listing, prefix: str) -> list[ObjectInfo]:

@@ -10,13 +10,14 @@ import trio
 
 from phfs_fuse import keys
 from phfs_fuse.errors import NameTooLong, NotFound
-from phfs_fuse.inodes import Inodes, Question
+from phfs_fuse.inodes import Inodes
 from phfs_fuse.known import REFUSED, Known
 from phfs_fuse.listings import Listings
 from phfs_fuse.merging import Merging
 from phfs_fuse.namewalks import NameWalks
 from phfs_fuse.nodes import Node
 from phfs_fuse.probes import Probes
+from phfs_fuse.questions import Question
 from phfs_fuse.store.base import ObjectInfo
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import NAME_BYTES_MAX, Ino, ObjectKey
@@ -53,7 +54,8 @@ class Lookup:
                 if parent.misses < MISSES_MAX or not await self._listed(parent, name):
                     parent.misses += 1
                     if not await self._listed_on(parent, name):
-                        await self._ask(parent, name)
+                        self._merging.ask_anew(question)
+                        await self._ask(parent, name, question)
         except REFUSED as exc:
             self._known.found_away(exc)
             if (node := self._known.remembered(parent, name)) is None:
@@ -61,7 +63,7 @@ class Lookup:
             return node
         if (node := (parent.kids or {}).get(name)) is not None:
             return node
-        if name not in question.heard:
+        if name not in question.heard and self._inodes.is_about(question, parent):
             self._known.note_missing(parent, name, question.at)
         raise NotFound("lookup", name.decode(errors="replace"))
 
@@ -111,16 +113,16 @@ class Lookup:
 
     # ---- by requests for the name alone ----
 
-    async def _ask(self, parent: Node, name: bytes) -> None:
+    async def _ask(self, parent: Node, name: bytes, question: Question) -> None:
         segment = keys.segment_of(name)
-        with self._merging.asking(parent) as question:
-            if segment.endswith(keys.RCLONE_LINK):
-                self._merging.absent(parent, name, question.seq)  # it is shown as a link, without the suffix
-            else:
-                await self._ask_plain(parent, name, segment, self._inodes.key(parent), question)
+        if segment.endswith(keys.RCLONE_LINK):
+            self._merging.absent(parent, name, question)  # it is shown as a link, without the suffix
+        else:
+            await self._ask_plain(parent, name, segment, question)
 
-    async def _ask_plain(self, parent: Node, name: bytes, segment: str, prefix: str, question: Question) -> None:
+    async def _ask_plain(self, parent: Node, name: bytes, segment: str, question: Question) -> None:
         """HEAD for the file and LIST for the directory at once; then the names that stand for odd keys."""
+        prefix = question.prefix
         folder: tuple[bool, ObjectInfo | None] = (False, None)
         found: ObjectInfo | None = None
 
@@ -133,24 +135,27 @@ class Lookup:
             found = await self._probes.head(ObjectKey(prefix + segment))
 
         await gather([ask_folder, ask_file])
+        if not self._inodes.is_about(question, parent):
+            return
         if folder[0]:
             self._merging.folder(parent, segment, folder[1], question)
         elif found is not None:
             self._merging.file(parent, segment, name, found, question)
         else:
-            await self._ask_odd(parent, name, segment, prefix, question)
+            await self._ask_odd(parent, name, segment, question)
 
-    async def _ask_odd(self, parent: Node, name: bytes, segment: str, prefix: str, question: Question) -> None:
+    async def _ask_odd(self, parent: Node, name: bytes, segment: str, question: Question) -> None:
+        prefix = question.prefix
         if segment.endswith(keys.OBJECT_BESIDE):
-            plain = segment.removesuffix(keys.OBJECT_BESIDE)
-            beside = plain != "" and (await self._probes.folder(ObjectKey(prefix + plain + "/")))[0]
-            info = await self._probes.head(ObjectKey(prefix + plain)) if beside else None
-            if info is not None:
-                self._merging.file(parent, plain, name, info, question)
-                return
+            stored = segment.removesuffix(keys.OBJECT_BESIDE)
+            beside = stored != "" and (await self._probes.folder(ObjectKey(prefix + stored + "/")))[0]
+            info = await self._probes.head(ObjectKey(prefix + stored)) if beside else None
         else:
-            info = await self._probes.head(ObjectKey(prefix + segment + keys.RCLONE_LINK))
-            if info is not None:
-                self._merging.file(parent, segment + keys.RCLONE_LINK, name, info, question)
-                return
-        self._merging.absent(parent, name, question.seq)
+            stored = segment + keys.RCLONE_LINK
+            info = await self._probes.head(ObjectKey(prefix + stored))
+        if not self._inodes.is_about(question, parent):
+            return
+        if info is not None:
+            self._merging.file(parent, stored, name, info, question)
+        else:
+            self._merging.absent(parent, name, question)

@@ -32,7 +32,7 @@ class Markers:
         """Have the store keep the marker, or not, as the directory is now. Returns its version.
         Raises: PhfsError, OSError of the journal."""
         if not node.own_attrs and not node.kids:
-            node.unseen = await self._has_more(key)
+            node.unseen = await self._has_more(node, key)
         if node.own_attrs or not (node.kids or node.unseen):
             self._changes.attempts.begin(key, 0, {})
             try:
@@ -78,17 +78,18 @@ class Markers:
         else:
             self._queue.schedule(node)
 
-    async def _has_more(self, key: ObjectKey) -> bool:
+    async def _has_more(self, node: Node, key: ObjectKey) -> bool:
         """Whether the store has more below the directory than what is removed here, or was while it was asked."""
-        seq, token = self._changes.seq, None
-        while True:
-            page = await self._store.list(key, delimiter=False, token=token)
-            for found in page.objects:
-                if (
-                    found.key != key
-                    and not self._queue.is_busy(found.key)
-                    and not self._changes.gone.hides(found.key, seq)
-                ):
-                    return True
-            if (token := page.next_token) is None:
-                return False
+        token: str | None = None
+        with self._inodes.asking(node, self._changes.seq) as question:
+            while True:
+                page = await self._store.list(key, delimiter=False, token=token)
+                for found in page.objects:
+                    if (
+                        found.key != key
+                        and not self._queue.is_busy(found.key)
+                        and not self._changes.gone.hides(found.key, question.seq)
+                    ):
+                        return True
+                if (token := page.next_token) is None:
+                    return False

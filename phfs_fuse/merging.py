@@ -1,43 +1,62 @@
 """Merges answers of the store into the tree. Owns no state; no I/O, no await: each call is atomic.
 
-It brings nodes into the tree, refreshes them, and replaces a node by a new one when somebody else has stored a new
-version (the old one stays with those who have it open). An answer never overrides a local change made after the
-question was asked, nor does it bring back what is deleted here.
+It brings nodes into the tree, refreshes them, and replaces a node by a new one when another client has stored a new
+version (the old one stays with those who have it open). An answer never displaces what is newer than its `Question`,
+nor does it bring back what is deleted here. The caller has looked that the folder is still the one that was asked
+about.
 """
 
 from __future__ import annotations
 
 import stat
 import time
-from contextlib import AbstractContextManager
-
-import trio
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.changes import Changes
 from phfs_fuse.defaults import Defaults
-from phfs_fuse.inodes import Inodes, Question
+from phfs_fuse.inodes import Inodes
+from phfs_fuse.known import Known
 from phfs_fuse.nodes import Base, Node
+from phfs_fuse.questions import Question
 from phfs_fuse.store.base import ObjectInfo
 
 
 class Merging:
-    def __init__(self, inodes: Inodes, changes: Changes, defaults: Defaults) -> None:
+    def __init__(self, inodes: Inodes, changes: Changes, known: Known, defaults: Defaults) -> None:
         self._inodes = inodes
         self._changes = changes
+        self._known = known
         self._defaults = defaults
 
     def asking(self, parent: Node) -> AbstractContextManager[Question]:
         """While the store is asked about names in `parent`, until the answer is merged. May be held over an await."""
-        return self._inodes.asking(parent, Question(self._changes.seq, trio.current_time()))
+        return self._inodes.asking(parent, self._changes.seq)
 
-    def absent(self, parent: Node, name: bytes, seq: int) -> None:
-        """The store, asked at change number `seq`, has nothing of that name."""
+    @contextmanager
+    def walking(self, parent: Node) -> Iterator[Question]:
+        """The same for all pages of a listing. What was kept because of them is let go of then."""
+        try:
+            with self.asking(parent) as question:
+                yield question
+        finally:
+            for node in question.kept:
+                self._inodes.drop_unused(node)
+
+    def ask_anew(self, question: Question) -> None:
+        """What `question` is told from now on is as old as this moment."""
+        question.put(self._changes.seq, self._inodes.questions.moment())
+
+    def absent(self, parent: Node, name: bytes, question: Question) -> None:
+        """The store has nothing of that name."""
         node = (parent.kids or {}).get(name)
-        if node is None or node.dirty is not None or node.seq > seq or self._holds_local(node):
+        if node is None or question.predates(node) or self._holds_local(node):
             return
         self._inodes.displace(node)
+        if name in question.heard:
+            self._inodes.incomplete(parent)
 
     def local_only(self, parent: Node) -> list[Node]:
         """Children that a listing of the store may lack."""
@@ -47,17 +66,21 @@ class Merging:
         """Whether a directory has something in it that exists only here."""
         return node.is_dir and any(n.dirty is not None for n in self._inodes.descendants(node))
 
+    def _is_newer(self, parent: Node, name: bytes, node: Node | None, question: Question) -> bool:
+        """Whether the tree, which shows `node` under `name`, knows better than the answer that there is something."""
+        if node is not None:
+            return question.predates(node)
+        return name not in question.heard and self._known.missing_at(parent, name) > question.at
+
     # ---- files ----
 
     def file(self, parent: Node, segment: str, name: bytes, info: ObjectInfo, question: Question) -> Node | None:
         """The store has object `info` for `name`; returns the node that shows it now, or what we have instead."""
         assert parent.kids is not None
         node = parent.kids.get(name)
-        if self._changes.gone.hides(info.key, question.seq):
+        if self._changes.gone.hides(info.key, question.seq) or self._is_newer(parent, name, node, question):
             return node
         if node is not None:
-            if node.dirty is not None or node.seq > question.seq:
-                return node
             if self._shows(node, segment, name, info):
                 node.checked_at = max(node.checked_at, question.at)
                 return node
@@ -98,7 +121,7 @@ class Merging:
     def _attach(self, parent: Node, name: bytes, node: Node, segment: str, question: Question) -> None:
         node.checked_at = question.at
         if name in question.heard:
-            node.doubted_at = trio.current_time()
+            node.doubted_at = self._inodes.questions.moment()
         self._inodes.attach(parent, name, node, segment)
 
     # ---- folders ----
@@ -111,22 +134,24 @@ class Merging:
         node = parent.kids.get(name)
         if self._changes.gone.hides(key, question.seq):
             return node
+        if (node is None or not node.is_dir) and self._is_newer(parent, name, node, question):
+            return node
         if node is not None and not node.is_dir:
-            if node.dirty is not None or node.seq > question.seq:
-                return node
             self._inodes.displace(node)  # from now on shown as name + OBJECT_BESIDE
             node = None
         if node is None:
             node = self._inodes.new(self._defaults.directory(), ctime_ns=time.time_ns())
             self._attach(parent, name, node, segment, question)
-        self.marker(node, marker, question)
-        node.checked_at = max(node.checked_at, question.at)
+        if self.marker(node, marker, question) or node.checked_at > node.doubted_at:
+            node.checked_at = max(node.checked_at, question.at)
         return node
 
-    def marker(self, folder: Node, marker: ObjectInfo | None, question: Question) -> None:
-        """The store has this marker of `folder`, or none."""
-        if folder.dirty is None and folder.seq <= question.seq:
-            self.set_marker(folder, marker)
+    def marker(self, folder: Node, marker: ObjectInfo | None, question: Question) -> bool:
+        """The store has this marker of `folder`, or none. Returns whether that tells its attributes."""
+        if question.predates(folder):
+            return False
+        self.set_marker(folder, marker)
+        return True
 
     def set_marker(self, folder: Node, marker: ObjectInfo | None) -> None:
         """As `marker`, when nothing was changed here yet."""

@@ -23,7 +23,7 @@ class Namespace:
         self, *, store: ObjectStore, inodes: Inodes, changes: Changes, defaults: Defaults, trust: Trust
     ) -> None:
         known = Known(inodes, trust)
-        merging = Merging(inodes, changes, defaults)
+        merging = Merging(inodes, changes, known, defaults)
         probes = Probes(store, changes.gone)
         self._listings = listings = Listings(
             store=store, inodes=inodes, changes=changes, known=known, merging=merging, probes=probes

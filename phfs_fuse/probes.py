@@ -12,8 +12,8 @@ import trio
 from phfs_fuse import keys
 from phfs_fuse.errors import IllegalName, NotFound
 from phfs_fuse.gone import GoneKeys
-from phfs_fuse.inodes import Question
 from phfs_fuse.nodes import Node
+from phfs_fuse.questions import Question
 from phfs_fuse.store.base import ObjectInfo, ObjectStore
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import ObjectKey

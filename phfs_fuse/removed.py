@@ -4,7 +4,7 @@ Owns the set of them. No I/O but the journal's, and no await.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from phfs_fuse.attempts import Attempts
 from phfs_fuse.endings import Endings
@@ -15,12 +15,19 @@ from phfs_fuse.uploadqueue import UploadQueue
 
 
 class Removed:
-    def __init__(self, journal: Journal, queue: UploadQueue, attempts: Attempts, endings: Endings) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        queue: UploadQueue,
+        attempts: Attempts,
+        endings: Endings,
+        oldest_seq: Callable[[], float],
+    ) -> None:
         self._journal = journal
         self._queue = queue
         self._attempts = attempts
         self._endings = endings
-        self.keys = GoneKeys()
+        self.keys = GoneKeys(oldest_seq)
 
     def recover(self) -> None:
         """Take up what an earlier process left in the journal."""

@@ -52,7 +52,8 @@ listahead
 namespace
 doubts lookup
 listings
-known merging probes
+merging probes
+known
 writeback
 deletes
 undo
@@ -66,6 +67,7 @@ recovery resume
 kernelstate memory
 namewalks defaults attempts endings refusals writable
 inodes trust places
+questions
 nodes
 blocks staging
 adoption
