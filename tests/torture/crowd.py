@@ -301,6 +301,7 @@ class Crowd:
         operations = [*files, *files, *listings, *trees, self.change_shared]
         if self.random.random() < 0.5:
             operations.append(self.create_big)
+        self.make_tree()
         while not os.path.exists(stop):
             operation = self.random.choice(operations)
             try:
