@@ -14,7 +14,7 @@ from phfs_fuse.errors import NoAttribute, NotSupported, StaleVersion
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import OpenFiles
-from phfs_fuse.storable import Storable
+from phfs_fuse.storable import Storable, has_more
 from phfs_fuse.types import time_ns
 from phfs_fuse.writable import Writable
 
@@ -61,7 +61,7 @@ class FileAttrs:
         """Raises: ReadOnly, TooLarge, NoSpace, StaleVersion, OSError."""
         self._writable.require()
         node = self._inodes.get(ino)
-        if node.is_dir or node.xattrs is not None or node.link is not None:
+        if node.is_dir or has_more(node):
             await self._require_kept(node, self._wanted(node, change))
         if node.detached and not node.opens:
             if change.is_late:
@@ -70,7 +70,6 @@ class FileAttrs:
         if change.size is not None and change.size != node.size:
             if change.size > node.size:
                 self._writable.require_room()
-            self._storable.require_room(node)
             self._files.truncate(node, change.size)
         changed = self._set_owner(node, change)
         if change.mtime_ns is not None and (mtime_ns := time_ns(change.mtime_ns)) != node.mtime_ns:

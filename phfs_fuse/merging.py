@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from phfs_fuse import keys
-from phfs_fuse.attrs import Attrs
+from phfs_fuse.attrs import STORED, Attrs, others
 from phfs_fuse.changes import Changes
 from phfs_fuse.defaults import Defaults
 from phfs_fuse.inodes import Inodes
@@ -22,6 +22,14 @@ from phfs_fuse.known import Known
 from phfs_fuse.nodes import Base, Node
 from phfs_fuse.questions import Question
 from phfs_fuse.store.base import ObjectInfo
+from phfs_fuse.store.limits import metadata_bytes
+
+
+def _others_bytes(info: ObjectInfo) -> int:
+    """The size of the user metadata that is no attribute of ours."""
+    if not info.metadata or info.metadata.keys() <= STORED:
+        return 0
+    return metadata_bytes(others(info.metadata, same_bytes=True))
 
 
 class Merging:
@@ -98,6 +106,7 @@ class Merging:
         attrs = self._attrs(segment, name, info)
         if stat.S_IFMT(attrs.mode) != stat.S_IFMT(node.mode):
             return False
+        node.others_bytes = _others_bytes(info)
         if attrs != node.attrs:
             node.set_attrs(attrs)
             node.ctime_ns = info.modified_ns
@@ -114,6 +123,7 @@ class Merging:
         attrs = self._attrs(segment, name, info)
         node = self._inodes.new(attrs, ctime_ns=info.modified_ns)
         node.size = info.size if attrs.link is None else len(attrs.link)
+        node.others_bytes = _others_bytes(info)
         self._attach(parent, name, node, segment, question)
         node.base = Base(info.key, info.etag, info.size)
         return node
@@ -161,5 +171,6 @@ class Merging:
         if folder.marker == marker.etag and marker.metadata is None:
             return
         folder.marker = marker.etag
+        folder.others_bytes = _others_bytes(marker)
         folder.set_attrs(self._defaults.stored(marker, self._defaults.directory(marker.modified_ns)))
         folder.own_attrs = self._defaults.differs(folder.attrs)

@@ -92,6 +92,9 @@ class Node:
     rdev: Few[int] = Few(0)
     xattrs: Few[Mapping[bytes, bytes] | None] = Few(None)
     link: Few[bytes | None] = Few(None)
+    others_bytes: Few[int] = Few(
+        0
+    )  # of user metadata that is none of these and stays with the object; see `store.limits`
     staged: Few[Staged | None] = Few(None)
     inherited: Few[Properties | None] = Few(None)  # of a base whose bytes have all been fetched
     writers: Few[int] = Few(0)  # of `opens`, open for writing

@@ -84,7 +84,7 @@ class OpenFiles:
             raise StaleVersion("open", self._inodes.path(node))
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._writable.require()
-            self._storable.require_room(node)
+            self._require_attrs(node, anew=bool(flags & os.O_TRUNC))
         if flags & os.O_TRUNC and node.size:
             self._changes.stage(node).truncate(0)
             self._changes.written(node, 0)
@@ -214,6 +214,12 @@ class OpenFiles:
         if self._quotas and not node.detached:
             self._quotas.require(self._inodes.key(node), size - node.size)
 
+    def _require_attrs(self, node: Node, *, anew: bool) -> None:
+        """Raises: NoSpace. What others gave to the object does not stay with bytes that are written anew."""
+        if anew and node.base is not None and node.base.size:
+            node.others_bytes = 0
+        self._storable.require_room(node)
+
     def put(self, node: Node, offset: int, data: bytes) -> None:
         layer = self._changes.stage(node)
         layer.write(offset, data)
@@ -222,6 +228,7 @@ class OpenFiles:
     def truncate(self, node: Node, size: int) -> None:
         if node.is_dir:
             raise IsADirectory("truncate", self._inodes.path(node))
+        self._require_attrs(node, anew=size == 0)
         if size > node.size:
             self._may_grow(node, size)
         self._changes.stage(node).truncate(size)

@@ -11,6 +11,11 @@ from phfs_fuse.store.base import ObjectStore
 from phfs_fuse.store.limits import metadata_bytes
 
 
+def has_more(node: Node) -> bool:
+    """Whether its object has more metadata than mode, owner and times, which always fit."""
+    return node.xattrs is not None or node.link is not None or node.others_bytes > 0
+
+
 class Storable:
     def __init__(self, store: ObjectStore, inodes: Inodes) -> None:
         self._store = store
@@ -27,16 +32,17 @@ class Storable:
 
     def require_attrs(self, node: Node, attrs: Attrs) -> None:
         """Raises: NoSpace if the object of `node` has no room for `attrs`. Mode, owner and times alone always fit."""
-        if attrs.xattrs is None and attrs.link is None:
+        if attrs.xattrs is None and attrs.link is None and not node.others_bytes:
             return
-        size, size_max = metadata_bytes(to_metadata(attrs)), self._store.limits.metadata_bytes_max
+        size = metadata_bytes(to_metadata(attrs)) + node.others_bytes
+        size_max = self._store.limits.metadata_bytes_max
         if size > size_max:
-            reason = f"{size} bytes of attributes, the store keeps {size_max}; remove some extended attributes"
+            reason = f"{size} bytes of metadata, the store keeps {size_max}; remove some extended attributes"
             raise NoSpace("set attributes", self._inodes.path(node), reason)
 
     def require_room(self, node: Node) -> None:
         """As `require_attrs`, for those that `node` has: they are sent again with each change of its bytes."""
-        if node.xattrs is not None or node.link is not None:
+        if has_more(node):
             self.require_attrs(node, node.attrs)
 
     async def require_marker(self, node: Node) -> None:
