@@ -28,18 +28,32 @@ class Doubts:
         is_marker = segments[-1] == ""
         if is_marker:
             segments.pop()
+        way: list[tuple[Node, bytes, Node | None, bool]] = []
         for depth, segment in enumerate(segments, 1):
             is_last = depth == len(segments)
             kid: Node | None = None
             for name in _names_for(segment, is_object=is_last and not is_marker):
                 self._inodes.heard(at, name, removed=removed)
                 kid = (at.kids or {}).get(name)
-                if _concerns(kid, is_folder=is_marker or not is_last, is_last=is_last, removed=removed):
-                    told += self._doubt(at, name, kid, removed=removed)
+                way.append((at, name, kid, is_last))
             if is_last or kid is None or not kid.is_dir:
                 break
             at = kid
+        for parent, name, kid, is_last in reversed(way):  # a folder is doubted with the last of what is in it
+            if self._concerns(kid, is_folder=is_marker or not is_last, is_last=is_last, removed=removed):
+                told += self._doubt(parent, name, kid, removed=removed)
         return told
+
+    def _concerns(self, kid: Node | None, *, is_folder: bool, is_last: bool, removed: bool) -> bool:
+        """Whether the change can mean something for the name that now shows `kid`."""
+        if kid is None:
+            return not removed
+        if not kid.is_dir or not is_folder:
+            return True
+        if not removed:
+            return is_last  # attributes in the marker
+        first = next(iter(kid.kids.values()), None) if kid.kids else None
+        return first is None or (first.dirty is None and not self._known.is_believed(first))
 
     def _doubt(self, parent: Node, name: bytes, kid: Node | None, *, removed: bool) -> list[tuple[Ino, bytes]]:
         parent.gaps += 1  # a listing that is under way may not know
@@ -48,6 +62,8 @@ class Doubts:
             self._inodes.incomplete(parent)
         if kid is not None:
             kid.doubted_at = self._inodes.questions.moment()
+            if removed and parent.kids is not None:
+                parent.kids[name] = parent.kids.pop(name)  # behind those that are believed: see `_concerns`
         return [(parent.ino, name)] if was_missing or (kid is not None and kid.lookups) else []
 
 
@@ -63,15 +79,3 @@ def _names_for(segment: str, *, is_object: bool) -> list[bytes]:
         with suppress(IllegalName, NameTooLong):
             names.append(keys.name_of(text))
     return names
-
-
-def _concerns(kid: Node | None, *, is_folder: bool, is_last: bool, removed: bool) -> bool:
-    """Whether the change can mean something for the name that now shows `kid`."""
-    if kid is None:
-        return not removed
-    if not kid.is_dir or not is_folder:
-        return True
-    if is_last and not removed:
-        return True  # attributes in the marker
-    has_others = len(kid.kids or ()) > 1 or (is_last and bool(kid.kids))
-    return removed and not has_others

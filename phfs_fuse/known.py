@@ -42,6 +42,10 @@ class Known:
         at = node.checked_at if parent is None else max(node.checked_at, parent.complete_at)
         return at if at > node.doubted_at else NEVER
 
+    def is_believed(self, node: Node) -> bool:
+        """Whether nobody was heard to have changed its name since the store was asked."""
+        return self._at(node) > NEVER
+
     # ---- one name ----
 
     def find(self, parent: Node, name: bytes) -> Node | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -340,3 +341,47 @@ async def test_nothing_is_changed_by_a_name_that_others_have_replaced(
     assert node.dirty is None
     await world.settle()
     assert store.data(PREFIX + "f") == b"theirs"
+
+
+@pytest.mark.parametrize("with_looks", [False, True])
+async def test_a_folder_goes_with_the_last_that_others_remove_from_it(
+    world: World, store: FakeStore, autojump_clock: MockClock, with_looks: bool
+) -> None:
+    keys = [
+        "two/a",
+        "two/b",
+        "deep/s/a",
+        "deep/s/b",
+        "deep/t",
+        *(f"many/f{number}" for number in range(50)),
+        "stays/a",
+    ]
+    for key in [*keys, "stays/b"]:
+        store.seed(PREFIX + key, b"1")
+    for folder in ("two", "deep", "deep/s", "many", "stays"):
+        await world.names((await world.node(folder)).ino)
+    await world.names()
+    await trio.sleep(LONG_SECONDS)
+    for key in keys:
+        store.remove(PREFIX + key)
+        if with_looks:
+            with suppress(NotFound):  # that was its last
+                await world.node(key.split("/")[0])
+    assert await world.names() == ["stays"]
+    assert await world.names((await world.node("stays")).ino) == ["b"]
+    for name in (b"two", b"deep", b"many"):
+        await world.vfs.mkdir(1, name, 0o755, 0, 0)
+
+
+async def test_what_is_left_in_a_folder_keeps_it_from_being_asked_for(
+    world: World, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    for number in range(20):
+        store.seed(f"{PREFIX}d/f{number:02}", b"1")
+    folder = await world.node("d")
+    await world.names(folder.ino)
+    await world.names()
+    await trio.sleep(1)
+    for number in range(19):
+        store.remove(f"{PREFIX}d/f{number:02}")
+    assert await asked(store, world, "d", "d/f19") == 0
