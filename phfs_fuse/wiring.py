@@ -51,6 +51,7 @@ from phfs_fuse.writeback import Writeback
 log = logging.getLogger(__name__)
 
 KERNEL_LOG: Final = "kernel.log"
+TRIALS: Final = "trials.json"  # objects in the store that are no files
 DESCRIPTORS_PART: Final = 6  # of them, at most, for files of the staging area, and as many for those of the cache
 EPOCH_INODES: Final = 1 << 28  # numbers of one process: none is given out twice over restarts
 FLUSH_SECONDS: Final = 60.0  # for the kernel to hand over what it caches
@@ -225,7 +226,7 @@ class Mount:
 async def opened(config: MountConfig) -> AsyncIterator[Mount]:
     """The objects of a mount, which holds its state directory until the end of the block."""
     owner = hashlib.sha256(f"{socket.gethostname()}:{config.writeback.directory}".encode()).hexdigest()
-    store = open_store(config.store, owner[:16])
+    store = open_store(config.store, owner[:16], config.writeback.directory / TRIALS)
     try:
         mount = Mount(config, store)
         try:

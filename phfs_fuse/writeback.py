@@ -41,7 +41,7 @@ from phfs_fuse.refusal import Operation, is_final
 from phfs_fuse.sources import Sources
 from phfs_fuse.staging import Layer, StagingArea
 from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
-from phfs_fuse.tasks import survived, surviving, unforeseen
+from phfs_fuse.tasks import lasting, survived, surviving, unforeseen
 from phfs_fuse.types import ETag, ObjectKey
 from phfs_fuse.undo import Undo
 from phfs_fuse.upload import Snapshot, Uploader
@@ -49,6 +49,8 @@ from phfs_fuse.uploadqueue import UploadQueue, Work
 
 log = logging.getLogger(__name__)
 
+TIDY_SECONDS = 30.0
+TIDY_SECONDS_MAX = 3600.0
 BUSY_PART = 4  # of the uploads at a time: while programs ask for much, what cannot wait any more goes up like that
 
 
@@ -130,7 +132,8 @@ class Writeback:
         """Upload what is due, forever."""
         async with trio.open_nursery() as nursery:
             self._nursery = self._sources.nursery = nursery
-            nursery.start_soon(self.multiparts.run)
+            nursery.start_soon(lasting, "multipart uploads", self.multiparts.run)
+            nursery.start_soon(lasting, "trials of the store", self._tidy)
             task_status.started()
             is_prepared = False
             while True:
@@ -143,6 +146,18 @@ class Writeback:
                 with trio.move_on_at(self._next_look()):
                     await wake.wait()
                 self._queue.wake = trio.Event()
+
+    async def _tidy(self) -> None:
+        """Service: have nothing in the store that no file shows."""
+        pause = TIDY_SECONDS
+        while True:
+            try:
+                await self._store.tidy()
+                pause = TIDY_SECONDS
+            except PhfsError as exc:
+                log.info("a trial of the store has left an object: %s", exc)
+                pause = min(2 * pause, TIDY_SECONDS_MAX)
+            await trio.sleep(pause)
 
     async def _prepare(self) -> None:
         """While the first change has its quiet time."""

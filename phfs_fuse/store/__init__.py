@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.store.base import ObjectStore
@@ -17,11 +18,11 @@ def warm() -> None:
     session.warm()
 
 
-def open_store(config: StoreConfig, owner: str = "") -> ObjectStore:
+def open_store(config: StoreConfig, owner: str = "", notes: Path | None = None) -> ObjectStore:
     """The fastest store that works here. Does no I/O: the first call, `check_bucket`, opens it.
 
-    `owner` names the object that conditions are tried out on, if it is the same for each process that goes on for
-    another: what a crash leaves of it is then removed by the next one.
+    `owner` names the objects that the store is tried out on, `notes` is the file in which they are noted. Both are
+    the same for each process that goes on for another: what a death leaves of them is removed by the next one.
 
     Imported late: boto3 and awscrt take longer to load than the commands that need no store.
     """
@@ -31,5 +32,5 @@ def open_store(config: StoreConfig, owner: str = "") -> ObjectStore:
         from phfs_fuse.store.crt import CrtStore
     except ImportError as exc:  # no build of awscrt for this machine
         log.info("boto3 does all requests: %s", exc)
-        return S3Store(config, owner=owner)
-    return CrtStore(config, owner)
+        return S3Store(config, owner=owner, notes=notes)
+    return CrtStore(config, owner, notes)

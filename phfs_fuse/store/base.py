@@ -162,6 +162,10 @@ class ObjectStore(Protocol):
     async def prepare(self) -> None:
         """Find out what conditional writes rest on; the first one does otherwise."""
 
+    async def tidy(self) -> None:
+        """Remove what trials of the store have left in it, those of an earlier process too. Costs nothing if nothing
+        is left."""
+
     async def head(self, key: ObjectKey) -> ObjectInfo:
         """NotFound also for a name that the store does not take."""
 

@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Final
 from urllib.parse import quote, urlencode, urlsplit
 from xml.etree import ElementTree
@@ -312,8 +313,8 @@ class CrtCalls(BotoCalls):
 class CrtStore(S3Store):
     """An `S3Store` whose data path is awscrt."""
 
-    def __init__(self, config: StoreConfig, owner: str = "") -> None:
-        super().__init__(config, CrtCalls(config), owner)
+    def __init__(self, config: StoreConfig, owner: str = "", notes: Path | None = None) -> None:
+        super().__init__(config, CrtCalls(config), owner, notes)
 
 
 def _read_and_hash(crt: _Signed, body: Body) -> tuple[bytes, str]:

@@ -7,7 +7,6 @@ A lost answer is made good: a conditional write whose first try reached the stor
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -22,10 +21,8 @@ from phfs_fuse.errors import (
     CredentialsRefused,
     InvalidArgument,
     NotFound,
-    PhfsError,
     VersionChanged,
 )
-from phfs_fuse.keys import TRIAL
 from phfs_fuse.store.answers import NO_SUCH_KEY, check_key
 from phfs_fuse.store.base import NOT_THERE, Expect, Listing, ObjectInfo
 from phfs_fuse.store.calls import BotoCalls
@@ -33,6 +30,7 @@ from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_co
 from phfs_fuse.store.limits import Segment
 from phfs_fuse.store.retry import retrying
 from phfs_fuse.store.transfer import Receiver
+from phfs_fuse.store.trials import TrialObjects
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import ETag, ObjectKey
 
@@ -41,14 +39,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LISTED_MIN: Final = 8  # versions learned by a page of a listing, which else costs more than it saves
-CLEANUP_SECONDS: Final = 30.0
 
 
 class Guard:
     """For the writes of one store."""
 
-    def __init__(self, config: StoreConfig, calls: BotoCalls, owner: str) -> None:
-        self._config, self._calls, self._owner = config, calls, owner
+    def __init__(self, config: StoreConfig, calls: BotoCalls, trials: TrialObjects) -> None:
+        self._config, self._calls, self._trials = config, calls, trials
         self._conditions: Conditions | None = None
         self._probe_lock = trio.Lock()
 
@@ -135,21 +132,10 @@ class Guard:
             return NONE_KEPT
 
     async def _probe_once(self) -> Conditions:
-        key = ObjectKey(f"{self._config.prefix}{TRIAL}{self._owner or secrets.token_hex(8)}")
-        if self._owner:  # a process before may have left it
-            await quietly(lambda: self._remove(key))
-        try:
+        key = ObjectKey(self._config.prefix + self._trials.name)
+        await self._trials.clear(key)
+        async with self._trials.trying(key):
             return await probe_conditions(_ProbeObject(self._calls, key))
-        finally:
-            await self.clean_up(key)
-
-    async def clean_up(self, key: ObjectKey) -> None:
-        with trio.move_on_after(CLEANUP_SECONDS, shield=True):
-            await quietly(lambda: self._remove(key))
-
-    async def _remove(self, key: ObjectKey) -> None:
-        with suppress(*NOT_THERE):
-            await self.retrying(lambda _: self._calls.delete(key, None))
 
     async def look(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
         """By listing from the first to the last, as long as that finds enough of them, the rest one by one."""
@@ -184,14 +170,6 @@ class Guard:
         return page
 
 
-async def quietly(call: Callable[[], Awaitable[None]]) -> None:
-    """For what may be left undone."""
-    try:
-        await call()
-    except PhfsError as exc:
-        log.info("clean-up failed: %s", exc)
-
-
 def _common(one: str, other: str) -> str:
     """What both begin with."""
     length = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
@@ -201,22 +179,19 @@ def _common(one: str, other: str) -> str:
 class ProbeName:
     """Names that nobody uses; see `NameTrial`. AWS takes each that is short enough for a key."""
 
-    def __init__(self, guard: Guard, config: StoreConfig, calls: BotoCalls, owner: str) -> None:
-        self._guard, self._calls = guard, calls
-        self._folder, self._name = config.prefix, TRIAL + (owner or secrets.token_hex(8))
+    def __init__(self, guard: Guard, config: StoreConfig, calls: BotoCalls, trials: TrialObjects) -> None:
+        self._guard, self._calls, self._trials, self._folder = guard, calls, trials, config.prefix
 
     def key(self, segment: Segment) -> ObjectKey:
-        return ObjectKey(self._folder + self._name.ljust(segment.length, "-") + "/" * segment.is_marker)
+        return ObjectKey(self._folder + self._trials.name.ljust(segment.length, "-") + "/" * segment.is_marker)
 
     async def look(self, key: ObjectKey) -> object:
         return None if (await self._calls.clients()).is_aws else await self._guard.head(key)
 
     async def store(self, key: ObjectKey) -> None:
         if not (await self._calls.clients()).is_aws:
-            try:
+            async with self._trials.trying(key):
                 await self._calls.put(key, b"", {}, None)
-            finally:
-                await self._guard.clean_up(key)
 
 
 class _ProbeObject:

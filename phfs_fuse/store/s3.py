@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from math import inf
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import trio
@@ -49,6 +50,7 @@ from phfs_fuse.store.guard import Guard, ProbeName
 from phfs_fuse.store.headers import TAG_COUNT, placed
 from phfs_fuse.store.limits import AWS, USUAL, NameLimits
 from phfs_fuse.store.transfer import Receiver, body_length, holds, multipart_etag
+from phfs_fuse.store.trials import TrialObjects
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import ETag, ObjectKey
 
@@ -64,11 +66,14 @@ CHECK_ATTEMPTS: Final = 2  # a wrong endpoint must show soon
 class S3Store:
     """See `ObjectStore`. Opened by the first call, which should be `check_bucket`."""
 
-    def __init__(self, config: StoreConfig, calls: BotoCalls | None = None, owner: str = "") -> None:
+    def __init__(
+        self, config: StoreConfig, calls: BotoCalls | None = None, owner: str = "", notes: Path | None = None
+    ) -> None:
         self._config = config
         self._calls = calls or BotoCalls(config)
-        self._guard = Guard(config, self._calls, owner)
-        self._names = NameLimits(ProbeName(self._guard, config, self._calls, owner))
+        self._trials = TrialObjects(config, self._calls, owner, notes)
+        self._guard = Guard(config, self._calls, self._trials)
+        self._names = NameLimits(ProbeName(self._guard, config, self._calls, self._trials))
         self._lists_metadata: bool | None = False  # None: to be seen at the first page that has an object
         self._places = False  # some object here has a storage class or an encryption of its own
 
@@ -153,6 +158,9 @@ class S3Store:
 
     async def prepare(self) -> None:
         await self._guard.kept()
+
+    async def tidy(self) -> None:
+        await self._trials.tidy()
 
     async def head(self, key: ObjectKey) -> ObjectInfo:
         check_key("head", key)

@@ -89,7 +89,7 @@ async def test_what_a_process_before_left_of_its_trial_goes(kind: type[S3Store],
         assert isinstance(place.store, S3Store)
         left = ObjectKey(f"{place.store._config.prefix}.phfs-probe-us")
         await place.store.put(left, b"", {}, expect=None)
-        place.store._guard._owner = "us"
+        place.store._trials.name, place.store._trials._is_same = ".phfs-probe-us", True
         await place.put("x", b"1", expect=Expect(None))
         with pytest.raises(NotFound):
             await place.store.head(left)

@@ -90,7 +90,7 @@ def worker() -> int:
     crash_at_commits(step)
     multiparts.BEGIN_NS = multiparts.CLOCK_NS = multiparts.IDLE_NS = 2 * multiparts.SECOND_NS  # type: ignore[misc]
     base.COPY_BYTES_MAX = 16 * MIB  # type: ignore[misc]
-    wiring.open_store = lambda config, _owner: CrashingStore(config, step)  # type: ignore[assignment, return-value]
+    wiring.open_store = lambda config, _owner, _notes: CrashingStore(config, step)  # type: ignore[assignment, return-value]
     return mount.main()
 
 

@@ -156,6 +156,9 @@ class FakeStore:
         check_key("name", key)
         self._check_length("name", key)
 
+    async def tidy(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def head(self, key: ObjectKey) -> ObjectInfo:
         await self._request("head", key)
         return self._info(key, self._existing("head", key))

@@ -182,6 +182,9 @@ class FaultStore:
     async def require_key(self, key: ObjectKey) -> None:
         await self._through("require_key", key, lambda: self.inner.require_key(key))
 
+    async def tidy(self) -> None:
+        await self.inner.tidy()
+
     async def head(self, key: ObjectKey) -> ObjectInfo:
         return await self._through("head", key, lambda: self.inner.head(key))
 

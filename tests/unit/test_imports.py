@@ -83,6 +83,7 @@ store
 store.crt
 store.s3
 store.guard
+store.trials
 store.calls store.crt_http store.events
 store.access
 store.session store.transfer store.conditions store.diagnosis store.limits
