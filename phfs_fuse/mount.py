@@ -48,7 +48,7 @@ async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None
         mount.quotas.begin(resumed=resume)
         fd = await link.receive_descriptor()
         ops = operations(mount.vfs, config.tree, mount.demand)
-        session = Session(ops, fd, resume=resume, on_statfs=ops.statfs_for if config.quota.has_folders else None)
+        session = Session(ops, fd, resume=resume, on_statfs=ops.statfs_for, on_fallocate=ops.fallocate_errno)
         services = Services(mount, link, session, resumed=resume)
         try:
             await services.run(ControlServer(config.control_socket, Answers(mount), services))

@@ -265,6 +265,10 @@ class Operations(pyfuse3.Operations):
         """The next request is a statfs, which asks for `ino`."""
         self._statfs_ino = ino
 
+    def fallocate_errno(self, end: int) -> int:
+        """The errno of a fallocate up to byte `end`: nothing can be reserved, and programs then write instead."""
+        return errno.EFBIG if end > self._vfs.size_max else errno.EOPNOTSUPP
+
     @_answers
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         found = StatvfsData()

@@ -18,7 +18,6 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from enum import Flag
 from pathlib import Path
 from typing import Final
@@ -205,10 +204,16 @@ class Session:
     """
 
     def __init__(
-        self, ops: pyfuse3.Operations, fd: int, *, resume: bool, on_statfs: Callable[[int], None] | None = None
+        self,
+        ops: pyfuse3.Operations,
+        fd: int,
+        *,
+        resume: bool,
+        on_statfs: Callable[[int], None],
+        on_fallocate: Callable[[int], int],
     ) -> None:
-        """`on_statfs` hears the inode right before a statfs handler is called; only for mounts with folders that
-        differ in that."""
+        """`on_statfs` hears the inode right before a statfs handler is called; `on_fallocate` says how to answer one
+        that ends at a byte."""
         self.established = trio.Event()  # requests are answered from now on
         self._fd, self._resume = fd, resume
         if not resume:
@@ -216,7 +221,7 @@ class Session:
         self._then = ops.init
         ops.init = self._on_init  # type: ignore[method-assign]
         self._session_fd = _pretended_kernel()
-        with telling(Path(pyfuse3.__file__), on_statfs) if on_statfs else nullcontext():
+        with telling(Path(pyfuse3.__file__), on_statfs, on_fallocate):
             pyfuse3.init(ops, f"/dev/fd/{self._session_fd}", set(pyfuse3.default_options))
 
     async def serve(self) -> None:

@@ -1,9 +1,12 @@
-"""Tells which inode the kernel asks statfs for: libfuse passes it on, pyfuse3 drops it. Owns no state.
+"""Two of the kernel's requests of which pyfuse3 passes on too little: statfs, and fallocate. Owns no state.
 
-pyfuse3 gives libfuse a table of its handlers when it makes the session. `telling` puts a step in between there, for
-one entry of that table: note the inode, go on as ever. It reaches the call of libfuse where the dynamic linker does,
-in the table of addresses of pyfuse3's shared object. Source: ELF-64 object file format; fuse_lowlevel.h of libfuse 3,
-whose `struct fuse_lowlevel_ops` is part of its ABI.
+libfuse knows which inode statfs is asked for, pyfuse3 drops it; pyfuse3 has no handler for fallocate, so that one of
+any size is answered alike. pyfuse3 gives libfuse a table of its handlers when it makes the session. `telling` puts a
+step in between there, for two entries of that table: note the inode and go on as ever; answer fallocate.
+
+The step reaches the call of libfuse where the dynamic linker does, in the table of addresses of pyfuse3's shared
+object. Source: ELF-64 object file format; fuse_lowlevel.h of libfuse 3, whose `struct fuse_lowlevel_ops` is part of
+its ABI.
 """
 
 from __future__ import annotations
@@ -14,42 +17,63 @@ import mmap
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 log = logging.getLogger(__name__)
 
 STATFS: Final = 24  # which of the pointers in struct fuse_lowlevel_ops
+FALLOCATE: Final = 40
 RELA: Final = 4  # Source: ELF, sh_type
 _HEADER: Final = struct.Struct("<4sBB58x")
 _SECTION: Final = struct.Struct("<IIQQQQIIQQ")
 _RELOCATION: Final = struct.Struct("<QQq")
 _NEW: Final = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 _HANDLER: Final = (None, ctypes.c_void_p, ctypes.c_uint64)
+_FALLOCATE: Final = (*_HANDLER, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+Refuse = Callable[[int], int]
+"""The errno that answers a fallocate which ends at this byte."""
 _kept: Final[list[Any]] = []  # functions that libfuse calls as long as the process lives
 
 
 @contextmanager
-def telling(library: Path, tell: Callable[[int], None]) -> Iterator[None]:
-    """`tell` hears the inode before each statfs handler of a session that `library` (pyfuse3) makes meanwhile.
+def telling(library: Path, tell: Callable[[int], None], refuse: Refuse | None = None) -> Iterator[None]:
+    """`tell` hears the inode before each statfs handler of a session that `library` (pyfuse3) makes meanwhile, and
+    `refuse` is asked how to answer fallocate.
 
-    Where this cannot be done a warning says so, and `tell` hears nothing.
+    Where this cannot be done a warning says so, and neither is called.
     """
     try:
         slot = _base(library) + _slot(library, b"fuse_session_new")
-        new = ctypes.CDLL(str(library)).fuse_session_new
+        fuse = ctypes.CDLL(str(library))
+        new, reply = fuse.fuse_session_new, fuse.fuse_reply_err
     except (OSError, ValueError, AttributeError, struct.error) as exc:
         log.warning("df shows for every folder what it shows for the mount: %s", exc)
         yield
         return
-    before = _put(slot, _step(_pointer(new), tell))
+    reply.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    before = _put(slot, _step(_pointer(new), tell, refuse and partial(_refused, reply, refuse)))
     try:
         yield
     finally:
         _put(slot, before)
 
 
-def _step(new: int, tell: Callable[[int], None]) -> int:
+def _refused(
+    reply: Callable[[int, int], int],
+    refuse: Refuse,
+    request: int,
+    ino: int,
+    mode: int,
+    offset: int,
+    size: int,
+    fi: int,
+) -> None:
+    reply(request, refuse(offset + size))
+
+
+def _step(new: int, tell: Callable[[int], None], fallocate: Callable[..., None] | None = None) -> int:
     """In place of fuse_session_new."""
     call = ctypes.PYFUNCTYPE(*_NEW)(new)
 
@@ -63,6 +87,9 @@ def _step(new: int, tell: Callable[[int], None]) -> int:
                 handler(request, ino)
 
             entry.value = _pointer(ctypes.CFUNCTYPE(*_HANDLER)(statfs))
+        if fallocate is not None and size >= (FALLOCATE + 1) * 8:
+            entry = ctypes.c_void_p.from_address(handlers + FALLOCATE * 8)
+            entry.value = _pointer(ctypes.CFUNCTYPE(*_FALLOCATE)(fallocate))
         return call(args, handlers, size, data)
 
     return _pointer(ctypes.CFUNCTYPE(*_NEW)(replaced))

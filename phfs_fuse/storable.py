@@ -57,5 +57,10 @@ class Storable:
 
     def require_size(self, node: Node, size: int) -> None:
         """Raises: TooLarge."""
-        if size > (size_max := self._store.limits.object_bytes_max):
-            raise TooLarge("write", self._inodes.path(node), f"{size} bytes, an object holds at most {size_max}")
+        if size > self.size_max:
+            reason = f"{size} bytes, an object holds at most {self.size_max}"
+            raise TooLarge("write", self._inodes.path(node), reason)
+
+    @property
+    def size_max(self) -> int:
+        return self._store.limits.object_bytes_max

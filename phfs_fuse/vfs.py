@@ -52,6 +52,7 @@ class Vfs:
         self._inodes = inodes
         self._namespace = namespace
         self._settling = settling
+        self._storable = storable
         self._kernel = kernel
         self._quotas = quotas
         self._files = files = OpenFiles(
@@ -123,6 +124,11 @@ class Vfs:
         return self._files.writers
 
     # ---- references to nodes ----
+
+    @property
+    def size_max(self) -> int:
+        """The largest file that the store takes."""
+        return self._storable.size_max
 
     def getattr(self, ino: int) -> Node:
         return self._inodes.get(ino)

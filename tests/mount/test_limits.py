@@ -96,6 +96,7 @@ def test_a_size_is_refused_at_the_call(mnt: Path) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_DIRECT)
     with mmap.mmap(-1, 4096) as page:
         refused(errno.EFBIG, os.pwrite, fd, page, LARGEST)
+    refused(errno.EFBIG, os.posix_fallocate, fd, 0, LARGEST + 1)
     os.close(fd)
     assert path.stat().st_size == 1
 

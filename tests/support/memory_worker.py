@@ -137,7 +137,13 @@ class MemoryWorker:
             await link.standby()
         resumed = self._options.resume
         ops = MemoryOps(self._config, resumed=resumed)
-        session = Session(ops, await link.receive_descriptor(), resume=resumed)
+        session = Session(
+            ops,
+            await link.receive_descriptor(),
+            resume=resumed,
+            on_statfs=lambda ino: None,
+            on_fallocate=lambda end: errno.EOPNOTSUPP,
+        )
         if self._options.no_serve or (self._options.no_resume and resumed):
             return 7
         with self._root:

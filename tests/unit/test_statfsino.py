@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import pyfuse3
@@ -42,6 +43,28 @@ def test_a_step_goes_before_the_handler_and_takes_its_arguments_along() -> None:
     assert (session, made) == (1234, [320])
     assert heard == [("told", 0, 1 << 40), ("handler", 77, 1 << 40)]
     assert others == list(handlers[: statfsino.STATFS]) + list(handlers[statfsino.STATFS + 1 :])
+
+
+def test_fallocate_is_answered_by_the_byte_at_which_it_ends() -> None:
+    answers: list[tuple[int, int]] = []
+    handlers = (ctypes.c_void_p * 41)()
+    statfs = ctypes.CFUNCTYPE(*statfsino._HANDLER)(lambda request, ino: None)
+    handlers[statfsino.STATFS] = ctypes.cast(statfs, ctypes.c_void_p).value
+
+    def session_new(args: int, ops: int, size: int, data: int) -> int:
+        fallocate = ctypes.c_void_p.from_address(ops + statfsino.FALLOCATE * 8).value
+        ctypes.CFUNCTYPE(*statfsino._FALLOCATE)(fallocate or 0)(77, 5, 0, 1 << 40, 3, None)
+        return 1234
+
+    def reply(request: int, code: int) -> int:
+        answers.append((request, code))
+        return 0
+
+    new = ctypes.CFUNCTYPE(*statfsino._NEW)(session_new)
+    refused = partial(statfsino._refused, reply, lambda end: end - (1 << 40))
+    step = statfsino._step(ctypes.cast(new, ctypes.c_void_p).value or 0, lambda ino: None, refused)
+    assert ctypes.CFUNCTYPE(*statfsino._NEW)(step)(None, handlers, ctypes.sizeof(handlers), None) == 1234
+    assert answers == [(77, 3)]
 
 
 @pytest.mark.parametrize(
