@@ -1,8 +1,9 @@
-"""Tells the kernel that names have to be looked up again. Owns a thread and what it has to tell.
+"""Tells the kernel that names have to be looked up again, or dropped. Owns a thread and what it has to tell.
 
 The kernel takes the lock of the directory for that, without a time limit, and a program that waits for the worker may
-hold it. A process that waits so cannot be killed: were it the worker, one that dies in this state would never be
-gone, and no other could answer the program. So it is a thread of the keeper that waits.
+hold it; an inode that goes with its name may have pages that wait for the worker too. A process that waits so cannot
+be killed: were it the worker, one that dies in this state would never be gone, and no other could answer the program.
+So it is a thread of the keeper that waits.
 Standard library only: the keeper imports this.
 
 Source: include/uapi/linux/fuse.h (FUSE_NOTIFY_INVAL_ENTRY); FUSE_EXPIRE_ONLY since Linux 6.2, before that the name is
@@ -48,16 +49,17 @@ class Expiry:
     def __init__(self, device: int) -> None:
         self._device = device
         self._told, self._tell = os.pipe()
-        self._work: queue.SimpleQueue[tuple[Sequence[Name], socket.socket, bytes]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Sequence[Name], bool, socket.socket, bytes]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[socket.socket, bytes]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="expiry", daemon=True).start()
 
     def fileno(self) -> int:
         return self._told
 
-    def expire(self, names: Sequence[Name], link: socket.socket, answer: bytes) -> None:
-        """Does not wait: `answer` is for `link` when the kernel was told."""
-        self._work.put((names, link, answer))
+    def expire(self, names: Sequence[Name], link: socket.socket, answer: bytes, *, drop: bool = False) -> None:
+        """Does not wait: `answer` is for `link` when the kernel was told. With `drop` it forgets the names, and what
+        it believes of their files unless these are open."""
+        self._work.put((names, drop, link, answer))
 
     def answer(self) -> None:
         """Send the answers of what is done."""
@@ -70,9 +72,10 @@ class Expiry:
 
     def _run(self) -> None:
         _have_only(self._device, self._tell)
-        flags = FUSE_EXPIRE_ONLY if can_expire() else 0
+        expire_only = FUSE_EXPIRE_ONLY if can_expire() else 0
         while True:
-            names, link, answer = self._work.get()
+            names, drop, link, answer = self._work.get()
+            flags = 0 if drop else expire_only
             for ino, name in names:
                 length = _NOTIFICATION.size + len(name) + 1
                 head = _NOTIFICATION.pack(length, FUSE_NOTIFY_INVAL_ENTRY, 0, ino, len(name), flags)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.errors import IllegalName, StaleVersion
-from phfs_fuse.nodes import NEVER, Folder, Node
+from phfs_fuse.nodes import NEVER, Folder, Node, Pages
 from phfs_fuse.questions import Question, Questions
 from phfs_fuse.types import ROOT_INO, Ino, ObjectKey
 
@@ -91,6 +91,24 @@ class Inodes:
 
     def is_displaced(self, node: Node) -> bool:
         return node.ino in self._displaced
+
+    def corrected(self, node: Node) -> Node:
+        """The file for the kernel, which believes of `node` what is not so and takes no correction: with another
+        number as soon as nothing of it is open or on its way to the store."""
+        if not node.lookups:  # it has forgotten the file, and what it believed
+            node.misjudged = False
+            node.pages = Pages.TRUE
+        if not node.misjudged or node.opens or node.dirty is not None or node.staged is not None:
+            return node
+        parent, name, segment = node.parent, node.name, node.segment
+        assert parent is not None
+        new = self.new(node.attrs, ctime_ns=node.ctime_ns)
+        self.detach(node)
+        self.attach(parent, name, new, segment)
+        new.size, new.base, new.seq = node.size, node.base, node.seq
+        new.inherited, new.others_bytes = node.inherited, node.others_bytes
+        new.atime_ns, new.checked_at, new.doubted_at = node.atime_ns, node.checked_at, node.doubted_at
+        return new
 
     def detach(self, node: Node) -> None:
         """Take `node` out of the tree; it keeps its number while it is referred to."""

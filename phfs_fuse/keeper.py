@@ -204,7 +204,8 @@ class Keeper:
                 return
         # Who tells the kernel to look again may have to wait for a program, which may wait for the worker. Where the
         # mount is to outlive this process, that would be one that cannot be killed, in a container that cannot end.
-        self._worker.send(Message(kind=Kind.DESCRIPTOR, expires=self._held is None), [self._device])
+        expires = messages.EXPIRES_AND_DROPS if self._held is None else 0
+        self._worker.send(Message(kind=Kind.DESCRIPTOR, expires=expires), [self._device])
 
     def _on_expire(self, message: Message) -> None:
         assert self._device is not None
@@ -213,7 +214,8 @@ class Keeper:
         if self._expiry is None:
             self._expiry = Expiry(self._device)
             self._loop.watch(self._expiry, self._expiry.answer)
-        self._expiry.expire(names, self._worker.link, messages.encode(Message(kind=Kind.EXPIRED)))
+        answer = messages.encode(Message(kind=Kind.EXPIRED))
+        self._expiry.expire(names, self._worker.link, answer, drop=message.drop)
 
     def _on_failed(self, message: Message) -> None:
         self._failure = message

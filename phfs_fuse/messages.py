@@ -7,8 +7,8 @@ A worker that resumes starts in the same way.
 Upgrade: worker UPGRADE (or a signal to the keeper); a second worker of what is installed now looks at the state and
 says STANDBY (or FAILED: the first one gets REFUSED), the first gets HANDOVER, answers what is in work and ends, the
 second gets GO and resumes.
-Any time, one at a time: worker EXPIRE, keeper EXPIRED when the kernel was told. Only a keeper whose DESCRIPTOR says
-`expires` knows them.
+Any time: worker EXPIRE, keeper EXPIRED when the kernel was told, in the same order. Only a keeper whose DESCRIPTOR
+says `expires` knows them, and only one that says EXPIRES_AND_DROPS what `drop` is.
 End of file means that the other side is gone.
 Owns no state. Standard library only: the keeper imports this.
 """
@@ -24,6 +24,7 @@ from typing import Final
 from phfs_fuse import jsontext
 
 PACKET_BYTES_MAX: Final = 16384
+EXPIRES_AND_DROPS: Final = 2  # of `expires`; older keepers say True
 REASON_CHARS_MAX: Final = 2000  # escaped as JSON at most 6 bytes each: always fits into one packet
 
 
@@ -34,7 +35,9 @@ class Kind(Enum):
     STANDBY = "standby"  # can take over, and waits for GO
     UPGRADE = "upgrade"  # asks for another worker in its place
     UNMOUNT = "unmount"  # asks for the end of the mount: `lazy`
-    EXPIRE = "expire"  # the kernel has to look `names` up again: (inode of the directory, name in hex)
+    EXPIRE = (
+        "expire"  # the kernel has to look `names` up again (inode of the directory, name in hex), or to `drop` them
+    )
     DESCRIPTOR = "descriptor"  # carries the /dev/fuse descriptor of the mount
     DRAIN = "drain"  # upload everything, then ask for UNMOUNT; `now`: wait for no upload
     UNMOUNTED = "unmounted"
@@ -52,7 +55,8 @@ class Message:
     exit_code: int = 0
     lazy: bool = False
     now: bool = False
-    expires: bool = False
+    expires: int = 0
+    drop: bool = False
     names: Sequence[tuple[int, str]] = ()
 
 

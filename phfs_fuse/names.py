@@ -110,7 +110,8 @@ class Names:
 
     async def lookup(self, parent_ino: int, name: bytes) -> Node:
         """Raises: NotFound. The caller counts the reference that it passes on."""
-        return await self._namespace.child(self._folder(parent_ino), name)
+        node = await self._namespace.child(self._folder(parent_ino), name)
+        return self._inodes.corrected(node) if node.misjudged else node
 
     async def readlink(self, ino: int) -> bytes:
         node = self._inodes.get(ino)

@@ -291,6 +291,5 @@ class OpenFiles:
             self._changes.released(node)
             self._inodes.drop_unused(node)
             if node.misjudged and not node.detached:
-                node.misjudged = False
                 return node
         return None

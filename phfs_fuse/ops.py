@@ -10,8 +10,6 @@ import errno
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
-from functools import partial
 from typing import Any, Final, TypeVar
 
 import pyfuse3
@@ -23,6 +21,7 @@ from phfs_fuse.cachefile import Buffer
 from phfs_fuse.config import TreeConfig
 from phfs_fuse.demand import Demand
 from phfs_fuse.errors import NotFound, PhfsError
+from phfs_fuse.expiry import Name
 from phfs_fuse.journalrows import Act
 from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import DIRECT
@@ -37,6 +36,7 @@ DROP_SECONDS: Final = 1.0
 BLOCK_BYTES: Final = 4096
 NOMINAL: Final = Room(1 << 50, 1 << 50, 1 << 50)  # a bucket has no size
 PASSED: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE))  # of the local disk
+Drop = Callable[[Sequence[Name]], Awaitable[None]]
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
 
@@ -83,8 +83,9 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = True
     enable_acl = False
 
-    def __init__(self, vfs: Vfs, config: TreeConfig, demand: Demand) -> None:
+    def __init__(self, vfs: Vfs, config: TreeConfig, demand: Demand, drop: Drop | None) -> None:
         super().__init__()
+        self._drop = drop
         self._vfs = vfs
         self._demand = demand
         self._ttl = config.attr_ttl_seconds
@@ -222,11 +223,7 @@ class Operations(pyfuse3.Operations):
         try:
             await self._vfs.flush(fh)
         finally:
-            node = self._vfs.misjudged(fh)
-            if node is not None and node.parent is not None:  # whoever asks after close(2) shall be told what is
-                drop = partial(_drop_entry, node.parent.ino, node.name)
-                with trio.move_on_after(DROP_SECONDS):
-                    await trio.to_thread.run_sync(drop, abandon_on_cancel=True)
+            await self._drop_name(self._vfs.misjudged(fh))  # whoever asks after close(2) shall be told what is
 
     @_answers
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -234,9 +231,14 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def release(self, fh: int) -> None:
-        if (node := self._vfs.release(fh)) is not None and node.parent is not None:
-            name, parent = pyfuse3.FileNameT(node.name), pyfuse3.InodeT(node.parent.ino)
-            pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
+        await self._drop_name(self._vfs.release(fh))
+
+    async def _drop_name(self, node: Node | None) -> None:
+        """Have the kernel look the name up again. It may hold a lock there until we have answered: the keeper tells
+        it, and nobody waits for long. Without such a keeper the next look-up corrects it (`Inodes.corrected`)."""
+        if node is not None and node.parent is not None and self._drop is not None:
+            with trio.move_on_after(DROP_SECONDS):
+                await self._drop([(node.parent.ino, node.name)])
 
     @_answers
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
@@ -301,15 +303,10 @@ class XattrOperations(Operations):
         self._vfs.removexattr(inode, name)
 
 
-def _drop_entry(parent: int, name: bytes) -> None:
-    """Have the kernel look the name up again, on a thread: it may hold a lock there until we have answered it."""
-    with suppress(OSError):  # it does not know the name
-        pyfuse3.invalidate_entry(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
-
-
-def operations(vfs: Vfs, config: TreeConfig, demand: Demand) -> Operations:
+def operations(vfs: Vfs, config: TreeConfig, demand: Demand, drop: Drop | None = None) -> Operations:
+    """`drop` has the kernel forget names, and what it believes of their files."""
     kind = XattrOperations if config.xattrs else Operations
-    return kind(vfs, config, demand)
+    return kind(vfs, config, demand, drop)
 
 
 __all__ = ["Operations", "errno_of", "operations"]

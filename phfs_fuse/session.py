@@ -82,7 +82,8 @@ class KeeperLink:
         self._awaited: Sequence[Kind] = ()
         self._answers, self._answered = trio.open_memory_channel[Message](1)
         self._expired = trio.Event()
-        self.expires = False  # the keeper can tell the kernel to look names up again
+        self._expire_count = self._expired_count = 0
+        self.expires = 0  # the keeper can tell the kernel to look names up again, or drop them: see `messages`
 
     async def receive_descriptor(self) -> int:
         """Say that the checks passed; return the descriptor of the mount. Awaits the keeper.
@@ -121,12 +122,19 @@ class KeeperLink:
         if answer.kind is Kind.BUSY:
             raise MountpointError(answer.reason)
 
-    async def expire(self, names: Sequence[Name]) -> None:
-        """Have the kernel look these names up again; returns when it knows. One call at a time."""
-        self._expired = trio.Event()
+    @property
+    def drops(self) -> bool:
+        """Whether the keeper can have the kernel drop names."""
+        return self.expires >= messages.EXPIRES_AND_DROPS
+
+    async def expire(self, names: Sequence[Name], *, drop: bool = False) -> None:
+        """Have the kernel look these names up again, or `drop` them; returns when it knows."""
+        self._expire_count += 1
+        number = self._expire_count
         packed = [(ino, name.hex()) for ino, name in names]
-        await self._send(Message(kind=Kind.EXPIRE, names=packed))
-        await self._expired.wait()
+        await self._send(Message(kind=Kind.EXPIRE, names=packed, drop=drop))
+        while self._expired_count < number:
+            await self._expired.wait()
 
     async def standby(self) -> None:
         """Say that this worker can take over; returns when the one before has ended."""
@@ -171,7 +179,9 @@ class KeeperLink:
                 log.error("not understood, ignored: %r", packet[:200])
                 continue
             if message.kind is Kind.EXPIRED:
+                self._expired_count += 1
                 self._expired.set()
+                self._expired = trio.Event()
             if message.kind is Kind.DRAIN:
                 on_drain(message.now)
             elif message.kind in self._awaited:  # else it may be for the worker before: nobody waits for it

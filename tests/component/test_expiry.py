@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
 
-from phfs_fuse.expiry import Expiry
+from phfs_fuse.expiry import FUSE_EXPIRE_ONLY, Expiry, can_expire
 from phfs_fuse.waiting import readable
 
 SECONDS = 30.0
@@ -26,6 +27,20 @@ def test_names_are_told_and_then_answered() -> None:
             assert theirs.recv(100) == b"answer %d" % number
         told = os.read(kernel, 4096)
     assert (told.count(b"name\0"), told.count(b"other\0")) == (3, 3)
+
+
+def test_names_are_dropped() -> None:
+    kernel, device = os.pipe()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    expiry = Expiry(device)
+    with ours, theirs:
+        for drop in (True, False):
+            expiry.expire([(7, b"name")], ours, b"answer", drop=drop)
+            assert readable(expiry.fileno(), SECONDS)
+            expiry.answer()
+            told = os.read(kernel, 4096)
+            (flags,) = struct.unpack_from("<I", told, 28)
+            assert flags == (FUSE_EXPIRE_ONLY if can_expire() and not drop else 0)
 
 
 def test_one_that_waits_holds_nothing_but_the_connection() -> None:

@@ -162,3 +162,41 @@ async def test_a_version_of_others_is_a_file_of_its_own(
     assert theirs.ino != node.ino
     assert keeps(world, theirs)
     world.vfs.release(reader)
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+async def test_a_file_that_the_kernel_misjudges_gets_another_number(
+    world: World, node: Node, is_open: bool, autojump_clock: MockClock
+) -> None:
+    """Once nothing of it is open or on its way: the kernel takes neither size nor times of an inode that it knows."""
+    world.quotas.limit({PREFIX: 10}, {PREFIX: 6})
+    writer, _ = opened(world, node, os.O_RDWR)
+    with pytest.raises(PhfsError):
+        await world.vfs.write(writer, 0, b"more than ten bytes")
+    await world.vfs.write(writer, 0, b"fits")
+    world.vfs.release(writer)
+    assert (await world.vfs.lookup(1, b"f")).ino == node.ino  # its upload is to come
+    reader = opened(world, node)[0] if is_open else None
+    await world.settle()
+    looked_up = await world.node("f")
+    assert (looked_up.ino == node.ino) is is_open
+    if reader is not None:
+        world.vfs.release(reader)
+        looked_up = await world.node("f")
+    assert looked_up.ino != node.ino
+    assert (looked_up.size, looked_up.misjudged, looked_up.pages) == (6, False, Pages.TRUE)
+    assert await world.read("f") == b"fitsed"
+    assert [name for name in await world.names() if name == "f"] == ["f"]
+    world.vfs.forget([(node.ino, node.lookups)])
+    assert world.inodes.find(node.ino) is None
+
+
+async def test_what_the_kernel_has_forgotten_it_believes_no_more(world: World, node: Node) -> None:
+    world.quotas.limit({PREFIX: 10}, {PREFIX: 6})
+    writer, _ = opened(world, node, os.O_RDWR)
+    with pytest.raises(PhfsError):
+        await world.vfs.write(writer, 0, b"more than ten bytes")
+    world.vfs.release(writer)
+    world.vfs.forget([(node.ino, node.lookups)])
+    again = await world.node("f")
+    assert (again.misjudged, again.pages) == (False, Pages.TRUE)
