@@ -29,6 +29,7 @@ class Answers:
     def status(self) -> Mapping[str, object]:
         config, settling = self._mount.config, self._mount.settling
         pending, usage = settling.pending(), self._mount.blocks.usage()
+        saved = self._mount.area.saved
         asked = usage.hits + usage.misses
         return {
             "mountpoint": str(config.kernel.mountpoint),
@@ -65,6 +66,7 @@ class Answers:
             "errors": [{"path": path, "reason": reason, "count": count} for path, reason, count in settling.errors()],
             "events": self._mount.events.status(),
             "counters": metrics.snapshot(),
+            "saved": dict(zip(("entries", "bytes", "limit"), (*saved.usage, saved.limit), strict=True)),
             "refused": [_refused(refusal) for refusal in settling.refused()],
             "store": {"state": settling.store_state},
         }
@@ -99,7 +101,9 @@ class Answers:
         if cache_bytes is not None:
             self._mount.blocks.limit(replace(config.cache, size_max=cache_bytes).size_max)
         if dirty_bytes is not None:
-            self._mount.settling.limit(replace(config.writeback, dirty_bytes_max=dirty_bytes).dirty_bytes_max)
+            limits = replace(config.writeback, dirty_bytes_max=dirty_bytes)
+            self._mount.settling.limit(limits.dirty_bytes_max)
+            self._mount.area.saved.limit = limits.saved_max
 
     def set_quota(self, path: str, size: int | None) -> None:
         self._mount.quotas.set(path, size)
@@ -110,7 +114,7 @@ class Answers:
     async def sync(self, path: str | None, *, retry: bool) -> None:
         await self._mount.flush_kernel()
         if retry:
-            self._mount.writeback.retry_refused()
+            self._mount.settling.retry_refused()
         await self._mount.vfs.settle_path(path or "")
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from phfs_fuse import client, logs, prepare, registry, settings, waiting
+from phfs_fuse import client, logs, prepare, registry, salvage, settings, waiting
 from phfs_fuse.entry import guarded, program, say
 from phfs_fuse.errors import MountpointError, StoreRefused, UsageError
 from phfs_fuse.mountpoint import locate, mount_table
@@ -26,6 +26,7 @@ from phfs_fuse.values import Raw
 
 log = logging.getLogger(__name__)
 app = program("phfs", "Mount a prefix of an S3 bucket as a POSIX tree.")
+app.add_typer(salvage.app, name="saved")
 END_SECONDS = 10.0  # for the processes of a mount to end after it
 
 

@@ -110,6 +110,7 @@ class WritebackConfig:
 
     directory: Path  # of this volume: journal and staging files
     dirty_bytes_max: int = 10 * GIB  # above this write() waits
+    saved_bytes_max: int = 10 * GIB  # of what can be stored nowhere; never more than dirty bytes
     full_seconds: float = 60.0  # how long it waits before ENOSPC
     part_bytes: int = 8 * MIB  # every part but the last
     multipart_bytes_min: int = 16 * MIB  # from this size in parts
@@ -128,9 +129,14 @@ class WritebackConfig:
             raise ConfigError("writeback.part_bytes", self.part_bytes, "5M to 5G")
         _at_least("writeback.multipart_bytes_min", self.multipart_bytes_min, self.part_bytes, ">= part_bytes")
         _at_least("writeback.dirty_bytes_max", self.dirty_bytes_max, 16 * MIB, ">= 16M")
+        _at_least("writeback.saved_bytes_max", self.saved_bytes_max, 0, ">= 0")
         _at_least("writeback.delay_seconds", self.delay_seconds, 0, ">= 0")
         _at_least("writeback.open_seconds", self.open_seconds, 0.1, ">= 0.1")
         _at_least("writeback.uploads_max", self.uploads_max, 1, ">= 1")
+
+    @property
+    def saved_max(self) -> int:
+        return min(self.saved_bytes_max, self.dirty_bytes_max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

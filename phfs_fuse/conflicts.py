@@ -14,6 +14,7 @@ from contextlib import suppress
 import trio
 
 from phfs_fuse import keys, metrics
+from phfs_fuse.aside import Aside
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import OnConflict
 from phfs_fuse.dirty import DirtyFile
@@ -23,7 +24,6 @@ from phfs_fuse.journal import Journal
 from phfs_fuse.nodes import Node, Pages
 from phfs_fuse.refusal import Operation
 from phfs_fuse.sources import Sources
-from phfs_fuse.staging import StagingArea
 from phfs_fuse.store.base import ObjectInfo, ObjectStore
 from phfs_fuse.tasks import unforeseen
 from phfs_fuse.types import KEY_BYTES_MAX, NAME_BYTES_MAX, ObjectKey
@@ -53,7 +53,7 @@ class Conflicts:
         store: ObjectStore,
         inodes: Inodes,
         journal: Journal,
-        area: StagingArea,
+        aside: Aside,
         changes: Changes,
         queue: UploadQueue,
         sources: Sources,
@@ -62,7 +62,7 @@ class Conflicts:
         self._store = store
         self._inodes = inodes
         self._journal = journal
-        self._area = area
+        self._aside = aside
         self._changes = changes
         self._queue = queue
         self._sources = sources
@@ -129,7 +129,7 @@ class Conflicts:
             if node.opens and not self._queue.draining:
                 self._retry(node, dirty, exc)
             else:
-                self._save_aside(node, exc)
+                self._save_aside(node, dirty, exc)
         except OSError as exc:
             self._retry(node, dirty, local_error(base.key, exc))
         return False
@@ -145,11 +145,13 @@ class Conflicts:
             self._changes.abandon(node)
             node.pages = Pages.DOUBTED  # they have what was changed, should anybody have it open
 
-    def _save_aside(self, node: Node, exc: PhfsError) -> None:
+    def _save_aside(self, node: Node, dirty: DirtyFile, exc: PhfsError) -> None:
         path = self._inodes.path(node)
-        layers = node.staged.layers if node.staged else []
+        if not self._aside.has_room(node):
+            self._refuse(node, dirty, NoSpace("save", path, f"{exc}, and there is no room for it in saved/"))
+            return
         with self._changes.noting():
-            saved = [target for layer in layers if (target := self._area.save_aside(layer.path)) is not None]
+            saved = self._aside.keep(node, str(exc), is_waiting=False)
             for kept_as in [os.fsencode(target) for target in saved] or [b""]:
                 self._journal.put_conflict(self._inodes.raw_path(node), kept_as, outside=True)
             self._forget_changes(node)
@@ -180,7 +182,7 @@ class Conflicts:
         assert parent is not None
         assert dirty is not None
         if (name := self._conflict_name(parent, node.name)) is None:
-            self._save_aside(node, NameTooLong("rename", key, "there is no room for a second name"))
+            self._save_aside(node, dirty, NameTooLong("rename", key, "there is no room for a second name"))
             return
         path = self._inodes.raw_path(node)
         with self._changes.noting():

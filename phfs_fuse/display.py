@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 
 from phfs_fuse import client
+from phfs_fuse.saved import Entry
 
 PLAIN_SECONDS: Final = 5.0  # between two lines where no bar can be drawn
 PIPE_COLUMNS: Final = 10_000
@@ -51,10 +52,11 @@ def _lines(label: str, events: Iterable[client.Progress]) -> None:
 def mounts(answers: Iterable[Mapping[str, Any]]) -> None:
     """A table, one row per mount, and the errors below it."""
     table = Table("MOUNT POINT", "VOLUME", "STATE", "PENDING", "CACHE", "HITS", "CONFLICTS", box=None)
-    errors, quotas, refused, uploads = [], [], [], []
+    errors, quotas, refused, uploads, aside = [], [], [], [], []
     for answer in answers:
         table.add_row(*map(escape, _row(answer)))
         errors += [(answer["mountpoint"], error) for error in answer.get("errors", ())]
+        aside += [(answer["mountpoint"], answer["saved"])] if answer.get("saved", {}).get("entries") else []
         refused += [(answer["mountpoint"], refusal) for refusal in answer.get("refused", ())]
         uploads += [(answer["mountpoint"], one) for one in answer.get("left_uploads", {}).get("kept", ())]
         quotas += [(answer["mountpoint"], quota) for quota in answer.get("quotas", ())]
@@ -63,6 +65,8 @@ def mounts(answers: Iterable[Mapping[str, Any]]) -> None:
     console.print(table)
     for mountpoint, quota in quotas:
         console.print(os.path.join(mountpoint, quota["path"]) + ": " + _quota(quota), markup=False)
+    for mountpoint, kept in aside:
+        console.print(f"{mountpoint}: {_saved(kept)}", markup=False)
     for mountpoint, refusal in refused:
         console.print(f"{mountpoint}: {refusal['line']}", markup=False)
     for mountpoint, upload in uploads:
@@ -77,6 +81,18 @@ def conflicts(found: Iterable[client.Conflict]) -> None:
     for one in found:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.at))
         table.add_row(*map(escape, (_shown(one.original), _shown(one.copy) if one.kept_as else "- (lost)", since)))
+    Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
+
+
+def saved(entries: Iterable[Entry]) -> None:
+    """A table, one row per entry."""
+    table = Table("ID", "FILE", "BYTES", "SINCE", "WHY", box=None)
+    for one in entries:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.note.get("at", one.data.stat().st_mtime)))
+        file = _shown(str(one.note.get("path") or one.note.get("key") or "-"))
+        held = size(one.bytes) + {True: "", False: " of some ranges", None: ""}[one.is_whole]
+        why = ("next mount: " if one.is_waiting else "") + str(one.note.get("reason", "-"))
+        table.add_row(*map(escape, (one.id, file, held, since, why)))
     Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
 
 
@@ -110,6 +126,11 @@ def _kept(upload: Mapping[str, Any]) -> str:
     return (
         f"{upload['key']}: multipart upload {upload['upload_id']}, begun {begun}, may be another client's and is kept"
     )
+
+
+def _saved(kept: Mapping[str, Any]) -> str:
+    limit = "" if kept["limit"] is None else f" of {size(kept['limit'])}"
+    return f"{kept['entries']} in saved/, {size(kept['bytes'])}{limit}, which no file has; phfs saved list shows them"
 
 
 def size(count: float) -> str:

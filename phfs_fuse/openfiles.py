@@ -21,6 +21,7 @@ from phfs_fuse.inodes import Inodes
 from phfs_fuse.kernelstate import KernelState
 from phfs_fuse.nodes import Node, Pages
 from phfs_fuse.quota import Quotas
+from phfs_fuse.saved import Saved
 from phfs_fuse.settling import Settling
 from phfs_fuse.storable import Storable
 from phfs_fuse.types import Fh
@@ -50,8 +51,10 @@ class OpenFiles:
         quotas: Quotas,
         storable: Storable,
         writable: Writable,
+        saved: Saved,
         write_through: bool,
     ) -> None:
+        self._saved = saved
         self._inodes = inodes
         self._blocks = blocks
         self._changes = changes
@@ -194,6 +197,7 @@ class OpenFiles:
 
     async def _write(self, node: Node, fh: int, offset: int, data: bytes) -> None:
         self._writable.require_space(len(data))
+        self._may_be_kept(node)
         if not self._settling.has_room(len(data)):
             await self._settling.room(len(data))
         if offset + len(data) > node.size:
@@ -207,6 +211,18 @@ class OpenFiles:
         if fh & DIRECT:
             node.mtime_ns = node.ctime_ns = time.time_ns()
             node.misjudged = True
+
+    def _may_be_kept(self, node: Node) -> None:
+        """Bytes that may have to go to `saved/`, since they are no whole file or the store takes no file of that
+        name, are not taken while there is no room for them. Raises: NoSpace."""
+        if not self._saved.is_full:
+            return
+        staged, dirty = node.staged, node.dirty
+        is_part = node.base is not None and (staged is None or bool(staged.bottom.gaps()))
+        is_refused = dirty is not None and dirty.refusal is not None
+        if is_part or is_refused:
+            where = self._saved.directory
+            raise NoSpace("write", self._inodes.path(node), f"{where} is full; phfs saved lists what is there")
 
     def _may_grow(self, node: Node, size: int) -> None:
         """Raises: TooLarge, QuotaExceeded. A file without a name is in no folder."""
@@ -231,6 +247,8 @@ class OpenFiles:
         self._require_attrs(node, anew=size == 0)
         if size > node.size:
             self._may_grow(node, size)
+        if size:
+            self._may_be_kept(node)
         self._changes.stage(node).truncate(size)
         node.mtime_ns = time.time_ns()
         self._changes.written(node, size)

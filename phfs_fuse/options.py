@@ -244,6 +244,14 @@ SETTINGS: Final = (
         "5m",
     ),
     _tuning(
+        "saved-max",
+        "writeback.saved-max",
+        "writeback.saved_bytes_max",
+        SIZE,
+        "Limit of bytes that could be stored nowhere and lie in saved/; dirty-max, if that is less.",
+        "10G",
+    ),
+    _tuning(
         "full-timeout",
         "writeback.full-timeout",
         "writeback.full_seconds",

@@ -57,6 +57,9 @@ class Recovery:
         for layer in layers.pop(ENDED, []):
             self._area.unlink(layer.id)
         self._journal.forget_ended()
+        for rows in layers.values():
+            for layer in rows:
+                self._area.saved.take_back(self._area.path(layer.id), layer.id, layer.ino)
         known = {layer.id for rows in layers.values() for layer in rows}
         found = []
         for row in self._journal.present():
@@ -105,7 +108,7 @@ class Recovery:
         except (OSError, IllegalName, ValueError) as exc:
             log.error("dirty file key=%s cannot be placed, its bytes are saved aside: %s", row.key, exc)
             for layer in rows:
-                self._save_aside(self._area.path(layer.id))
+                self._save_aside(self._area.path(layer.id), key=row.key, reason=str(exc))
             self._journal.drop(row.ino)
             return None
         node = self._node(row, parent, name)
@@ -162,8 +165,9 @@ class Recovery:
                 raise ValueError(f"{name!r} is a file")
         return at, row.name
 
-    def _save_aside(self, path: Path) -> None:
-        if (target := self._area.save_aside(path)) is not None:
+    def _save_aside(self, path: Path, *, key: str = "", reason: str = "the journal knows no file of it") -> None:
+        note = {"path": "", "key": key, "reason": reason, "at": time.time()}
+        if (target := self._area.save_aside(path, note)) is not None:
             self.saved.append(target)
 
     def gone(self) -> list[tuple[ObjectKey, str | None]]:

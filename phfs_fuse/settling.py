@@ -117,6 +117,13 @@ class Settling:
         waiting = [node.dirty.refusal for node in self._changes.files.waiting() if node.dirty and node.dirty.refusal]
         return [*waiting, *self._changes.refusals.over()]
 
+    def retry_refused(self) -> None:
+        """Try again now what the store has refused and may take now."""
+        for node in self._changes.files.waiting():
+            if node.dirty is not None and node.dirty.refusal is not None:
+                self._changes.files.accepted(node)  # for now
+                self._queue.hurry(node)
+
     @property
     def store_state(self) -> str:
         """What the last answers of the store say of it."""

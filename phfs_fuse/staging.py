@@ -14,16 +14,17 @@ import errno
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from cachetools import LRUCache
 
+from phfs_fuse import saved
 from phfs_fuse.extents import Extents
 from phfs_fuse.localfile import write_all
-from phfs_fuse.localstate import unused_stamp
+from phfs_fuse.saved import Saved
 
 _RECORD: Final = struct.Struct("<QQI")
 _CLIP: Final = (1 << 64) - 1  # as `end`: the file was truncated to `start`
@@ -212,9 +213,11 @@ def _pieces(layers: list[Layer], index: int, start: int, end: int) -> Iterator[P
 class StagingArea:
     """The directory of the staging files of one volume."""
 
-    def __init__(self, directory: Path, *, first_id: int, files_max: int = 512) -> None:
+    def __init__(
+        self, directory: Path, *, first_id: int, files_max: int = 512, saved_bytes_max: int | None = None
+    ) -> None:
         self._directory = directory
-        self._aside = directory.with_name("saved")
+        self.saved = Saved(directory.with_name(saved.NAME), saved_bytes_max)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._next = first_id
         self._files = _Files(files_max)
@@ -290,17 +293,11 @@ class StagingArea:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
-    def save_aside(self, path: Path) -> Path | None:
+    def save_aside(self, path: Path, note: Mapping[str, object]) -> Path | None:
         """Keep a staging file that belongs to no file any more (with its log) where a person finds it."""
-        if not path.exists():
-            return None
-        self._aside.mkdir(mode=0o700, exist_ok=True)
-        target = self._aside / f"{unused_stamp(self._aside)}-{path.name}"
         for suffix in (".ext", ".data"):
             self._close(str(path.with_suffix(suffix)))
-            with contextlib.suppress(FileNotFoundError):
-                path.with_suffix(suffix).rename(target.with_suffix(suffix))
-        return target
+        return self.saved.keep(path, note)
 
     def release(self, layer: Layer) -> None:
         """Close the descriptors of a layer whose file is about to be taken over."""

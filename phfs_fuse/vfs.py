@@ -25,6 +25,7 @@ from phfs_fuse.namespace import Namespace
 from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import OpenFiles
 from phfs_fuse.quota import Quotas, Room
+from phfs_fuse.saved import Saved
 from phfs_fuse.settling import Settling
 from phfs_fuse.storable import Storable
 from phfs_fuse.types import Ino
@@ -46,6 +47,7 @@ class Vfs:
         defaults: Defaults,
         storable: Storable,
         writable: Writable,
+        saved: Saved,
         config: TreeConfig,
         write_through: bool,
     ) -> None:
@@ -64,6 +66,7 @@ class Vfs:
             quotas=quotas,
             storable=storable,
             writable=writable,
+            saved=saved,
             write_through=write_through,
         )
         self._names = names = Names(

@@ -19,6 +19,7 @@ from typing import Final
 
 import trio
 
+from phfs_fuse.aside import Aside
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.claims import Claims
@@ -75,7 +76,12 @@ class Mount:
         self.starts = epoch + 1  # processes that this local state has had
         self.journal.set_number("epoch", self.starts)
         files_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // DESCRIPTORS_PART
-        self.area = StagingArea(directory / "staging", first_id=1, files_max=min(512, files_max))
+        self.area = StagingArea(
+            directory / "staging",
+            first_id=1,
+            files_max=min(512, files_max),
+            saved_bytes_max=config.writeback.saved_max,
+        )
         self.blocks = BlockCache(store, config.cache, files_max=files_max)
         self.defaults = Defaults(config.tree)
         self.inodes = Inodes(
@@ -107,6 +113,7 @@ class Mount:
         self.settling = Settling(
             inodes=self.inodes, area=self.area, changes=self.changes, queue=queue, config=config.writeback
         )
+        self.aside = Aside(self.inodes, self.area, self.changes)
         self.writeback = Writeback(
             store=store,
             inodes=self.inodes,
@@ -117,6 +124,7 @@ class Mount:
             queue=queue,
             demand=self.demand,
             defaults=self.defaults,
+            aside=self.aside,
             config=config.writeback,
         )
         self.trust = Trust(config.tree)
@@ -144,6 +152,7 @@ class Mount:
             defaults=self.defaults,
             storable=Storable(store, self.inodes),
             writable=Writable(self.journal, read_only=config.tree.read_only),
+            saved=self.area.saved,
             config=config.tree,
             write_through=config.writeback.write_through,
         )
@@ -194,6 +203,13 @@ class Mount:
             log.error("refused by the store: %s", refusal.line)
         self.changes.refusals.end()
         directory = self.config.writeback.directory
+        try:
+            kept = self.aside.keep_refused()
+        except OSError as exc:
+            log.error("bytes that were refused stay in %s/staging: %s", directory, exc.strerror)
+        else:
+            for path in kept:
+                log.info("kept as %s", path)
         if left.files or left.deletes:
             why = f"{summary(len(refused))}; " if refused else ""
             raise NotDrained(

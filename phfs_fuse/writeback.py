@@ -20,6 +20,7 @@ from functools import partial
 import trio
 
 from phfs_fuse import metrics
+from phfs_fuse.aside import Aside
 from phfs_fuse.attrs import to_metadata
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
@@ -90,6 +91,7 @@ class Writeback:
         queue: UploadQueue,
         demand: Demand,
         defaults: Defaults,
+        aside: Aside,
         config: WritebackConfig,
     ) -> None:
         self._inodes = inodes
@@ -109,7 +111,7 @@ class Writeback:
             store=store,
             inodes=inodes,
             journal=journal,
-            area=area,
+            aside=aside,
             changes=changes,
             queue=queue,
             sources=self._sources,
@@ -369,13 +371,6 @@ class Writeback:
         unstored = Operation.MKDIR if node.is_dir and node.marker is None else Operation.ATTRIBUTES
         self._changes.files.refuse(node, unstored if node.staged is None else Operation.UPLOAD, exc)
         self._queue.put_off(node, dirty)
-
-    def retry_refused(self) -> None:
-        """Try again now what the store has refused and may take now."""
-        for node in self._changes.files.waiting():
-            if node.dirty is not None and node.dirty.refusal is not None:
-                self._changes.files.accepted(node)  # for now
-                self._queue.hurry(node)
 
     def _stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, info: ObjectInfo) -> None:
         with self._changes.noting():

@@ -301,7 +301,7 @@ async def test_another_try_can_be_asked_for(world: World, store: Policy, autojum
     await world.write("f", b"bytes")
     await told(world)
     store.allow()
-    world.writeback.retry_refused()
+    world.settling.retry_refused()
     await world.settle()
     assert keys(world) == ["f"]
 

@@ -243,7 +243,7 @@ def test_what_is_put_aside_replaces_nothing_whatever_the_clock_says(tmp_path: Pa
         area = StagingArea(directory, first_id=1)
         layer = area.new(seen=0, size=0)
         os.pwrite(layer.fd, data, 0)
-        area.save_aside(layer.path)
+        area.save_aside(layer.path, {})
         area.close()
     kept = {path.read_bytes() for path in (tmp_path / "saved").glob("*.data")}
     assert kept == {b"first", b"second", b"third"}

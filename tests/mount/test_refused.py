@@ -140,10 +140,18 @@ def test_a_user_who_may_only_read(tmp_path: Path) -> None:
         said = require_end(place, len(refused(place)))
         assert re.search(r"^new: upload refused: ", said, re.MULTILINE)
         assert sorted(stored(place)) == ["d/x", "old"]
+        (kept,) = json.loads(place.mount.must("saved", "list", place.mount.state, "--json"))
+        assert (kept["path"], kept["waiting"], kept["whole"]) == ("new", True, True)
+        assert "AccessDenied" in kept["reason"]
+        assert Path(kept["file"]).read_bytes() == b"bytes"
+        assert kept["id"] in place.mount.must("saved", "list", place.mount.state)
+        place.mount.must("saved", "export", kept["id"], tmp_path / "copy", "--of", place.mount.state)
+        assert (tmp_path / "copy").read_bytes() == b"bytes"
         place.mount.flags = ("--allow-other",) if os.geteuid() == 0 else ()
         place.mount.mount()  # with all rights
         within(30, lambda: sorted(stored(place)), ["d/x", "new", "old"])
         assert refused(place) == []
+        assert json.loads(place.mount.must("saved", "list", place.path, "--json")) == []
 
 
 def test_one_name_that_may_not_be_written(tmp_path: Path) -> None:

@@ -239,6 +239,10 @@ def test_changes_to_bytes_that_are_no_more_are_saved_aside(place: MountPlace, th
     with saved.open("rb") as file:
         file.seek(5 << 20)
         assert file.read(4096) == b"o" * 4096
+    (listed,) = json.loads(place.mount.must("saved", "list", place.path, "--json"))
+    assert (listed["path"], listed["ranges"]) == (f"{theirs.name}/f", [[5 << 20, (5 << 20) + 4096]])
+    assert f"{listed['id']}" in place.mount.must("saved", "list", place.path)
+    assert "1 in saved/" in place.mount.must("status", place.path)
 
 
 def test_only_the_prefix_is_seen(place: MountPlace) -> None:

@@ -12,6 +12,7 @@ from typing import cast
 
 import trio
 
+from phfs_fuse.aside import Aside
 from phfs_fuse.blocks import BlockCache
 from phfs_fuse.changes import Changes
 from phfs_fuse.claims import Claims
@@ -74,6 +75,7 @@ class World:
     kernel: KernelState
     demand: Demand
     defaults: Defaults
+    aside: Aside
 
     async def write(self, path: str, data: bytes) -> Node:
         *folders, name = path.split("/")
@@ -139,6 +141,7 @@ def made(
     *,
     exclusive_create: ExclusiveCreate = ExclusiveCreate.LOCAL,
     on_conflict: OnConflict = OnConflict.KEEP_BOTH,
+    saved_bytes_max: int | None = None,
 ) -> World:
     config = WritebackConfig(
         directory=directory,
@@ -149,7 +152,7 @@ def made(
     )
     tree = TreeConfig(exclusive_create=exclusive_create)
     journal = Journal(directory, "volume")
-    area = StagingArea(directory / "staging", first_id=1)
+    area = StagingArea(directory / "staging", first_id=1, saved_bytes_max=saved_bytes_max)
     blocks = FakeBlocks(store)
     defaults = Defaults(tree)
     inodes = Inodes(PREFIX, defaults.directory(), now_ns=time.time_ns())
@@ -160,6 +163,7 @@ def made(
     quotas = Quotas()
     changes = Changes(inodes=inodes, journal=journal, area=area, queue=queue, kernel=kernel, quotas=quotas)
     settling = Settling(inodes=inodes, area=area, changes=changes, queue=queue, config=config)
+    aside = Aside(inodes, area, changes)
     writeback = Writeback(
         store=store,
         inodes=inodes,
@@ -170,6 +174,7 @@ def made(
         queue=queue,
         demand=demand,
         defaults=defaults,
+        aside=aside,
         config=config,
     )
     trust = Trust(tree)
@@ -187,6 +192,7 @@ def made(
         defaults=defaults,
         storable=Storable(store, inodes),
         writable=Writable(journal, read_only=tree.read_only),
+        saved=area.saved,
         config=tree,
         write_through=False,
     )
@@ -208,6 +214,7 @@ def made(
         kernel,
         demand,
         defaults,
+        aside,
     )
 
 

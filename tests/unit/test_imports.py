@@ -28,7 +28,7 @@ bench.processes bench.actor bench.relay
 bench.systems bench.figures bench.usage bench.store bench.sizes
 bench.loads
 bench
-demo settle
+demo settle salvage
 display entry
 client prepare
 spawner
@@ -58,7 +58,7 @@ writeback
 deletes
 undo
 conflicts claims
-sources markers settling
+sources markers settling aside
 upload changes
 multiparts
 removed keyusers dirtyfiles
@@ -98,6 +98,7 @@ expiry loop
 settings
 options
 values
+saved
 registry mountpoint localstate localfile holding reserve statfsino eager
 dirs logs waiting jsontext
 metrics
@@ -113,6 +114,7 @@ FRONT = BENCH | {
     "__main__",
     "cli",
     "demo",
+    "salvage",
     "display",
     "entry",
     "settle",
@@ -127,7 +129,8 @@ FRONT = BENCH | {
     "fusemount",
 }
 FRONT_SEES = FRONT | {
-    "messages", "expiry", "loop", "settings", "options", "holding", "localstate", "values", "registry", "mountpoint",
+    "messages", "expiry", "loop", "settings", "options", "holding", "localstate", "saved", "values", "registry",
+    "mountpoint",
     "dirs", "logs", "waiting", "jsontext",
     "config", "errors", "types",
 }  # fmt: skip
@@ -140,7 +143,7 @@ USERS = {
     "moto": "demo bench",
     "pyfuse3": "ops session eager",
     "rich": "display cli bench",
-    "typer": "cli entry",
+    "typer": "cli entry salvage",
 }
 PURE = ("dirty", "refusal", "quota", "extents", "keys", "attrs", "config", "errors", "types")
 FORBIDDEN = {"phfs_csi", "tests"}
