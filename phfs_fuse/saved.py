@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from phfs_fuse import jsontext
 from phfs_fuse.localstate import unused_stamp
 
 NAME: Final = "saved"
@@ -147,7 +148,7 @@ def _write(path: Path, note: Mapping[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            note = json.loads(file.read(NOTE_BYTES_MAX))
-    except (OSError, ValueError, RecursionError):
+            note = jsontext.parse(file.read(NOTE_BYTES_MAX))
+    except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) else {}
