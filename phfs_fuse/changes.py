@@ -13,7 +13,7 @@ close, what is let go of) begins its transaction before it changes anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 
 import trio
@@ -281,10 +281,33 @@ class Changes:
         return dirty
 
     def spared(self, gone: Gone, size: int) -> None:
-        """Somebody else has stored `size` bytes under a key that was to be deleted: it stays."""
+        """Another client has stored `size` bytes under a key that was to be deleted: it stays."""
+        self._left(gone, size)
+        self.met(gone.key)
+
+    def _left(self, gone: Gone, size: int) -> None:
         self.deleted([gone])
         self._quotas.changed(gone.key, 0, size)
-        self.met(gone.key)
+
+    def hides(self, info: ObjectInfo, asked_seq: int) -> bool:
+        """Whether the answer `info` (with metadata), asked for at change number `asked_seq`, speaks of something
+        deleted. A version that another client has stored since then stays, and its deletion ends here."""
+        hidden, gone = self.gone.hides(info.key, info.etag, asked_seq), self.gone.get(info.key)
+        if gone is None or (hidden and gone.etag == info.etag):
+            return hidden
+        if not hidden and not self._queue.is_busy(info.key) and not self.attempts.is_ours(info):
+            with suppress(OSError):  # it cannot be noted now
+                self._left(gone, info.size)
+                return False
+        gone.hid = True
+        return True
+
+    def reappears(self, folder: Node) -> None:
+        """`folder`, whose name was deleted here, is in the tree again: another client has stored something in it."""
+        with suppress(OSError):  # it cannot be noted now: the marker goes all the same
+            folder.marker = self._removed.in_use(self._inodes.key(folder), self._seq)
+            folder.unseen = True
+            self.review_marker(folder)
 
     def reclaim(self, key: ObjectKey) -> bool:
         """What was to be deleted under `key` stays, and so do the folders that it lies in. Returns whether it was to
@@ -396,8 +419,8 @@ class Changes:
                 self.files.clean(node)
 
     def _add_gone(self, key: ObjectKey, etag: ETag | None, *, request: bool) -> None:
-        self._removed.add(key, etag, request=request)
         self._seq += 1
+        self._removed.add(key, etag, self._seq, request=request)
 
     def deleted(self, batch: Sequence[Gone]) -> None:
         """They are gone from the store, or stay since they are somebody else's."""
@@ -406,6 +429,9 @@ class Changes:
             for gone in batch:
                 self.refusals.forget(gone.key)
             self._removed.deleted(batch, self._seq)
+        for gone in batch:
+            if gone.hid:
+                self.met(gone.key)
 
     def landed(self, key: ObjectKey, etag: ETag | None, *, except_node: Node | None = None) -> None:
         """The store now has `etag` under `key` by our own doing; whoever has the name now may replace that."""

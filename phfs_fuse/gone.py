@@ -1,7 +1,8 @@
 """Keys that are deleted here and maybe still in the store. Owns that set; no I/O, no await.
 
-Whatever a listing or a HEAD says of such a key is not true any more. A directory key (`d/`) hides the common prefix
-`d/` as long as keys below it wait for deletion; it may need no request of its own.
+What a listing or a HEAD says of the version that was deleted is not true any more, nor is anything that was asked
+for before. What another client stores there later is no part of that. A directory key (`d/`) is here as long as keys
+below it wait for deletion; it may need no request of its own. It hides the prefix `d/` if nothing below is another's.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ DONE_STEP = 1000
 
 @dataclass(slots=True, eq=False)
 class Gone:
-    """`etag` is the version that was seen and deleted; `request` whether the store has to be asked at all."""
+    """`etag` is the version that was seen and deleted, at change number `seq`; `request` whether the store has to be
+    asked at all; `hid` whether it kept something from being shown that may be another's: to be asked for again."""
 
     key: ObjectKey
     etag: ETag | None
     request: bool
     due: float
+    seq: int = 0
+    hid: bool = False
     error: PhfsError | None = None  # why the last request failed
 
 
@@ -86,8 +90,15 @@ class GoneKeys:
             del self._done[key]
         self._done_max = len(self._done) + DONE_STEP
 
-    def hides(self, key: str, asked_seq: int) -> bool:
-        """Whether an answer about `key`, asked for at change number `asked_seq`, speaks of something deleted."""
+    def hides(self, key: str, etag: ETag, asked_seq: int) -> bool:
+        """Whether an answer that `key` has version `etag`, asked for at change number `asked_seq`, speaks of what is
+        deleted."""
+        if (gone := self._gone.get(ObjectKey(key))) is None:
+            return self._done.get(key, -1) > asked_seq
+        return gone.etag in (None, etag) or asked_seq < gone.seq
+
+    def outdates(self, key: str, asked_seq: int) -> bool:
+        """Whether `key` is being deleted, or has been since change number `asked_seq`."""
         return key in self._gone or self._done.get(key, -1) > asked_seq
 
     def was_deleted(self, key: str) -> bool:

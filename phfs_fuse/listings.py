@@ -193,7 +193,7 @@ class Listings:
             key, seq = question.prefix, question.seq
             while True:
                 page = await self._store.list(key, delimiter=False, token=token)
-                if any(o.key != key and not self._changes.gone.hides(o.key, seq) for o in page.objects):
+                if any(o.key != key and not self._changes.gone.hides(o.key, o.etag, seq) for o in page.objects):
                     return False
                 if (token := page.next_token) is None:
                     return not node.kids

@@ -128,7 +128,7 @@ class Lookup:
 
         async def ask_folder() -> None:
             nonlocal folder
-            folder = await self._probes.folder(ObjectKey(prefix + segment + "/"))
+            folder = await self._probes.folder(ObjectKey(prefix + segment + "/"), question)
 
         async def ask_file() -> None:
             nonlocal found
@@ -148,7 +148,7 @@ class Lookup:
         prefix = question.prefix
         if segment.endswith(keys.OBJECT_BESIDE):
             stored = segment.removesuffix(keys.OBJECT_BESIDE)
-            beside = stored != "" and (await self._probes.folder(ObjectKey(prefix + stored + "/")))[0]
+            beside = stored != "" and (await self._probes.folder(ObjectKey(prefix + stored + "/"), question))[0]
             info = await self._probes.head(ObjectKey(prefix + stored)) if beside else None
         else:
             stored = segment + keys.RCLONE_LINK

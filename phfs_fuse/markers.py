@@ -88,7 +88,7 @@ class Markers:
                     if (
                         found.key != key
                         and not self._queue.is_busy(found.key)
-                        and not self._changes.gone.hides(found.key, question.seq)
+                        and not self._changes.gone.hides(found.key, found.etag, question.seq)
                     ):
                         return True
                 if (token := page.next_token) is None:

@@ -86,7 +86,7 @@ class Merging:
         """The store has object `info` for `name`; returns the node that shows it now, or what we have instead."""
         assert parent.kids is not None
         node = parent.kids.get(name)
-        if self._changes.gone.hides(info.key, question.seq) or self._is_newer(parent, name, node, question):
+        if self._is_newer(parent, name, node, question) or self._changes.hides(info, question.seq):
             return node
         if node is not None:
             if self._shows(node, segment, name, info):
@@ -137,13 +137,11 @@ class Merging:
     # ---- folders ----
 
     def folder(self, parent: Node, segment: str, marker: ObjectInfo | None, question: Question) -> Node | None:
-        """The store has keys below `segment/`, and `marker` among them if that is not None."""
+        """The store has keys below `segment/` that are not deleted here, and `marker` among them if that is not
+        None."""
         assert parent.kids is not None
         name = keys.name_of(segment)
-        key = self._inodes.key(parent) + segment + "/"
         node = parent.kids.get(name)
-        if self._changes.gone.hides(key, question.seq):
-            return node
         if (node is None or not node.is_dir) and self._is_newer(parent, name, node, question):
             return node
         if node is not None and not node.is_dir:
@@ -152,6 +150,8 @@ class Merging:
         if node is None:
             node = self._inodes.new(self._defaults.directory(), ctime_ns=time.time_ns())
             self._attach(parent, name, node, segment, question)
+            if self._inodes.key(node) in self._changes.gone:
+                self._changes.reappears(node)
         if self.marker(node, marker, question) or node.checked_at > node.doubted_at:
             node.checked_at = max(node.checked_at, question.at)
         return node

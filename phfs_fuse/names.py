@@ -143,7 +143,7 @@ class Names:
             return self._created_before(await self._made_before(ino, parent, name), flags)
         refusal = await self._storable.refusal(parent, name, is_dir=False)
         async with self._making(parent, name):
-            node = await self._namespace.exists(parent, name)
+            node = None if self._is_removed(parent, name) else await self._namespace.exists(parent, name)
             if node is None:
                 if refusal is not None:
                     raise refusal
@@ -154,6 +154,12 @@ class Names:
             if flags & os.O_EXCL and not self._made_by_us(node):
                 raise Exists("create", self._inodes.path(node))
             return node, self._files.open(node.ino, flags)
+
+    def _is_removed(self, parent: Node, name: bytes) -> bool:
+        """Whether programs here know that `name` is free: it is being deleted. What another client has stored there
+        since, and nobody here has seen, is met as a conflict."""
+        key = self._inodes.key(parent) + keys.segment_of(name)
+        return name not in (parent.kids or {}) and key in self._changes.gone
 
     async def _made_before(self, ino: Ino, parent: Node, name: bytes) -> Node:
         """What the process before had made; one that the store has already it may not have noted."""

@@ -18,6 +18,7 @@ from phfs_fuse.store.base import ObjectInfo, ObjectStore
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import ObjectKey
 
+PAGES_MAX = 3  # of what is below a folder that is deleted here, at each look for what others have stored there
 HEADS_MAX = 32  # at a time, where a listing does not carry the metadata
 
 
@@ -34,29 +35,50 @@ class Probes:
         except NotFound:
             return None
 
-    async def folder(self, key: ObjectKey) -> tuple[bool, ObjectInfo | None]:
-        """Whether anything is below `key`, and its marker with metadata if there is one."""
+    async def folder(self, key: ObjectKey, question: Question) -> tuple[bool, ObjectInfo | None]:
+        """Whether anything is below `key` that is not deleted here, and its marker with metadata if there is one."""
+        if self._gone.outdates(key, question.seq):
+            async with self._heads:
+                return await self._has_others(key, question), None
         page = await self._store.list(key, delimiter=False, count_max=1)
         if not page.objects or page.objects[0].key != key:
             return bool(page.objects), None
         marker = page.objects[0]
         return True, marker if marker.metadata is not None else await self.head(key)
 
+    async def _has_others(self, key: ObjectKey, question: Question) -> bool:
+        """Whether another client has stored something below `key`, which is deleted here. Where very much waits for
+        its deletion that is not looked for to the end."""
+        token: str | None = None
+        for _ in range(PAGES_MAX):
+            page = await self._store.list(key, delimiter=False, token=token)
+            for found in page.objects:
+                if found.key != key and not self._gone.hides(found.key, found.etag, question.seq):
+                    return True
+            if (token := page.next_token) is None:
+                break
+        if (gone := self._gone.get(key)) is not None:
+            gone.hid = True
+        return False
+
     async def markers(self, prefix: str, segments: Sequence[str]) -> list[ObjectInfo | None]:
-        """Of the folders `segments` below `prefix`."""
-        return await gather([partial(self.head, ObjectKey(prefix + segment + "/")) for segment in segments])
+        """Of the folders `segments` below `prefix`; none that is deleted here."""
+        found = await gather([partial(self.head, ObjectKey(prefix + segment + "/")) for segment in segments])
+        return [None if info is not None and info.key in self._gone else info for info in found]
 
     async def real_folders(self, parent: Node, prefix: str, segments: Sequence[str], question: Question) -> list[str]:
-        """Without those that are none: an object that MinIO is deleting just now shows as a folder for a moment."""
-        doubtful = [segment for segment in segments if self._was_file(parent, prefix, segment, question)]
-        probes = await gather([partial(self.folder, ObjectKey(f"{prefix}{s}/")) for s in doubtful])
+        """Without those that are deleted here, and those that are none: an object that MinIO is deleting just now
+        shows as a folder for a moment."""
+        doubtful = [segment for segment in segments if self._is_doubtful(parent, prefix, segment, question)]
+        probes = await gather([partial(self.folder, ObjectKey(f"{prefix}{s}/"), question) for s in doubtful])
         none = {segment for segment, (is_there, _) in zip(doubtful, probes, strict=True) if not is_there}
         return [segment for segment in segments if segment not in none]
 
-    def _was_file(self, parent: Node, prefix: str, segment: str, question: Question) -> bool:
+    def _is_doubtful(self, parent: Node, prefix: str, segment: str, question: Question) -> bool:
         kid = (parent.kids or {}).get(keys.name_of(segment))
         is_file = kid is not None and not kid.is_dir
-        return is_file or self._gone.hides(prefix + segment, question.seq)
+        key = prefix + segment
+        return is_file or self._gone.outdates(key, question.seq) or self._gone.outdates(key + "/", question.seq)
 
     async def with_metadata(self, parent: Node, prefix: str, objects: Sequence[ObjectInfo]) -> Sequence[ObjectInfo]:
         """The page with metadata; what the listing lacks is asked for, unless the version is known already."""

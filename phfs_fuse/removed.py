@@ -35,10 +35,10 @@ class Removed:
             self.keys.add(gone := Gone(key, etag, True, 0.0))
             self._queue.push(gone, 0.0)
 
-    def add(self, key: ObjectKey, etag: ETag | None, *, request: bool) -> None:
+    def add(self, key: ObjectKey, etag: ETag | None, seq: int, *, request: bool) -> None:
         """`key` shall vanish from the store, which has version `etag` there."""
         self._journal.put_gone(key, etag)  # of directories too: their names stay hidden after a restart
-        gone = Gone(key, etag, request, self._queue.delete_due)
+        gone = Gone(key, etag, request, self._queue.delete_due, seq)
         self.keys.add(gone)
         self._queue.push(gone, gone.due)
 
