@@ -21,6 +21,7 @@ class Attempts:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._sent: dict[ObjectKey, list[tuple[int, str]]] = {}  # (size, metadata)
+        self.claims: set[ObjectKey] = set()  # keys of calls that make a name and have no answer
 
     def __contains__(self, key: ObjectKey) -> bool:
         return key in self._sent
@@ -29,6 +30,14 @@ class Attempts:
         """Take up what an earlier process left in the journal."""
         for key, size, metadata in self._journal.attempts():
             self._sent.setdefault(key, []).append((size, metadata))
+        self.claims = {key for key in self._journal.claims() if key in self._sent}
+
+    def claim(self, key: ObjectKey, size: int, metadata: Mapping[str, str]) -> None:
+        """As `begin`, for an object that a call makes so that nobody else has the name."""
+        with self._journal.batch():
+            self._journal.put_claim(key)
+            self.claims.add(key)
+            self.begin(key, size, metadata)
 
     def begin(self, key: ObjectKey, size: int, content: Mapping[str, str] | ETag) -> None:
         """An upload is about to be sent, with that metadata or, where it is a copy that has all of its source, of
@@ -49,6 +58,9 @@ class Attempts:
         if key in self._sent:
             self._journal.drop_attempts(key)
             del self._sent[key]
+        if key in self.claims:
+            self._journal.drop_claim(key)
+            self.claims.discard(key)
 
     def is_ours(self, found: ObjectInfo) -> bool:
         """Whether the store has what an upload of ours has sent without getting an answer."""

@@ -133,6 +133,16 @@ class Changes:
         be)."""
         self._add_gone(key, etag, request=True)
 
+    def give_back_claims(self) -> None:
+        """Objects that an earlier process has made for calls that got no answer, and that nobody repeats any more."""
+        for key in list(self.attempts.claims):
+            if key in self.gone:
+                continue
+            if self._inodes.named(key) is None:
+                self.give_back(key, None)
+            else:  # somebody has seen it: it is a file
+                self.attempts.answered(key)
+
     def stage(self, node: Node) -> Layer:
         """The layer that takes the next write to `node`; the caller then calls `written`. Raises: OSError."""
         if self.on_displaced is not None and self._inodes.is_displaced(node):
@@ -367,7 +377,8 @@ class Changes:
         if node.detached or not self._inodes.key(node):
             return
         wanted = node.own_attrs or not (node.kids or node.unseen)
-        if wanted == (node.marker is not None) and not (wanted and changed):
+        is_stored = node.marker is not None or (not wanted and self._may_have_marker(node))
+        if wanted == is_stored and not (wanted and changed):
             if not wanted and node.dirty is not None and not node.dirty.uploading:
                 self.files.clean(node)
             return
@@ -375,6 +386,11 @@ class Changes:
         dirty.attrs = True
         self.files.save(node)
         self._changed(node, dirty)
+
+    def _may_have_marker(self, node: Node) -> bool:
+        """Whether a request for the marker got no answer."""
+        is_under_way = node.dirty is not None and node.dirty.uploading
+        return not is_under_way and self._inodes.key(node) in self.attempts
 
     def recover(self, found: Iterable[tuple[Node, PresentRow]]) -> None:
         """Take up what an earlier process left in the journal (the nodes are in the tree again)."""

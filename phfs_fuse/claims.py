@@ -46,7 +46,7 @@ class Claims:
         await self._settle(key)
         self._queue.claim(key)
         try:
-            self._changes.attempts.begin(key, len(body), metadata)
+            self._changes.attempts.claim(key, len(body), metadata)
             info = await self._store.put(key, body, metadata, expect=Expect(None))
         except VersionChanged as exc:
             self._changes.attempts.answered(key)

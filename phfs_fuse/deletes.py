@@ -86,7 +86,8 @@ class Deletes:
     async def _version(self, gone: Gone) -> ETag | PhfsError | None:
         """The only version that the deletion is meant for; None: any (a marker has nothing to lose). Where it is not
         known, since an upload of ours had no answer, the store is asked. VersionChanged: it has another."""
-        if gone.etag is not None or gone.key.endswith("/") or self._config.on_conflict is OnConflict.OVERWRITE:
+        is_marker = gone.key.endswith("/") and gone.key not in self._changes.attempts.claims
+        if gone.etag is not None or is_marker or self._config.on_conflict is OnConflict.OVERWRITE:
             return None if self._config.on_conflict is OnConflict.OVERWRITE else gone.etag
         try:
             found = await self._store.head(gone.key)

@@ -3,8 +3,9 @@
 Rows: `present` (a file, symlink or directory marker that the store lacks in this form), `layer` (its staging files,
 bottom first), `gone` (a key that has to be deleted), `intent` (a multipart upload that is asked for), `upload` (one
 under way, so that only our own are ever aborted), `attempt` (what was sent and not answered: the store may have it),
-`act` (the last change of names by each thread, since the kernel may ask again for one that was done and not
-answered), `conflict`, `refusal` (a change that the store refuses for good), `meta`.
+`claim` (an attempt that makes a name, of which no program was told), `act` (the last change of names by each thread,
+since the kernel may ask again for one that was done and not answered), `conflict`, `refusal` (a change that the store
+refuses for good), `meta`.
 """
 
 from __future__ import annotations
@@ -118,6 +119,15 @@ class Journal(Database):
 
     def drop_attempts(self, key: ObjectKey) -> None:
         self._run("DELETE FROM attempt WHERE key=?", (key,))
+
+    def put_claim(self, key: ObjectKey) -> None:
+        self._run("INSERT OR REPLACE INTO claim VALUES (?)", (key,))
+
+    def drop_claim(self, key: ObjectKey) -> None:
+        self._run("DELETE FROM claim WHERE key=?", (key,))
+
+    def claims(self) -> list[ObjectKey]:
+        return [key for (key,) in self._run("SELECT key FROM claim")]
 
     def attempts(self) -> list[tuple[ObjectKey, int, str]]:
         return list(self._run("SELECT key, size, metadata FROM attempt"))

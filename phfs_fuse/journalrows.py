@@ -23,6 +23,7 @@ CREATE INDEX IF NOT EXISTS layer_ino ON layer (ino, id);
 CREATE TABLE IF NOT EXISTS gone (key TEXT PRIMARY KEY, etag TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS upload (upload_id TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS intent (id INTEGER PRIMARY KEY, key TEXT NOT NULL, at_ns INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS claim (key TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS attempt (key TEXT NOT NULL, size INTEGER NOT NULL, metadata TEXT NOT NULL,
     PRIMARY KEY (key, size, metadata)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS act (
@@ -37,7 +38,7 @@ CREATE TABLE IF NOT EXISTS refusal (
 """
 
 # What is carried over from a damaged file.
-TABLES: Final = ("present", "layer", "gone", "upload", "intent", "attempt", "conflict", "refusal")
+TABLES: Final = ("present", "layer", "gone", "upload", "intent", "attempt", "claim", "conflict", "refusal")
 
 
 class PresentRow(NamedTuple):

@@ -43,7 +43,7 @@ class Markers:
                 log.warning("directory key=%s goes once nobody looks at it: the store takes no marker (%s)", key, exc)
                 node.unseen = True  # as if it had something in it: no marker is wanted
                 return None
-        if node.marker is not None:
+        if node.marker is not None or key in self._changes.attempts:
             try:
                 await self._store.delete(key)
             except PhfsError as exc:

@@ -93,7 +93,7 @@ class Services:
         await self._link.ready()
         if self._resumed:
             await trio.sleep(RESEND_SECONDS)
-            self._mount.vfs.end_resume()
+            self._mount.end_resume()
             await survived("look at the store", self._check_again)
 
     async def _check_again(self) -> None:

@@ -66,6 +66,7 @@ class Mount:
         self.config = config
         self.store = store
         self.started = time.monotonic()
+        self._is_resumed = False
         self.lock = StateLock(directory, f"{config.kernel.mountpoint} (pid {os.getpid()})")
         self.journal = Journal(directory, f"{config.store.endpoint_url or 'aws'} {config.store.url}")
         if self.journal.saved_aside:
@@ -157,6 +158,11 @@ class Mount:
             write_through=config.writeback.write_through,
         )
 
+    def end_resume(self) -> None:
+        """What is asked for from now on is no repetition."""
+        self.vfs.end_resume()
+        self.changes.give_back_claims()
+
     async def check(self) -> None:
         """Ask the store for the bucket and the root's attributes. Raises: StartupError."""
         config = self.config.store
@@ -173,6 +179,7 @@ class Mount:
         """Put the tree back as the kernel knows it, before `recover`."""
         known, done = self.kernel.load(), self.journal.acts()
         restore(self.inodes, known, done)
+        self._is_resumed = True
         self.changes.go_on(last_change(known, done))
         self.kernel.go_on()
         for _, ino, _ in done:  # `recover` ends their rows
@@ -190,6 +197,8 @@ class Mount:
             if node.detached and node.opens and not node.is_dir:
                 self.changes.users.track(node)
         self.journal.drop_acts()
+        if not self._is_resumed:  # else the kernel may ask again
+            self.changes.give_back_claims()
         for path in recovery.saved:
             log.error("bytes that no file could be found for are saved as %s", path)
         pending = self.settling.pending()

@@ -197,3 +197,39 @@ async def test_looking_at_a_name_while_it_is_made(
     await one.settle()
     assert store.data(PREFIX + "lock") == b"owner"
     assert names(store) == ["lock"]
+
+
+@pytest.mark.parametrize("make", [create, make_dir, make_link, rename])
+@pytest.mark.parametrize("theirs", [False, True])
+async def test_what_a_dead_worker_claimed_goes_if_nobody_asks_again(
+    one: World,
+    store: FakeStore,
+    faults: FaultStore,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+    make: Make,
+    theirs: bool,
+) -> None:
+    """A new mount, since the kernel's connection has gone too. What others have stored there meanwhile stays."""
+    gate = faults.hold("put", when=lambda key: key.startswith(PREFIX + "lock"), after=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(make, one, b"lock")
+        await gate.entered.wait()
+        await one.journal.room_to_note()
+        shutil.copytree(tmp_path / "one", tmp_path / "copy")
+        there = dict(store.objects)
+        gate.open.set()
+    await one.settle()
+    store.objects.clear()
+    store.objects.update(there)
+    (key,) = [key for key in store.keys if key.startswith(PREFIX + "lock")]
+    if theirs:
+        store.seed(key, b"", {"mode": "0100600"})
+    after = made(FaultStore(store), tmp_path / "copy", exclusive_create=ExclusiveCreate.STORE)
+    after.changes.recover(())
+    after.changes.give_back_claims()
+    async with running(after):
+        await trio.sleep(20)
+        assert (key in store.keys) == theirs
+        assert after.journal.claims() == []
+        assert [row for row in after.journal.attempts() if row[0] == key] == []

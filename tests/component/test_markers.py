@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from phfs_fuse.recovery import Recovery
 from phfs_fuse.store.base import Expect, Listing
 from phfs_fuse.types import ObjectKey
 from tests.support.fake_store import FakeStore
+from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, keys, made, running
 
 
@@ -91,3 +94,30 @@ async def test_a_listing_that_still_had_what_was_being_removed_hides_no_marker_f
         await store.deleted.wait()
         store.answer.set()
     assert keys(world) == ["d/"]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+async def test_a_marker_whose_answer_was_lost_goes_with_the_first_child(
+    tmp_path: Path, autojump_clock: MockClock, dies: bool
+) -> None:
+    store = FakeStore()
+    faults = FaultStore(store)
+    world = made(faults, tmp_path / "one" if dies else tmp_path)
+    async with running(world):
+        folder = await world.vfs.mkdir(1, b"d", 0o755, 0, 0)
+        folder.own_attrs = False
+        faults.fail("put", after=True, count=1000, when=lambda key: key.endswith("d/"))
+        await trio.sleep(1)
+        assert PREFIX + "d/" in store.keys
+        await world.write("d/x", b"bytes")
+        if dies:
+            shutil.copytree(tmp_path / "one", tmp_path / "two")
+            await world.settle()
+            store.seed(PREFIX + "d/")
+            world = made(faults, tmp_path / "two")
+            recovery = Recovery(world.journal, world.area, world.inodes, world.defaults.directory)
+            world.changes.recover(recovery.nodes())
+    async with running(world):
+        await world.settle()
+        await trio.sleep(10)
+        assert [key for key in store.keys if key.startswith(PREFIX + "d")] == [PREFIX + "d/x"]
