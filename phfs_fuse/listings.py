@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
 from phfs_fuse import keys
@@ -198,18 +198,52 @@ class Listings:
                 if (token := page.next_token) is None:
                     return not node.kids
 
-    async def load_below(self, node: Node) -> None:
-        """Bring all that the store has below `node` into the tree, so that it can be renamed as a whole."""
-        async with aclosing(self.pages(node)) as pages:
-            async for nodes in pages:
-                for kid in nodes:
-                    if kid.is_dir and not kid.detached:
-                        await self.load_below(kid)
+    @contextmanager
+    def loading(self) -> Iterator[Load]:
+        """To move a folder as a whole: what is loaded stays in the tree until then."""
+        load = Load(self, self._inodes)
+        try:
+            yield load
+        finally:
+            load.let_go()
 
-    def is_loaded(self, node: Node) -> bool:
-        """Whether the tree still has all that `load_below` brought (the kernel may have forgotten some)."""
-        folders = [node, *self._inodes.descendants(node)]
-        return all(folder.complete_at > NEVER for folder in folders if folder.is_dir)
+
+class Load:
+    """All that the store has below some folder, brought into the tree and held there."""
+
+    def __init__(self, listings: Listings, inodes: Inodes) -> None:
+        self._listings = listings
+        self._inodes = inodes
+        self._began_at = inodes.questions.moment()
+        self._held: dict[Node, None] = {}
+
+    async def below(self, folder: Node) -> None:
+        """List it and the folders in it; not those again of which all is here since this load began."""
+        if folder.complete_at < self._began_at:
+            async with aclosing(self._listings.pages(folder)) as pages:
+                async for nodes in pages:
+                    self._hold(nodes)
+        self._hold((folder.kids or {}).values())
+        for kid in list((folder.kids or {}).values()):
+            if kid.is_dir and not kid.detached:
+                await self.below(kid)
+
+    def _hold(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if node not in self._held:
+                self._held[node] = None
+                node.holds += 1
+
+    def has_all(self, folder: Node) -> bool:
+        """Whether the tree has all that the store is known to have below it: others may have changed something."""
+        folders = [folder, *self._inodes.descendants(folder)]
+        return all(each.complete_at > NEVER for each in folders if each.is_dir)
+
+    def let_go(self) -> None:
+        for node in self._held:
+            node.holds -= 1
+            if node.detached:
+                self._inodes.drop_unused(node)
 
 
 def _ends(page: Listing) -> Iterator[str]:

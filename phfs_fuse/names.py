@@ -43,6 +43,7 @@ from phfs_fuse.types import KEY_BYTES_MAX, Fh, Ino, ObjectKey
 from phfs_fuse.writable import ROWS_BYTES, Writable
 
 RENAME_NOREPLACE = 1  # Source: renameat2(2)
+LOOKS_MAX = 3  # at what is to be moved, while others change it; then what was seen is moved
 
 
 def _log_bytes(moved: list[Node], longest: int) -> int:
@@ -340,26 +341,32 @@ class Names:
         if self._repeated(act) is not None:
             return
         source_dir, target_dir = self._folder(parent_ino), self._folder(to_ino)
-        while True:
-            source = self._meant(await self._namespace.child(source_dir, name))
-            if source.is_dir:
-                await self._namespace.load_below(source)
-            refusal = await self._storable.refusal(target_dir, to_name, is_dir=source.is_dir)
-            target = await self._namespace.exists(target_dir, to_name)
-            if target is source:
-                return
-            if target is not None:
-                await self._may_replace(source, target, flags)
-            still = self._still(source_dir, name, source) and self._still(target_dir, to_name, target)
-            if still and self._namespace.is_loaded(source):
-                break
-        if refusal is not None:
-            raise refusal
-        info = None
-        if flags & RENAME_NOREPLACE and self._claims:
-            info = await self._claim_target(self._claims, source, source_dir, name, target_dir, to_name)
-        with self._giving_back(info):
-            self._rename(source, source_dir, target_dir, to_name, target, act, info)
+        with self._namespace.loading() as load:
+            for look in range(LOOKS_MAX):
+                source = self._meant(await self._namespace.child(source_dir, name))
+                if source.is_dir:
+                    await load.below(source)
+                refusal = await self._storable.refusal(target_dir, to_name, is_dir=source.is_dir)
+                target = await self._namespace.exists(target_dir, to_name)
+                if target is source:
+                    return
+                if target is not None:
+                    await self._may_replace(source, target, flags)
+                still = self._still(source_dir, name, source) and self._still(target_dir, to_name, target)
+                if still and (load.has_all(source) or look + 1 == LOOKS_MAX):
+                    break
+            else:
+                raise StaleVersion("rename", name.decode(errors="replace"), "others change the names all the time")
+            if refusal is not None:
+                raise refusal
+            info = None
+            if flags & RENAME_NOREPLACE and self._claims:
+                info = await self._claim_target(self._claims, source, source_dir, name, target_dir, to_name)
+            with self._giving_back(info):
+                self._rename(source, source_dir, target_dir, to_name, target, act, info)
+            if not load.has_all(source):  # what others have stored in it since then stays where it is
+                self._inodes.incomplete(source_dir)
+                self._namespace.forget_missing(source_dir, name)
 
     async def _claim_target(
         self, claims: Claims, source: Node, source_dir: Node, name: bytes, target_dir: Node, to_name: bytes
@@ -368,7 +375,7 @@ class Names:
         key = keys.join(self._inodes.key(target_dir), keys.new_segment(to_name))
         info = await claims.claim(keys.join(key, "/" * source.is_dir), b"", to_metadata(source.attrs))
         seen = claims.taken(target_dir, to_name, info)
-        if not self._still(source_dir, name, source) or not self._namespace.is_loaded(source):
+        if not self._still(source_dir, name, source):
             claims.give_back(info)
             raise NotFound("rename", name.decode(errors="replace"), "changed meanwhile")
         if seen is not None:  # somebody has looked at the empty object: the file takes its place

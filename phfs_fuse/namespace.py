@@ -34,7 +34,7 @@ class Namespace:
         self.ttl, self.lifetime = known.ttl, known.lifetime
         self.complete_listing, self.forget_missing = known.complete_listing, known.forget_missing
         self.pages, self.is_empty = listings.pages, listings.is_empty
-        self.load_below, self.is_loaded = listings.load_below, listings.is_loaded
+        self.loading = listings.loading
         self.local_only, self.set_marker = merging.local_only, merging.set_marker
         self.changed_by_others = Doubts(inodes, known).changed_by_others
 
