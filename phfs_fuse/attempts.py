@@ -49,6 +49,7 @@ class Attempts:
         with self._journal.batch():
             if len(known) == ATTEMPTS_MAX:
                 self.answered(key)
+            self._journal.transaction.item(self._sent, key)
             known = self._sent[key] = [*known, (size, text)][-ATTEMPTS_MAX:]
             for row in known:
                 self._journal.put_attempt(key, *row)
@@ -57,6 +58,7 @@ class Attempts:
         """What the store has under `key` is known now."""
         if key in self._sent:
             self._journal.drop_attempts(key)
+            self._journal.transaction.item(self._sent, key)
             del self._sent[key]
         if key in self.claims:
             self._journal.drop_claim(key)

@@ -53,6 +53,7 @@ class Changes:
         self._inodes = inodes
         self._kernel = kernel
         inodes.on_changed = self._moved
+        inodes.transaction = self._transaction = journal.transaction
         self._journal = journal
         self._area = area
         self._queue = queue
@@ -94,7 +95,7 @@ class Changes:
                 with self.batch():
                     self._journal.put_layer(LayerRow(layer.id, ENDED, 0))
                 layer.write(0, content)
-        except OSError:
+        except BaseException:
             self.drop_layer(layer)
             raise
         return layer
@@ -125,7 +126,7 @@ class Changes:
             node.marker = info.etag
         else:
             node.base, node.size = Base(info.key, info.etag, info.size), info.size
-            self._quotas.changed(info.key, 0, node.stored_size)
+            self._counted(info.key, 0, node.stored_size)
         self.touch(node)
 
     def give_back(self, key: ObjectKey, etag: ETag | None) -> None:
@@ -154,31 +155,30 @@ class Changes:
         seen = size if staged is not None or node.base is not None else 0
         if staged is None and node.base is not None:
             seen = min(size, node.base.size)
-        layer = self._area.new(seen=seen, size=size)
-        was_dirty = node.dirty is not None
-        if not was_dirty:
-            self.files.begin(node, node.base.etag if node.base else None)
-        try:
-            with self.batch():
-                self._journal.put_layer(LayerRow(layer.id, node.ino, seen))
-                self.files.save(node)
-        except OSError:  # a layer without a row would not be found again
-            self._area.discard(layer)
-            if not was_dirty:
-                self.files.take_back(node)
-            raise
-        if staged is None:
-            node.staged = Staged([layer])
-        else:
-            staged.layers.append(layer)
+        with self.batch():
+            layer = self._area.new(seen=seen, size=size)
+            self._transaction.undo(partial(self._area.discard, layer))  # it would not be found again
+            self._transaction.keep(node)
+            if node.dirty is None:
+                self.files.begin(node, node.base.etag if node.base else None)
+            self._journal.put_layer(LayerRow(layer.id, node.ino, seen))
+            self.files.save(node)
+            if staged is None:
+                node.staged = Staged([layer])
+            else:
+                staged.layers.append(layer)
+            assert node.dirty is not None
+            if node.dirty.state is State.CLEAN:  # what has a row must come to an end, also if no byte follows
+                self._changed(node, node.dirty)
         return layer
 
     def written(self, node: Node, size: int) -> None:
         """Bytes of the staged `node` changed; it is `size` long now."""
         assert node.dirty is not None
         if size != node.size:
+            self._transaction.keep(node)
             if self._quotas and not node.detached:
-                self._quotas.changed(self._inodes.key(node), node.stored_size, size)
+                self._counted(self._inodes.key(node), node.stored_size, size)
             node.size = size
         self._changed(node, node.dirty)
 
@@ -187,6 +187,7 @@ class Changes:
         if node.is_dir:
             self.review_marker(node, changed=True)
             return
+        self._transaction.keep(node)
         dirty = node.dirty or self.files.begin(node, node.base.etag if node.base else None)
         dirty.attrs = dirty.asked = True
         self.files.save(node)
@@ -215,7 +216,7 @@ class Changes:
 
     def _replaced(self, node: Node, key: ObjectKey, *, keep_gone: bool) -> ETag | None:
         self.touch(node)
-        self._quotas.changed(key, node.stored_size, 0)
+        self._counted(key, node.stored_size, 0)
         over, in_store = self._stored_as(node, key)
         with self._journal.batch():
             if keep_gone and (in_store or node.is_dir):
@@ -244,14 +245,15 @@ class Changes:
         `at_once`: what the store has of it waits for no quiet time."""
         self.touch(node)
         key = self._inodes.key(node)
-        self._quotas.changed(old_key, node.stored_size, 0)
-        self._quotas.changed(key, 0, node.stored_size)
+        self._counted(old_key, node.stored_size, 0)
+        self._counted(key, 0, node.stored_size)
         over = self._removed.in_use(key, self._seq) or over
         old_over, in_store = self._stored_as(node, old_key)
         with self._journal.batch():
             if in_store or node.is_dir:
                 self._add_gone(old_key, old_over, request=in_store)
             if node.is_dir:
+                self._transaction.keep(node)
                 node.marker = over
                 self.review_marker(node, changed=True)
                 return
@@ -269,19 +271,20 @@ class Changes:
         if winner_size is None:
             self._quotas.foreign(key, None, 0)
         else:
-            self._quotas.changed(key, node.stored_size, winner_size)
+            self._counted(key, node.stored_size, winner_size)
         if not node.detached:
-            self._quotas.changed(self._inodes.key(node), 0, node.stored_size)
+            self._counted(self._inodes.key(node), 0, node.stored_size)
 
     def reappeared(self, node: Node) -> None:
         """`node`, which others had displaced, has a name again, where the store is not known to have anything."""
-        self._quotas.changed(self._inodes.key(node), 0, node.stored_size)
+        self._counted(self._inodes.key(node), 0, node.stored_size)
         dirty = self._named(node, None)
         self._moved(node)
         self._changed(node, dirty)
 
     def _named(self, node: Node, over: ETag | None) -> DirtyFile:
         """The file has a key under which the store has yet to get it, over version `over`."""
+        self._transaction.keep(node)
         dirty = node.dirty or self.files.begin(node, over)
         dirty.over = over
         self.files.accepted(node)
@@ -297,7 +300,7 @@ class Changes:
 
     def _left(self, gone: Gone, size: int) -> None:
         self.deleted([gone])
-        self._quotas.changed(gone.key, 0, size)
+        self._counted(gone.key, 0, size)
 
     def hides(self, info: ObjectInfo, asked_seq: int) -> bool:
         """Whether the answer `info` (with metadata), asked for at change number `asked_seq`, speaks of something
@@ -314,7 +317,8 @@ class Changes:
 
     def reappears(self, folder: Node) -> None:
         """`folder`, whose name was deleted here, is in the tree again: another client has stored something in it."""
-        with suppress(OSError):  # it cannot be noted now: the marker goes all the same
+        with suppress(OSError), self._journal.batch():  # it cannot be noted now: the marker goes all the same
+            self._transaction.keep(folder)
             folder.marker = self._removed.in_use(self._inodes.key(folder), self._seq)
             folder.unseen = True
             self.review_marker(folder)
@@ -372,6 +376,10 @@ class Changes:
         """The same for what has happened already."""
         return self._journal.batch()
 
+    def keep(self, node: Node) -> None:
+        """`node` is about to change within a transaction: should that fail, it is as it was."""
+        self._transaction.keep(node)
+
     def review_marker(self, node: Node, *, changed: bool = False) -> None:
         """A directory got or lost a child, or its attributes `changed`: decide whether it needs a marker object."""
         if node.detached or not self._inodes.key(node):
@@ -382,6 +390,7 @@ class Changes:
             if not wanted and node.dirty is not None and not node.dirty.uploading:
                 self.files.clean(node)
             return
+        self._transaction.keep(node)
         dirty = node.dirty or self.files.begin(node, node.marker)
         dirty.attrs = True
         self.files.save(node)
@@ -408,7 +417,13 @@ class Changes:
         for refusal in refused.values():
             self.refusals.accepted(refusal)
 
+    def _counted(self, key: ObjectKey, old: int, new: int) -> None:
+        """A file under `key` has another size, once that is noted."""
+        if self._quotas:
+            self._transaction.after(partial(self._quotas.changed, key, old, new))
+
     def _changed(self, node: Node, dirty: DirtyFile) -> None:
+        self._transaction.keep(node)
         if dirty.state is State.CLEAN:
             dirty.since = trio.current_time()
         dirty.on(Event.CHANGE)
@@ -430,6 +445,7 @@ class Changes:
             for layer in node.staged.layers if node.staged is not None else ():
                 self._journal.end_layer(layer.id)
                 self._journal.after(partial(self._area.discard, layer))
+            self._transaction.keep(node)
             node.staged = None
             if node.dirty is not None:
                 self.files.clean(node)
@@ -458,5 +474,6 @@ class Changes:
             if etag is not None:  # it was renamed or removed while it went up, and who had the name then is gone too
                 self._add_gone(key, etag, request=True)
         elif node is not except_node and node.dirty is not None:
+            self._transaction.keep(node)
             node.dirty.over = etag
             self.files.save(node)

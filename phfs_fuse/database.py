@@ -4,7 +4,8 @@ A commit is in the kernel's page cache before the call returns, so it survives t
 synced to the disk at checkpoints (`checkpoint`, called off the event loop), so after a power cut the newest
 commits may be missing, but never half a commit.
 
-A disk without room is met before a transaction begins (`logspace`), so that its caller may change the tree within it.
+A disk without room is met before a transaction begins (`logspace`). What else fails within one undoes what its caller
+has changed so far (`transaction`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Final
 
 from phfs_fuse import metrics
 from phfs_fuse.errors import LocalStateError
@@ -23,6 +25,10 @@ from phfs_fuse.journalrows import FORMAT, SCHEMA, TABLES
 from phfs_fuse.localstate import unused_stamp
 from phfs_fuse.logspace import CHANGE_BYTES, NOTE_BYTES, LogSpace
 from phfs_fuse.reserve import Reserve
+from phfs_fuse.transaction import Transaction
+
+DAMAGE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+WAITING_MAX: Final = 1000  # rows of one transaction that wait for its end
 
 
 class Database:
@@ -34,8 +40,13 @@ class Database:
         self.path = directory / "journal.db"
         self.reserve = Reserve(directory)
         self.saved_aside: Path | None = None
+        self.transaction = Transaction()
+        self.on_damage: Callable[[str], object] = lambda _reason: (
+            None
+        )  # the process has to end: the next one mends it
         self._depth = 0
-        self._after: list[Callable[[], None]] = []
+        self._has_failed = False  # a part of the transaction under way
+        self._waiting: list[tuple[str, Sequence[object]]] = []  # statements of it
         fresh = not self.path.exists()
         try:
             self._db = self._open(volume)
@@ -43,6 +54,7 @@ class Database:
             raise LocalStateError(f"journal {self.path} cannot be opened ({exc}); check the disk") from exc
         except sqlite3.DatabaseError:
             self._db = self._salvage(volume)
+        self._no_rows = self._db.cursor()
         self._log = LogSpace(self.path)
         if fresh:
             os.chmod(self.path, 0o600)
@@ -145,26 +157,59 @@ class Database:
             self.reserve.give_up()
             self._log.require(size)
 
-    def _run(self, sql: str, values: Sequence[object] = (), log_bytes: int = NOTE_BYTES) -> sqlite3.Cursor:
-        """`log_bytes`: the room for a transaction that begins with this. Raises: OSError (ENOSPC if the disk is full,
-        else EIO)."""
-        if not self._db.in_transaction and not sql.startswith("SELECT"):
-            self._require_log(log_bytes)
+    def _run(self, sql: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        """A row that is written within a transaction waits for its end, so that one row alone costs one statement.
+        Raises: OSError (ENOSPC if the disk is full, else EIO)."""
+        if sql.startswith("SELECT"):
+            self._write_waiting()
+        elif self._depth:
+            self._waiting.append((sql, values))
+            if len(self._waiting) == WAITING_MAX:
+                self._write_waiting()
+            return self._no_rows
+        elif not self._db.in_transaction:
+            self._require_log(NOTE_BYTES)
             metrics.JOURNAL.add()
+        return self._begin_by(sql, values)
+
+    def _begin_by(self, sql: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        """A statement that may be the first of a transaction, on the last room there is."""
         try:
             return self._execute(sql, values)
         except OSError as exc:
-            if self._db.in_transaction or sql == "COMMIT" or exc.errno != errno.ENOSPC or not self.reserve.is_held:
+            if self._db.in_transaction or exc.errno != errno.ENOSPC or not self.reserve.is_held:
                 raise
         self.reserve.give_up()
         return self._execute(sql, values)
 
+    def _write_waiting(self) -> None:
+        """Write the rows that wait."""
+        if self._waiting and not self._db.in_transaction:
+            metrics.JOURNAL.add()
+            self._begin_by("BEGIN IMMEDIATE")
+        for sql, values in self._waiting:
+            self._execute(sql, values)
+        self._waiting.clear()
+
+    def _commit(self) -> None:
+        if len(self._waiting) == 1 and not self._db.in_transaction:
+            metrics.JOURNAL.add()
+            self._begin_by(*self._waiting.pop())
+        else:
+            self._write_waiting()
+        if self._db.in_transaction:
+            self._execute("COMMIT", ())
+
     def _execute(self, sql: str, values: Sequence[object]) -> sqlite3.Cursor:
         try:
             return self._db.execute(sql, values)
-        except sqlite3.OperationalError as exc:
-            code = errno.ENOSPC if exc.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
-            raise OSError(code, f"journal: {exc}") from exc
+        except sqlite3.DatabaseError as exc:
+            code = getattr(exc, "sqlite_errorcode", None)
+            if code is None:
+                raise  # a value that is none of SQLite's
+            if code & 0xFF in DAMAGE:
+                self.on_damage(str(exc))
+            raise OSError(errno.ENOSPC if code == sqlite3.SQLITE_FULL else errno.EIO, f"journal: {exc}") from exc
 
     def batch(self, log_bytes: int = NOTE_BYTES) -> AbstractContextManager[None]:
         """One transaction for all calls inside, with so much room in the log. Must not be held over an await.
@@ -174,42 +219,50 @@ class Database:
     def _begin(self, log_bytes: int) -> None:
         if self._depth == 0:
             self.reserve.review()
-            self._run("BEGIN IMMEDIATE", log_bytes=log_bytes)
+            self._require_log(log_bytes)
+            self.transaction.begin()
         self._depth += 1
 
     def _end(self, log_bytes: int, *, failed: bool) -> None:
         self._depth -= 1
+        self._has_failed = self._has_failed or failed
         if self._depth:
-            return
-        if failed:
-            self._roll_back()
             return
         try:
-            self._run("COMMIT")
-        except OSError:
-            self._roll_back()
+            if self._has_failed and not failed:
+                raise OSError(errno.EIO, "journal: a part of the transaction has failed")
+            if not failed:
+                self._commit()
+        except BaseException:
+            failed = True
             raise
+        finally:
+            self._has_failed = False
+            if failed:
+                self._roll_back()
+        if failed:
+            return
         if log_bytes > CHANGE_BYTES:
             self._log.give_back()
-        after, self._after = self._after, []
-        for call in after:
-            call()
+        self.transaction.commit()
 
     def _roll_back(self) -> None:
+        """The transaction under way has failed: neither the journal nor what it speaks of has changed."""
         self._undone()
+        self._waiting.clear()
+        self.transaction.roll_back()
         if self._db.in_transaction:  # SQLite ends it itself when the disk is full
-            self._run("ROLLBACK")
+            try:
+                self._execute("ROLLBACK", ())
+            except OSError as exc:
+                self.on_damage(str(exc))
 
     def _undone(self) -> None:
-        """The transaction under way has failed."""
-        self._after.clear()
+        """The rows of the transaction under way are not in the journal."""
 
-    def after(self, call: Callable[[], None]) -> None:
+    def after(self, call: Callable[[], object]) -> None:
         """Call it once the transaction under way is done; now, if there is none."""
-        if self._depth:
-            self._after.append(call)
-        else:
-            call()
+        self.transaction.after(call)
 
     def checkpoint(self) -> None:
         """Bring the log into the database file and sync it. Blocks; call it on a thread of its own.

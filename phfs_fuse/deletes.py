@@ -121,8 +121,10 @@ class Deletes:
         done = [gone for gone in batch if gone.key not in failed]
         try:
             self._note(done)
-        except OSError as exc:  # once more, then: nothing is found
-            failed = {**failed, **{gone.key: exc for gone in done}}
+        except Exception as exc:  # once more, then: nothing is found
+            if not isinstance(exc, OSError):
+                unforeseen("deletion", exc)
+            failed = {**failed, **{gone.key: exc if isinstance(exc, OSError) else None for gone in done}}
         for gone in batch:
             if isinstance(failed.get(gone.key), VersionChanged):
                 if self._changes.gone.get(gone.key) is gone:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import inf
+from operator import attrgetter
 from typing import Final
 
 from phfs_fuse.errors import PhfsError
@@ -66,6 +67,16 @@ class DirtyFile:
     refusal: Refusal | None = None  # the store has refused it for good, for all that is known
     target: ObjectKey | None = None  # the key that the snapshot under way goes to
 
+    def memento(self) -> Callable[[], None]:
+        """A call that brings all fields back to what they are now."""
+        values = _FIELDS(self)
+
+        def bring_back() -> None:
+            for name, value in zip(DirtyFile.__slots__, values, strict=True):
+                setattr(self, name, value)
+
+        return bring_back
+
     def on(self, event: Event) -> None:
         self.state = NEXT[self.state, event]
         if event is Event.CHANGE:
@@ -81,3 +92,6 @@ class DirtyFile:
     @property
     def uploading(self) -> bool:
         return self.state in (State.UPLOADING, State.REDIRTIED)
+
+
+_FIELDS: Final = attrgetter(*DirtyFile.__slots__)

@@ -39,14 +39,21 @@ class DirtyFiles:
 
     def begin(self, node: Node, over: ETag | None) -> DirtyFile:
         """`node` is one from now on; the caller notes it by `save`."""
+        self._keep(node)
         dirty = node.dirty = DirtyFile(over=over, since=trio.current_time())
         self._nodes[node.ino] = node
         return dirty
 
     def take_back(self, node: Node) -> None:
         """It is none after all. Notes nothing."""
+        self._keep(node)
         node.dirty = None
         self._nodes.pop(node.ino, None)
+
+    def _keep(self, node: Node) -> None:
+        transaction = self._journal.transaction
+        transaction.keep(node)
+        transaction.item(self._nodes, node.ino)
 
     def save(self, node: Node) -> None:
         """Write the row of a dirty node."""
@@ -84,6 +91,7 @@ class DirtyFiles:
         refusal = Refusal.of(operation, self._inodes.key(node), self._inodes.raw_path(node), exc)
         if dirty.refusal is None or (dirty.refusal.key, dirty.refusal.reason) != (refusal.key, refusal.reason):
             with self._journal.batch():
+                self._keep(node)
                 self.accepted(node)
                 dirty.refusal = refusal
                 self._refusals.note(refusal)
@@ -91,6 +99,7 @@ class DirtyFiles:
     def accepted(self, node: Node) -> None:
         """The upload of `node` is not known to be refused."""
         if node.dirty is not None and (refusal := node.dirty.refusal) is not None:
+            self._journal.transaction.keep(node)
             node.dirty.refusal = None
             self._refusals.accepted(refusal)
 

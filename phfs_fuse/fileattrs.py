@@ -67,11 +67,21 @@ class FileAttrs:
             if change.is_late:
                 return node
             raise StaleVersion("setattr", self._inodes.path(node), "others have replaced it")  # it is looked up again
-        if change.size is not None and change.size != node.size:
-            if change.size > node.size:
-                self._writable.require_room()
-            self._files.truncate(node, change.size)
-        changed = self._set_owner(node, change)
+        if change.size is not None and change.size > node.size:
+            self._writable.require_room()
+        with self._changes.batch():
+            layer = None
+            if change.size is not None and change.size != node.size:
+                layer = self._files.begin_truncate(node, change.size)
+            self._set(node, change, changed=layer is not None)
+        if layer is not None and change.size is not None:
+            self._files.truncate(node, layer, change.size)
+        return node
+
+    def _set(self, node: Node, change: Change, *, changed: bool) -> None:
+        """All but the size, within a transaction. `changed`: something else has to be noted too."""
+        self._changes.keep(node)
+        changed = self._set_owner(node, change) or changed
         if change.mtime_ns is not None and (mtime_ns := time_ns(change.mtime_ns)) != node.mtime_ns:
             node.mtime_ns = mtime_ns
             changed = True
@@ -84,7 +94,6 @@ class FileAttrs:
             if node.is_dir and not node.own_attrs:
                 node.own_attrs = self._defaults.differs(node.attrs)
             self._changes.attrs_changed(node)
-        return node
 
     def _wanted(self, node: Node, change: Change) -> Attrs:
         """The attributes that `node` shall have after `change`."""
@@ -145,8 +154,10 @@ class FileAttrs:
         self._set_xattrs(node, {k: v for k, v in (node.xattrs or {}).items() if k != name})
 
     def _set_xattrs(self, node: Node, found: dict[bytes, bytes]) -> None:
-        node.xattrs = found or None
-        node.ctime_ns = time.time_ns()
-        if node.is_dir:
-            node.own_attrs = True
-        self._changes.attrs_changed(node)
+        with self._changes.batch():
+            self._changes.keep(node)
+            node.xattrs = found or None
+            node.ctime_ns = time.time_ns()
+            if node.is_dir:
+                node.own_attrs = True
+            self._changes.attrs_changed(node)

@@ -69,6 +69,16 @@ class GoneKeys:
 
     def take(self, key: ObjectKey, seq: int) -> Gone | None:
         """Remove an entry: the key was deleted (or is in use again). Older answers than `seq` do not count."""
+        if (gone := self.forget(key)) is None:
+            return None
+        self._done.pop(key, None)
+        self._done[key] = seq
+        if len(self._done) > self._done_max:
+            self._let_go_of_done()
+        return gone
+
+    def forget(self, key: ObjectKey) -> Gone | None:
+        """Remove an entry as if it had never been there."""
         if (gone := self._gone.pop(key, None)) is None:
             return None
         for ancestor in ancestors(key):
@@ -76,10 +86,6 @@ class GoneKeys:
                 del self._below[ancestor]
             else:
                 self._below[ancestor] -= 1
-        self._done.pop(key, None)
-        self._done[key] = seq
-        if len(self._done) > self._done_max:
-            self._let_go_of_done()
         return gone
 
     def _let_go_of_done(self) -> None:

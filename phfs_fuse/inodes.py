@@ -9,12 +9,14 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.errors import IllegalName, StaleVersion
 from phfs_fuse.nodes import NEVER, Folder, Node, Pages
 from phfs_fuse.questions import Question, Questions
+from phfs_fuse.transaction import Transaction
 from phfs_fuse.types import ROOT_INO, Ino, ObjectKey
 
 
@@ -29,6 +31,7 @@ class Inodes:
         self.questions = Questions()
         self._displaced: set[Ino] = set()  # open files whose names others have taken or removed
         self.on_changed: Callable[[Node], None] | None = None  # a node got another name, or lost it
+        self.transaction = Transaction()  # of the changes under way
         self.root: Node = Folder(ROOT_INO, root_attrs, ctime_ns=now_ns)
         self.root.lookups = 1  # never forgotten
         self._nodes[ROOT_INO] = self.root
@@ -63,6 +66,8 @@ class Inodes:
             ino = Ino(self._next)
         self._next = max(self._next, ino + 1)
         node = (Folder if stat.S_ISDIR(attrs.mode) else Node)(ino, attrs, ctime_ns=ctime_ns)
+        self.transaction.item(self._nodes, ino)
+        self.transaction.made(node)
         self._nodes[ino] = node
         return node
 
@@ -70,14 +75,31 @@ class Inodes:
         """Give `node` a name, which must be free. `segment` differs from the name only for odd keys."""
         assert parent.kids is not None
         assert name not in parent.kids
+        segment = keys.segment_of(name) if segment is None else segment
+        self._moves(node, parent, name)
         node.parent = parent
-        node.set_name(name, keys.segment_of(name) if segment is None else segment)
+        node.set_name(name, segment)
         node.detached = False
         parent.kids[name] = node
-        self._displaced.discard(node.ino)
+        self._set_displaced(node, False)
         if node.is_dir:
             parent.subdirs += 1
             self._places += 1
+
+    def _moves(self, node: Node, parent: Node, name: bytes) -> None:
+        """`node` is about to get or to lose its place as `name` in `parent`."""
+        assert parent.kids is not None
+        transaction = self.transaction
+        if transaction.is_open:
+            transaction.keep(node)
+            transaction.keep(parent)
+            transaction.item(parent.kids, name)
+            if node.is_dir:
+                transaction.undo(self._forget_keys)
+
+    def _forget_keys(self) -> None:
+        """The keys of folders have to be worked out anew."""
+        self._places += 1
 
     def displace(self, node: Node) -> None:
         """Others have stored something else under the name of `node`, or removed it. It is detached; should somebody
@@ -87,7 +109,16 @@ class Inodes:
 
     def mark_displaced(self, node: Node) -> None:
         if node.opens and not node.is_dir:
+            self._set_displaced(node, True)
+
+    def _set_displaced(self, node: Node, is_displaced: bool) -> None:
+        if is_displaced == (node.ino in self._displaced):
+            return
+        self.transaction.undo(partial(self._set_displaced, node, not is_displaced))
+        if is_displaced:
             self._displaced.add(node.ino)
+        else:
+            self._displaced.discard(node.ino)
 
     def is_displaced(self, node: Node) -> bool:
         return node.ino in self._displaced
@@ -116,6 +147,7 @@ class Inodes:
         if parent is None or node.detached:
             return
         assert parent.kids is not None
+        self._moves(node, parent, node.name)
         del parent.kids[node.name]
         node.detached = True
         if node.is_dir:
@@ -132,6 +164,7 @@ class Inodes:
         old = node.parent
         assert old is not None
         assert old.kids is not None
+        self._moves(node, old, node.name)
         del old.kids[node.name]
         if node.is_dir:
             old.subdirs -= 1
@@ -187,7 +220,10 @@ class Inodes:
         self.drop_unused(node)
 
     def drop_unused(self, node: Node) -> None:
-        """Let go of a node that nothing refers to, and of its parents likewise."""
+        """Let go of a node that nothing refers to, and of its parents likewise: after the change under way."""
+        if self.transaction.is_open:
+            self.transaction.after(partial(self.drop_unused, node))
+            return
         at: Node | None = node
         while at is not None and not at.busy and at is not self.root and not self.questions.keeps(at):
             parent = at.parent

@@ -5,6 +5,7 @@ that is open without a name. Owns that relation. No I/O, no await.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.nodes import Node
@@ -15,6 +16,7 @@ from phfs_fuse.uploadqueue import UploadQueue
 class KeyUsers:
     def __init__(self, inodes: Inodes, queue: UploadQueue) -> None:
         self._inodes = inodes
+        self._transaction = inodes.transaction
         self._queue = queue
         self._users: dict[ObjectKey, set[Node]] = {}
         self._key_of: dict[Node, ObjectKey] = {}
@@ -33,11 +35,21 @@ class KeyUsers:
         if base is None or hidden or (not node.detached and base.key == self._inodes.key(node)):
             self.untrack(node)
         elif self._key_of.get(node) != base.key:
-            self.untrack(node)
-            self._key_of[node] = base.key
-            self._users.setdefault(base.key, set()).add(node)
+            self._set(node, base.key)
 
     def untrack(self, node: Node) -> None:
+        if node in self._key_of:
+            self._set(node, None)
+
+    def _set(self, node: Node, key: ObjectKey | None) -> None:
+        """`node` needs the bytes under `key` from now on (None: under no other than its own)."""
+        self._transaction.undo(partial(self._set, node, self._key_of.get(node)))
+        self._forget(node)
+        if key is not None:
+            self._key_of[node] = key
+            self._users.setdefault(key, set()).add(node)
+
+    def _forget(self, node: Node) -> None:
         if (key := self._key_of.pop(node, None)) is None:
             return
         users = self._users[key]

@@ -60,6 +60,7 @@ class Markers:
         self._changes.endings.announce(node)
 
     def _stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, marker: ETag | None) -> None:
+        self._changes.keep(node)
         dirty.target = None
         dirty.on(Event.STORED)
         self._changes.files.accepted(node)

@@ -227,7 +227,7 @@ class Names:
             try:
                 with self._changes.batch():
                     return self._add(parent, name, attrs, act, info, layer)
-            except OSError:
+            except BaseException:
                 if layer is not None:
                     self._changes.drop_layer(layer)
                 raise
@@ -288,6 +288,7 @@ class Names:
 
     def _child_changed(self, parent: Node) -> None:
         """`parent` has got or lost a name."""
+        self._changes.keep(parent)
         parent.mtime_ns = parent.ctime_ns = time.time_ns()
         parent.own_attrs = self._defaults.differs(parent.attrs)
         parent.unseen = False  # to be asked again, should `kids` be empty
@@ -322,6 +323,7 @@ class Names:
     def _remove(self, parent: Node, node: Node, act: Act | None) -> None:
         key = self._inodes.key(node)
         with self._changes.batch():
+            self._changes.keep(node)
             node.ctime_ns = time.time_ns()
             self._inodes.detach(node)
             self._changes.unlinked(node, key)
@@ -431,11 +433,13 @@ class Names:
         with self._changes.batch(_log_bytes(moved, longest)):
             if target is not None:
                 target_key = self._inodes.key(target)
+                self._changes.keep(target)
                 target.ctime_ns = time.time_ns()
                 self._inodes.detach(target)
                 over = self._changes.replaced(target, target_key)
             if info is not None:
                 self._changes.attempts.answered(info.key)
+            self._changes.keep(source)
             self._inodes.move(source, target_dir, to_name)
             # Children first: a folder whose marker is not wanted any more is let go of, with all in it that is clean.
             for node, key in reversed(list(zip(moved, old, strict=True))):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from functools import lru_cache
+from operator import attrgetter
 from sys import intern
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -32,7 +33,17 @@ _OF_ALL = (
     "seq", "size", "uid", "version",
 )  # fmt: skip
 _OF_FOLDERS = ("complete_at", "gaps", "keyed", "kids", "marker", "misses", "own_attrs", "subdirs", "unseen")
+# What a change of names, bytes or attributes changes: not what the kernel holds, nor `kids`, which is no value.
+_CHANGED = (
+    "_base_etag", "_base_folder", "_base_name", "_base_size", "atime_ns", "checked_at", "ctime_ns", "detached",
+    "dirty", "gid", "mode", "mtime_ns", "name", "parent", "size", "uid",
+)  # fmt: skip
+_CHANGED_OF_FOLDERS = (*_CHANGED, "complete_at", "marker", "own_attrs", "subdirs", "unseen")
 T = TypeVar("T")
+
+
+_values = attrgetter(*_CHANGED)
+_values_of_folder = attrgetter(*_CHANGED_OF_FOLDERS)
 
 
 @lru_cache(4096)
@@ -134,6 +145,22 @@ class Node:
         self.detached = False
         self.dirty: DirtyFile | None = None
         self.version: Version | None = None
+
+    def memento(self) -> Callable[[], None]:
+        """A call that brings back what a change may change, also of how far its bytes are."""
+        names, get = (_CHANGED_OF_FOLDERS, _values_of_folder) if self.is_dir else (_CHANGED, _values)
+        values = get(self)
+        few = None if self._few is None else dict(self._few)
+        parts = [part.memento() for part in (self.dirty, self.staged) if part is not None]
+
+        def bring_back() -> None:
+            for name, value in zip(names, values, strict=True):
+                setattr(self, name, value)
+            self._few = few
+            for part in parts:
+                part()
+
+        return bring_back
 
     @property
     def base(self) -> Base | None:

@@ -23,6 +23,7 @@ from phfs_fuse.nodes import Node, Pages
 from phfs_fuse.quota import Quotas
 from phfs_fuse.saved import Saved
 from phfs_fuse.settling import Settling
+from phfs_fuse.staging import Layer
 from phfs_fuse.storable import Storable
 from phfs_fuse.types import Fh
 from phfs_fuse.writable import Writable
@@ -241,7 +242,9 @@ class OpenFiles:
         layer.write(offset, data)
         self._changes.written(node, layer.size)
 
-    def truncate(self, node: Node, size: int) -> None:
+    def begin_truncate(self, node: Node, size: int) -> Layer:
+        """Note that `node` changes; `truncate` follows once that is in the journal, since it cannot be undone.
+        Raises: IsADirectory, TooLarge, QuotaExceeded, OSError."""
         if node.is_dir:
             raise IsADirectory("truncate", self._inodes.path(node))
         self._require_attrs(node, anew=size == 0)
@@ -249,8 +252,14 @@ class OpenFiles:
             self._may_grow(node, size)
         if size:
             self._may_be_kept(node)
-        self._changes.stage(node).truncate(size)
+        layer = self._changes.stage(node)
+        self._changes.keep(node)
         node.mtime_ns = time.time_ns()
+        return layer
+
+    def truncate(self, node: Node, layer: Layer, size: int) -> None:
+        """Raises: OSError; then it is as long as it was."""
+        layer.truncate(size)
         self._changes.written(node, size)
         if not node.writers:
             self._changes.closed(node)

@@ -39,6 +39,7 @@ class Refusals:
         log.error("refused by the store: %s", refusal.line)
         if refusal.operation.is_over:
             self.forget(refusal.key)
+            self._keep(refusal.key)
             self._over[refusal.key] = self._untold[refusal.key] = refusal
         self._journal.put_refusal(refusal)
         while len(self._over) > LISTED_MAX:
@@ -46,9 +47,15 @@ class Refusals:
 
     def forget(self, key: ObjectKey) -> None:
         """The key has been deleted after all, or has other content."""
+        if key not in self._over:
+            return
+        self._keep(key)
         self._untold.pop(key, None)
-        if (refusal := self._over.pop(key, None)) is not None:
-            self._journal.drop_refusal(refusal)
+        self._journal.drop_refusal(self._over.pop(key))
+
+    def _keep(self, key: ObjectKey) -> None:
+        for refusals in (self._over, self._untold):
+            self._journal.transaction.item(refusals, key)
 
     def accepted(self, refusal: Refusal) -> None:
         """What had been refused is in the store, or is not wanted any more."""

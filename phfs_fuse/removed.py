@@ -5,6 +5,7 @@ Owns the set of them. No I/O but the journal's, and no await.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from phfs_fuse.attempts import Attempts
 from phfs_fuse.endings import Endings
@@ -24,6 +25,7 @@ class Removed:
         oldest_seq: Callable[[], float],
     ) -> None:
         self._journal = journal
+        self._transaction = journal.transaction
         self._queue = queue
         self._attempts = attempts
         self._endings = endings
@@ -37,6 +39,7 @@ class Removed:
 
     def add(self, key: ObjectKey, etag: ETag | None, seq: int, *, request: bool) -> None:
         """`key` shall vanish from the store, which has version `etag` there."""
+        self._keep(key)
         self._journal.put_gone(key, etag)  # of directories too: their names stay hidden after a restart
         gone = Gone(key, etag, request, self._queue.delete_due, seq)
         self.keys.add(gone)
@@ -44,6 +47,7 @@ class Removed:
 
     def in_use(self, key: ObjectKey, seq: int) -> ETag | None:
         """The key is in use again; returns the version that the store still has there."""
+        self._keep(key)
         if (gone := self.keys.take(key, seq)) is None:
             return None
         self._journal.drop_gone((key,))
@@ -55,6 +59,7 @@ class Removed:
         done = [gone.key for gone in batch if self.keys.get(gone.key) is gone]
         with self._journal.batch():
             for key in done:
+                self._keep(key)
                 self.keys.take(key, seq)
                 self._attempts.answered(key)
             self._journal.drop_gone(done)
@@ -64,7 +69,22 @@ class Removed:
         """The store now has `etag` under `key` by our own doing. Returns whether that shall vanish."""
         if (gone := self.keys.get(key)) is None:
             return False
-        gone.etag = etag
-        gone.request = gone.request or etag is not None
         self._journal.put_gone(key, etag)
+        self._transaction.undo(partial(_set, gone, gone.etag, gone.request))
+        _set(gone, etag, gone.request or etag is not None)
         return True
+
+    def _keep(self, key: ObjectKey) -> None:
+        """The entry of `key` is about to come or go."""
+        if self._transaction.is_open:
+            self._transaction.undo(partial(self._bring_back, key, self.keys.get(key)))
+
+    def _bring_back(self, key: ObjectKey, before: Gone | None) -> None:
+        self.keys.forget(key)
+        if before is not None:
+            self.keys.add(before)
+            self._queue.push(before, before.due)
+
+
+def _set(gone: Gone, etag: ETag | None, request: bool) -> None:
+    gone.etag, gone.request = etag, request

@@ -16,7 +16,7 @@ import trio
 
 from phfs_fuse.config import Events as EventsSetting
 from phfs_fuse.control import ControlServer
-from phfs_fuse.errors import MountpointError, StartupError
+from phfs_fuse.errors import LocalStateError, MountpointError, StartupError
 from phfs_fuse.expiry import can_expire
 from phfs_fuse.memory import Memory
 from phfs_fuse.session import KeeperLink, Session
@@ -44,6 +44,9 @@ class Services:
         self._drain_now = trio.Event()
         self._handing_over = False
         self._ending = trio.Event()
+        self._damaged = trio.Event()
+        self._damage = ""
+        mount.journal.on_damage = self._on_damage
         self._nursery: trio.Nursery | None = None
 
     async def run(self, listener: ControlServer) -> None:
@@ -59,11 +62,12 @@ class Services:
             if mount.config.tree.events is EventsSetting.AUTO:
                 services.start_soon(lasting, "events", self._hear_store)
             services.start_soon(self._announce)
+            services.start_soon(self._end_damaged)
             await services.start(lasting, "control socket", listener.run)
             services.start_soon(lasting, "memory", Memory(mount.inodes).run)
             services.start_soon(lasting, "syncing", self._flush_kernel)
             services.start_soon(lasting, "checkpoint", self._checkpoint)
-            await self._session.serve()
+            await self._serve_kernel()
             if not self._handing_over:
                 log.info("unmounted mountpoint=%s", mount.config.kernel.mountpoint)
                 await self._drain()
@@ -71,6 +75,23 @@ class Services:
             services.cancel_scope.cancel()
         if not self._handing_over:
             mount.require_stored()
+
+    async def _serve_kernel(self) -> None:
+        """Raises: MountpointError, this worker cannot go on."""
+        try:
+            await self._session.serve()
+        except Exception as exc:
+            raise MountpointError(f"the kernel's connection failed: {exc!r}") from exc
+
+    def _on_damage(self, reason: str) -> None:
+        self._damage = reason
+        self._damaged.set()
+
+    async def _end_damaged(self) -> None:
+        """Service. Raises: LocalStateError when the journal is damaged: the next worker carries over what can be
+        read of it."""
+        await self._damaged.wait()
+        raise LocalStateError(f"journal {self._mount.journal.path} is damaged ({self._damage}); it is made anew")
 
     async def _hear_keeper(self) -> None:
         await self._link.run(on_drain=self._on_drain, on_handover=self._on_handover, on_gone=self._on_gone)

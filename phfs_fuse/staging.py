@@ -159,6 +159,16 @@ class Staged:
         self.layers = layers
         self.frozen = len(layers) > 1
 
+    def memento(self) -> Callable[[], None]:
+        """A call that brings the same layers back."""
+        layers, frozen = list(self.layers), self.frozen
+
+        def bring_back() -> None:
+            self.layers[:] = layers
+            self.frozen = frozen
+
+        return bring_back
+
     @property
     def needs_layer(self) -> bool:
         """Whether a write has to go to a new layer."""

@@ -78,6 +78,12 @@ def _is_elsewhere(node: Node, key: ObjectKey) -> bool:
     return node.base is not None and node.base.key != key
 
 
+def _close_version(node: Node) -> None:
+    if node.version is not None:
+        node.version.close()
+        node.version = None
+
+
 class Writeback:
     def __init__(
         self,
@@ -291,6 +297,9 @@ class Writeback:
             snap = await self._uploader.inheriting(snap, moved_only=moved_only)
             self._changes.attempts.begin(key, snap.size, snap.content)
             info = await self._uploader.store(snap)
+            await self._journal.room_to_note()
+            self._stored(node, dirty, key, snap, info)
+            node.checked_at = max(node.checked_at, began_at)
         except (VersionChanged, StaleVersion) as exc:
             self._failed(node, dirty, key, None)
             await self._journal.room_to_note()
@@ -304,10 +313,6 @@ class Writeback:
         except BaseException:
             self._failed(node, dirty, key, None)
             raise
-        else:
-            await self._journal.room_to_note()
-            self._stored(node, dirty, key, snap, info)
-            node.checked_at = max(node.checked_at, began_at)
         finally:
             self._queue.free(key)
             self._done()
@@ -315,6 +320,8 @@ class Writeback:
     async def _store_marker(self, node: Node, dirty: DirtyFile, key: ObjectKey) -> None:
         try:
             marker = await self._markers.bring(node, key)
+            await self._journal.room_to_note()
+            self._markers.stored(node, dirty, key, marker)
         except (PhfsError, OSError) as exc:
             await self._room_for(exc)
             self._failed(node, dirty, key, exc)
@@ -324,9 +331,6 @@ class Writeback:
         except BaseException:
             self._failed(node, dirty, key, None)
             raise
-        else:
-            await self._journal.room_to_note()
-            self._markers.stored(node, dirty, key, marker)
         finally:
             self._queue.free(key)
             self._done()
@@ -374,6 +378,7 @@ class Writeback:
 
     def _stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, info: ObjectInfo) -> None:
         with self._changes.noting():
+            self._changes.keep(node)
             dirty.target = None
             self._changes.touch(node)
             old_base, node.base = node.base, Base(key, info.etag, info.size)
@@ -384,7 +389,8 @@ class Writeback:
             if snap.layer is not None:
                 self._uncover(node, snap.layer, old_base, info)
             elif old_base is not None:
-                self._blocks.rekey(old_base.key, old_base.etag, key, info.etag)
+                rekey = partial(self._blocks.rekey, old_base.key, old_base.etag, key, info.etag)
+                self._journal.after(rekey)
             dirty.on(Event.STORED)
             self._changes.files.accepted(node)
             self._changes.users.track(node)
@@ -410,9 +416,7 @@ class Writeback:
         metrics.UPLOADED_BYTES.add(layer.local_bytes)
         covered = layer.extents if layer.seen else Extents([(0, layer.size)])
         base = (old_base.key, old_base.etag, old_base.size) if layer.seen and old_base is not None else None
-        if node.version is not None:
-            node.version.close()
-            node.version = None
+        self._journal.after(partial(_close_version, node))
         self._journal.end_layer(layer.id)
         self._journal.after(partial(self._keep, layer, info, covered, base))
         del staged.layers[0]

@@ -78,7 +78,7 @@ cachedisk
 journal readahead cachedir
 database
 cachefile logspace
-gone demand journalrows
+gone demand journalrows transaction
 store
 store.crt
 store.s3

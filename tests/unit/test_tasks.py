@@ -22,6 +22,7 @@ PARTS_OF_A_CALL = {
     ("tasks", "one"),
     ("control", "report"),
     ("services", "stop"),
+    ("services", "self._end_damaged"),  # ends the worker on purpose
     ("services", "self._announce"),  # survives in itself: without READY the keeper waits in vain
     ("store.events", "read"),
 }
