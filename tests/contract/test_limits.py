@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from phfs_fuse.errors import IllegalName, NameTooLong, NotFound
+from phfs_fuse.errors import IllegalName, NameTooLong, NotFound, PhfsError
 from phfs_fuse.store.limits import metadata_bytes
 from phfs_fuse.types import KEY_BYTES_MAX
 from tests.contract.place import Place
@@ -19,8 +19,8 @@ NAMES = [
 async def test_a_name_is_known_to_be_stored_or_refused(place: Place, name: str) -> None:
     try:
         await place.store.require_key(place.key(name))
-    except (NameTooLong, IllegalName) as exc:
-        with pytest.raises(type(exc)):
+    except (NameTooLong, IllegalName):
+        with pytest.raises(PhfsError):  # versitygw names another reason
             await place.put(name)
         with pytest.raises(NotFound):
             await place.head(name)
