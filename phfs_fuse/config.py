@@ -10,6 +10,8 @@ from pathlib import Path
 from phfs_fuse.errors import ConfigError
 from phfs_fuse.types import GIB, KIB, MIB, S3_PART_BYTES_MAX, S3_PART_BYTES_MIN
 
+SLOWEST_BYTES_PER_SECOND = 16 * KIB  # of one request, with all others beside it
+
 
 class PosixAttrs(Enum):
     STORE = "store"  # mode, owner and times are kept in object metadata
@@ -71,6 +73,10 @@ class StoreConfig:
     @property
     def url(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}"
+
+    def total_seconds(self, moved_bytes: int) -> float:
+        """Deadline of one request, its answer included, however often a byte comes."""
+        return 2 * self.read_seconds + moved_bytes / SLOWEST_BYTES_PER_SECOND
 
     @property
     def endpoint_text(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import quote, unquote_plus, urlencode
 
@@ -18,7 +18,7 @@ from botocore.session import Session
 
 from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
-from phfs_fuse.errors import InvalidArgument, PhfsError
+from phfs_fuse.errors import InvalidArgument, PhfsError, StoreTimeout
 from phfs_fuse.store.access import Access
 from phfs_fuse.store.answers import NO_SUCH_KEY, error_of, reading
 from phfs_fuse.store.base import Body, Expect, FileRange, Listing, ObjectInfo, Part, Properties, Upload
@@ -126,12 +126,26 @@ class BotoCalls:
     async def get(self, receiver: Receiver) -> None:
         """Bytes from where `receiver` stands to its end."""
         s3 = (await self.clients()).plain
-        await self._run("get", receiver.key, lambda: self._get(s3, receiver), self._reads, is_read=True)
+        bodies: list[Any] = []
+        try:
+            await self._run(
+                "get",
+                receiver.key,
+                lambda: self._get(s3, receiver, bodies),
+                self._reads,
+                is_read=True,
+                moved_bytes=receiver.missing,
+            )
+        finally:
+            if receiver.missing:  # given up: the thread that waits for a byte is let go
+                for body in bodies:
+                    _let_go(body)
 
-    def _get(self, s3: S3Client, receiver: Receiver) -> None:
+    def _get(self, s3: S3Client, receiver: Receiver, bodies: list[Any]) -> None:
         condition: dict[str, Any] = {} if receiver.etag is None else {"IfMatch": quoted(receiver.etag)}
         answer = s3.get_object(Bucket=self._bucket, Key=receiver.key, Range=receiver.range_header, **condition)
         with closing(answer["Body"]) as body:
+            bodies.append(body)
             receiver.begin(answer_headers(answer))
             while chunk := body.read(CHUNK_BYTES):
                 if not receiver.feed(chunk):
@@ -366,15 +380,33 @@ class BotoCalls:
         limiter: trio.CapacityLimiter,
         *,
         is_read: bool = False,
+        moved_bytes: int = 0,
     ) -> T:
+        """What `call` returns on a thread. A read ends at its deadline, which counts from the start of the thread."""
         metrics.STORE_REQUESTS.add(1, op)
         metrics.HOPS.add(1, "store")
+        token = trio.lowlevel.current_trio_token()
+        total_seconds = self.config.total_seconds(moved_bytes)
+        scope = trio.CancelScope()
+
+        def begin() -> None:
+            scope.deadline = trio.current_time() + total_seconds
 
         def work() -> T:
+            if is_read:
+                token.run_sync_soon(begin)
             with reading(op, subject), translated(op, subject):
                 return call()
 
-        return await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=is_read)
+        with scope:
+            return await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=is_read)
+        raise StoreTimeout(op, subject, "the answer comes too slowly to end in time")
+
+
+def _let_go(body: Any) -> None:
+    """End a read of `body` that another thread waits in. botocore has no call for it, urllib3 below has."""
+    with suppress(ValueError, OSError, RuntimeError, AttributeError):  # ended by itself, or urllib3 before 2.3
+        body._raw_stream.shutdown()
 
 
 def _payload(body: Body) -> Any:

@@ -40,7 +40,7 @@ from phfs_fuse.store.headers import (
     stored_info,
     tag_header,
 )
-from phfs_fuse.store.listing import parse_listing
+from phfs_fuse.store.listing import PAGE_BYTES_MAX, parse_listing
 from phfs_fuse.store.s3 import S3Store
 from phfs_fuse.store.session import Clients, translated
 from phfs_fuse.store.transfer import Receiver, body_length, read_body
@@ -87,7 +87,7 @@ class _Signed:
         self.clients, self._clock = clients, clock
         self._endpoint = endpoint
         self._credentials = Credentials(clients)
-        self._http = HttpClient(endpoint, connect_seconds=config.connect_seconds, read_seconds=config.read_seconds)
+        self._http = HttpClient(endpoint, config)
 
     async def send(
         self,
@@ -100,11 +100,12 @@ class _Signed:
         body: bytes | None = None,
         payload_hash: str = NO_BODY,
         consumer: Consumer | None = None,
+        moved_bytes: int = 0,
     ) -> Mapping[str, str]:
-        """A request about an object. Returns the headers of a good answer, names in lower case. Raises: what the
-        answer means otherwise."""
+        """A request about an object. Returns the headers of a good answer, names in lower case. `moved_bytes`: in the
+        answer, or in the store. Raises: what the answer means otherwise."""
         path = self._endpoint.path + quote(key, safe=_UNRESERVED)
-        return await self._send(op, key, method, path, headers, query, body, payload_hash, consumer)
+        return await self._send(op, key, method, path, headers, query, body, payload_hash, consumer, moved_bytes)
 
     async def ask_bucket(
         self, op: str, subject: str, query: Mapping[str, str], consumer: Consumer
@@ -124,6 +125,7 @@ class _Signed:
         body: bytes | None,
         payload_hash: str,
         consumer: Consumer | None,
+        moved_bytes: int = 0,
     ) -> Mapping[str, str]:
         target = f"{path}?{urlencode(query, quote_via=quote)}" if query else path
         provider = await self._credentials.provider()
@@ -131,7 +133,7 @@ class _Signed:
             request = build_request(method, self._endpoint, target, headers, body)
             await sign(request, provider, self._endpoint.region, payload_hash)
         metrics.STORE_REQUESTS.add(1, op)
-        exchange = await self._http.send(op, subject, request, consumer)
+        exchange = await self._http.send(op, subject, request, consumer, moved_bytes=moved_bytes + len(body or b""))
         self._clock.heard(exchange.headers)
         if not exchange.is_good:
             raise error_of(op, subject, error_code(exchange.error_body), exchange.status)
@@ -148,7 +150,7 @@ class _Signed:
 
 
 class _Whole:
-    """Keeps the body of an answer."""
+    """Keeps the body of an answer, up to the length that a page of a listing may have."""
 
     def __init__(self) -> None:
         self.body = bytearray()
@@ -158,6 +160,8 @@ class _Whole:
 
     def feed(self, chunk: memoryview) -> bool:
         self.body += chunk
+        if len(self.body) > PAGE_BYTES_MAX:
+            raise BadAnswer("read", "an answer", f"over {PAGE_BYTES_MAX // MIB} MiB of text")
         return True
 
 
@@ -192,7 +196,7 @@ class CrtCalls(BotoCalls):
             headers["If-Match"] = quoted(receiver.etag)
         try:
             async with self._reads:
-                await crt.send("get", "GET", receiver.key, headers, consumer=receiver)
+                await crt.send("get", "GET", receiver.key, headers, consumer=receiver, moved_bytes=receiver.missing)
         except Unreadable:
             return await super().get(receiver)
         receiver.finish()
@@ -234,7 +238,7 @@ class CrtCalls(BotoCalls):
             headers["x-amz-copy-source-if-match"] = quoted(source_etag)
         answer = _Whole()
         async with self._control:
-            found = await crt.send("copy", "PUT", key, headers, consumer=answer)
+            found = await crt.send("copy", "PUT", key, headers, consumer=answer, moved_bytes=size)
         return stored_info(key, size, metadata, {**found, "etag": _copied_etag(key, bytes(answer.body))})
 
     async def delete(self, key: ObjectKey, expect: Expect | None) -> None:

@@ -7,7 +7,7 @@ trio is told by `run_sync_soon`. An await here ends only after the last callback
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,12 +30,15 @@ from awscrt.io import (
     TlsVersion,
 )
 
+from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import BadAnswer, PhfsError, StoreTimeout, StoreUnavailable
 from phfs_fuse.store.answers import reading
+from phfs_fuse.types import KIB
 
 log = logging.getLogger(__name__)
 
-ERROR_BODY_BYTES_MAX: Final = 64 * 1024
+ERROR_BODY_BYTES_MAX: Final = 64 * KIB
+HEADERS_CHARS_MAX: Final = 64 * KIB
 CLOSE_SECONDS: Final = 5.0
 
 
@@ -95,15 +98,16 @@ _WORDS: Final[Mapping[str, str]] = {  # by what the names of awscrt's errors beg
 
 
 class Exchange:
-    """One request under way. `progress` grows with each sign of life from the store."""
+    """One request under way. `progress` grows with each sign of life from the store; `stop` ends it early."""
 
-    def __init__(self, consumer: Consumer | None) -> None:
+    def __init__(self, consumer: Consumer | None, stop: Callable[[], object]) -> None:
         self.status = 0
         self.headers: Mapping[str, str] = {}
         self.error_body = b""
         self.failure: Exception | None = None
         self.progress = 0
         self._consumer = consumer
+        self._stop = stop
 
     @property
     def is_good(self) -> bool:
@@ -119,14 +123,20 @@ class Exchange:
         self.progress += 1
         self.status = status_code
         self.headers = {name.lower(): value for name, value in headers}
-        if self.is_good and self._consumer is not None:
+        if sum(len(name) + len(value) for name, value in headers) > HEADERS_CHARS_MAX:
+            self._fail(BadAnswer("read", "headers", f"over {HEADERS_CHARS_MAX // KIB} KiB of headers"))
+        elif self.is_good and self._consumer is not None:
             self._guarded(self._consumer.begin, self.headers)
 
     def on_body(self, chunk: bytes, **_: object) -> None:
         self.progress += 1
+        if self.failure is not None:
+            return
         if not self.is_good:
-            self.error_body = (self.error_body + chunk)[:ERROR_BODY_BYTES_MAX]
-        elif self._consumer is not None and self.failure is None:
+            self.error_body += chunk
+            if len(self.error_body) > ERROR_BODY_BYTES_MAX:
+                self._fail(BadAnswer("read", "an error", f"over {ERROR_BODY_BYTES_MAX // KIB} KiB of text"))
+        elif self._consumer is not None:
             self._guarded(self._consumer.feed, memoryview(chunk))
 
     def _guarded(self, call: Any, argument: object) -> None:
@@ -134,21 +144,25 @@ class Exchange:
         try:
             call(argument)
         except Exception as exc:
-            self.failure = exc
+            self._fail(exc)
+
+    def _fail(self, exc: Exception) -> None:
+        """The rest of the answer may be without end: it is not waited for."""
+        self.failure = exc
+        self._stop()
 
 
 class HttpClient:
     """Keeps connections for reuse; how many are open at a time is up to the callers' limits."""
 
-    def __init__(self, endpoint: Endpoint, *, connect_seconds: float, read_seconds: float) -> None:
+    def __init__(self, endpoint: Endpoint, config: StoreConfig) -> None:
         self.endpoint = endpoint
-        self._read_seconds = read_seconds
-        self._connect_seconds = connect_seconds
+        self._config = config
         self._idle: list[HttpClientConnection] = []
         group = EventLoopGroup(1)
         self._bootstrap = ClientBootstrap(group, DefaultHostResolver(group))
         self._socket = SocketOptions()
-        self._socket.connect_timeout_ms = int(connect_seconds * 1000)
+        self._socket.connect_timeout_ms = int(config.connect_seconds * 1000)
         self._tls = _tls_options(endpoint) if endpoint.is_tls else None
 
     async def send(
@@ -157,14 +171,18 @@ class HttpClient:
         subject: str,
         request: HttpRequest,
         consumer: Consumer | None = None,
+        *,
+        moved_bytes: int = 0,
     ) -> Exchange:
-        """The answer, whole. Raises: StoreUnavailable, StoreTimeout, BadAnswer, or what `consumer` raised."""
+        """The answer, whole. `moved_bytes` is how much is sent, answered or copied: the deadline follows from it.
+        Raises: StoreUnavailable, StoreTimeout, BadAnswer, or what `consumer` raised."""
         connection = await self._connection(op, subject)
-        exchange = Exchange(consumer)
+        exchange = Exchange(consumer, connection.close)
+        deadline = trio.current_time() + self._config.total_seconds(moved_bytes)
         try:
             stream = connection.request(request, on_response=exchange.on_response, on_body=exchange.on_body)
             stream.activate()
-            await self._completion(op, subject, stream.completion_future, exchange, connection)
+            await self._completion(op, subject, stream.completion_future, exchange, connection, deadline)
         except PhfsError:
             raise
         except Exception as exc:
@@ -201,7 +219,7 @@ class HttpClient:
                 self._tls,
             )
         try:
-            with trio.fail_after(self._connect_seconds):  # of the name look-up and TLS too
+            with trio.fail_after(self._config.connect_seconds):  # of the name look-up and TLS too
                 await _done(future).wait()
         except BaseException as exc:
             future.add_done_callback(_close_late)
@@ -218,16 +236,20 @@ class HttpClient:
         future: Future[int],
         exchange: Exchange,
         connection: HttpClientConnection,
+        deadline: float,
     ) -> None:
-        """Wait for the end of an exchange; end it ourselves when nothing moves, or when cancelled."""
+        """Wait for the end of an exchange; end it when nothing moves, at its deadline, or when cancelled."""
         done = _done(future)
         try:
             while not done.is_set():
                 seen = exchange.progress
-                with trio.move_on_after(self._read_seconds):
+                silent_at = trio.current_time() + self._config.read_seconds
+                with trio.move_on_at(min(silent_at, deadline)):
                     await done.wait()
-                if not done.is_set() and exchange.progress == seen:
-                    raise StoreTimeout(op, subject, f"nothing came for {self._read_seconds:g} s")
+                if not done.is_set() and exchange.progress == seen and trio.current_time() >= silent_at:
+                    raise StoreTimeout(op, subject, f"nothing came for {self._config.read_seconds:g} s")
+                if not done.is_set() and trio.current_time() >= deadline:
+                    raise StoreTimeout(op, subject, "the answer comes too slowly to end in time")
         finally:
             if not done.is_set():
                 connection.close()

@@ -20,14 +20,17 @@ from phfs_fuse.errors import BadAnswer
 from phfs_fuse.store.answers import reading
 from phfs_fuse.store.base import NO_HEADERS, Listing, ObjectInfo
 from phfs_fuse.store.headers import STORAGE_CLASS, etag_of, placed, size_of, user_metadata, whole_seconds
-from phfs_fuse.types import ETag, ObjectKey
+from phfs_fuse.types import MIB, ETag, ObjectKey
 
+PAGE_BYTES_MAX: Final = 16 * MIB
 STANDARD: Final = "STANDARD"  # the storage class of which HEAD says nothing
 _NAMESPACE: Final = re.compile(rb'\sxmlns="[^"]*"')  # differs between stores
 
 
 def parse_listing(prefix: str, body: bytes) -> Listing:
     """The page in `body`. Raises: BadAnswer if it is none. `prefix` is for the message."""
+    if len(body) > PAGE_BYTES_MAX:
+        raise BadAnswer("list", prefix, f"a page of over {PAGE_BYTES_MAX // MIB} MiB")
     with reading("list", prefix):
         root = ElementTree.fromstring(_NAMESPACE.sub(b"", body, count=1))
         if root.tag != "ListBucketResult":

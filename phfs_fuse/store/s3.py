@@ -49,6 +49,7 @@ from phfs_fuse.store.events import EventStream
 from phfs_fuse.store.guard import Guard, ProbeName
 from phfs_fuse.store.headers import TAG_COUNT, placed
 from phfs_fuse.store.limits import AWS, USUAL, NameLimits
+from phfs_fuse.store.paging import followed
 from phfs_fuse.store.transfer import Receiver, body_length, holds, multipart_etag
 from phfs_fuse.store.trials import TrialObjects
 from phfs_fuse.tasks import gather
@@ -213,7 +214,8 @@ class S3Store:
         elif start_after:
             options["StartAfter"] = start_after
         try:
-            return await self._guard.retrying(lambda _: self._list_page(prefix, count_max, options))
+            page = await self._guard.retrying(lambda _: self._list_page(prefix, count_max, options))
+            return followed(prefix, token, page)
         except NAME_REFUSED:
             return Listing(objects=(), prefixes=(), next_token=None)
 

@@ -134,6 +134,11 @@ class Receiver:
         self._closed = False
 
     @property
+    def missing(self) -> int:
+        """Bytes that have not come yet."""
+        return self.end - self.position
+
+    @property
     def range_header(self) -> str:
         return f"bytes={self.position}-{self.end - 1}"
 
@@ -173,7 +178,7 @@ class Receiver:
 
     def finish(self) -> None:
         if self.position != self.end:
-            raise BadAnswer("get", self.key, f"{self.end - self.position} bytes are missing")
+            raise BadAnswer("get", self.key, f"{self.missing} bytes are missing")
 
     def close(self) -> None:
         """The caller no longer wants bytes; waits for a call of the sink under way."""

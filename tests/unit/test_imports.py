@@ -85,7 +85,7 @@ store.s3
 store.guard
 store.trials
 store.calls store.crt_http store.events
-store.access
+store.access store.paging
 store.session store.transfer store.conditions store.diagnosis store.limits
 store.listing store.retry tasks
 store.headers store.answers
