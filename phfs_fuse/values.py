@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from phfs_fuse.types import GIB, KIB, MIB, NAME_BYTES_MAX
+from phfs_fuse.types import GIB, KIB, MIB, NAME_BYTES_MAX, SIZE_BYTES_MAX, decimal
 
 Raw = str | int | float | bool
 Parser = Callable[[Raw], object]
 
 _UNITS: Final = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
 _SECONDS: Final = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-QUOTA_BYTES_MAX: Final = 1 << 60  # what statfs can tell in blocks, with much to spare
+COUNT_MAX: Final = (1 << 63) - 1
+SECONDS_MAX: Final = 36_500 * 86_400.0
+QUOTA_BYTES_MAX: Final = SIZE_BYTES_MAX  # what statfs can tell in blocks, with much to spare
 _TRUE: Final = ("true", "yes", "on", "1")
 _FALSE: Final = ("false", "no", "off", "0")
 
@@ -35,25 +37,31 @@ def text(raw: Raw) -> str:
 
 def size(raw: Raw) -> int:
     """Bytes: `512`, `128K`, `1.5G`, `10GiB`, `10Gi`; powers of 1024."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:ib?|b)?|b?)", _word(raw))
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(?:ib?|b)?|b?)", _word(raw))
     if found is None:
         raise ValueError("a size such as 128K, 512M or 10G")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
+    return int(_limited(float(found[1]) * _UNITS[found[2] or ""], SIZE_BYTES_MAX, "a size of at most 1048576T"))
 
 
 def seconds(raw: Raw) -> float:
     """`5`, `0.5`, `500ms`, `5s`, `1m`, `2h`, `1d`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|[smhd]?)", _word(raw))
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|[smhd]?)", _word(raw))
     if found is None:
         raise ValueError("a time such as 5, 500ms, 5s or 1m")
-    return float(found[1]) * _SECONDS[found[2]]
+    return _limited(float(found[1]) * _SECONDS[found[2]], SECONDS_MAX, "a time of at most 36500d")
+
+
+def _limited(number: float, most: float, wanted: str) -> float:
+    """Of hundreds of digits a float is infinite."""
+    if number > most:
+        raise ValueError(wanted)
+    return number
 
 
 def count(raw: Raw) -> int:
-    word = _word(raw)
-    if not (word.isascii() and word.isdigit()):
+    if (number := decimal(_word(raw), COUNT_MAX)) is None:
         raise ValueError("a whole number")
-    return int(word)
+    return number
 
 
 def mode(raw: Raw) -> int:

@@ -32,7 +32,7 @@ from phfs_fuse.errors import NotFound, PhfsError
 from phfs_fuse.store.base import Expect, ObjectStore
 from phfs_fuse.store.calls import BotoCalls
 from phfs_fuse.store.s3 import S3Store
-from phfs_fuse.types import ETag, ObjectKey
+from phfs_fuse.types import SIZE_BYTES_MAX, ETag, ObjectKey
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -72,7 +72,11 @@ def load_record(bucket: str, name: str, text: bytes) -> Record:
             raise ValueError
         context = {str(key): str(value) for key, value in data.pop("context").items()}
         found = Record(**{**data, "on_delete": OnDelete(data["on_delete"])}, context=context)
-        if type(found.quota_bytes) is not int or found.quota_bytes < 0 or type(found.had_objects) is not bool:
+        if (
+            type(found.quota_bytes) is not int
+            or not 0 <= found.quota_bytes <= SIZE_BYTES_MAX
+            or type(found.had_objects) is not bool
+        ):
             raise ValueError
         checked_prefix(bucket, found.prefix)
     except (ValueError, KeyError, TypeError, AttributeError, CsiError):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from phfs_csi.errors import InvalidArgument
+from phfs_fuse import values
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +47,12 @@ def _endpoint(text: str) -> str:
 def _duration(text: str) -> str:
     """`1h30m` in seconds; the units are rclone's."""
     units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, "M": 2592000, "y": 31536000, "": 1}
-    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|[smhdwMy]|)", text)
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(ms|[smhdwMy]|)", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise ValueError("a time such as 5s or 1h30m")
-    return f"{sum(float(number) * units[unit] for number, unit in parts):.3f}s"
+    total = f"{sum(float(number) * units[unit] for number, unit in parts):.3f}s"
+    values.seconds(total)
+    return total
 
 
 def _size(text: str) -> str:

@@ -16,6 +16,7 @@ from phfs_csi.errors import FailedPrecondition, InvalidArgument, OutOfRange
 from phfs_csi.params import DRAIN_SECONDS, AccessMode, PublishParams, StageParams, VolumeParams
 from phfs_csi.proto import csi_pb2
 from phfs_fuse import values
+from phfs_fuse.types import ID_MAX, decimal
 
 EPHEMERAL: Final = "csi.storage.k8s.io/ephemeral"
 ID_CHARS_MAX: Final = 1024
@@ -170,9 +171,9 @@ def _mount_group(capability: csi_pb2.VolumeCapability) -> int | None:
     text = capability.mount.volume_mount_group
     if not text:
         return None
-    if not (text.isascii() and text.isdigit()) or int(text) >= 2**32 - 1:
+    if (number := decimal(text, ID_MAX)) is None:
         raise InvalidArgument("volume_capability: volume_mount_group is no group id")
-    return int(text)
+    return number
 
 
 def _any_path(name: str, text: str) -> Path:
