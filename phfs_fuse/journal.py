@@ -41,6 +41,16 @@ class Journal(Database):
             return not any(db.execute(f"SELECT 1 FROM {some} LIMIT 1").fetchone() for some in rows)
         return False
 
+    @staticmethod
+    def refused_in(directory: Path) -> int:
+        """How many changes of the journal there, which another process may have open, the store has refused for good.
+        0 also where it cannot be read."""
+        path = directory / "journal.db"
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+            return int(db.execute("SELECT count(*) FROM refusal").fetchone()[0])
+        return 0
+
     def _undone(self) -> None:
         super()._undone()
         self._rows.clear()

@@ -128,6 +128,7 @@ class Mount:
             aside=self.aside,
             config=config.writeback,
         )
+        store.tell_new_credentials(self.settling.retry_refused)
         self.trust = Trust(config.tree)
         self.namespace = Namespace(
             store=store, inodes=self.inodes, changes=self.changes, defaults=self.defaults, trust=self.trust

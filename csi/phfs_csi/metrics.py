@@ -41,6 +41,7 @@ class VolumeStatus:
     state: VolumeState
     pending_files: int | None  # that are not in the store yet; None: its process does not tell
     pending_bytes: int | None
+    refused: int  # changes that the store refuses for good
     starts: int | None  # of its processes, as long as its local state exists
 
 
@@ -81,6 +82,9 @@ class _Volumes(Collector):
         count = GaugeMetricFamily("phfs_csi_volumes", "Volumes by what is done for them.", labels=["state"])
         files = GaugeMetricFamily("phfs_csi_pending_files", "Files that wait for upload.", labels=["volume", "state"])
         size = GaugeMetricFamily("phfs_csi_pending_bytes", "Bytes that wait for upload.", labels=["volume", "state"])
+        refused = GaugeMetricFamily(
+            "phfs_csi_refused_changes", "Changes that the store refuses for good.", labels=["volume", "state"]
+        )
         starts = CounterMetricFamily(
             "phfs_csi_worker_starts", "Processes that the local state has had.", labels=["volume"]
         )
@@ -90,8 +94,9 @@ class _Volumes(Collector):
             labels = [volume.volume_id, volume.state.value]
             files.add_metric(labels, _known(volume.pending_files))
             size.add_metric(labels, _known(volume.pending_bytes))
+            refused.add_metric(labels, volume.refused)
             starts.add_metric([volume.volume_id], _known(volume.starts))
-        return (count, files, size, starts)
+        return (count, files, size, refused, starts)
 
 
 def _known(value: int | None) -> float:

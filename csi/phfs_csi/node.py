@@ -86,6 +86,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
             pending_files=pending["files"] + pending["deletes"] if pending else None,
             pending_bytes=pending["bytes"] if pending else None,
             starts=status["starts"] if status else None,
+            refused=len(status["refused"]) if status and "refused" in status else self._records.refused(record),
         )
 
     # --- the calls

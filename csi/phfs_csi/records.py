@@ -29,6 +29,7 @@ from typing import Any, Final
 from phfs_csi.errors import Aborted, Internal, InvalidArgument, ResourceExhausted
 from phfs_csi.params import AccessMode, Credentials
 from phfs_fuse import jsontext
+from phfs_fuse.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +159,10 @@ class Records:
 
     def directory(self, record: VolumeRecord) -> Path:
         return self._directory / record.key
+
+    def refused(self, record: VolumeRecord) -> int:
+        """How many changes the store has refused for good, of those that wait in the local state."""
+        return sum(Journal.refused_in(path.parent) for path in self.directory(record).glob("*/journal.db"))
 
     # --- targets
 

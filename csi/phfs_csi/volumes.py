@@ -19,6 +19,7 @@ from phfs_csi.errors import AlreadyExists, CsiError, FailedPrecondition
 from phfs_csi.mounter import Mounter, State
 from phfs_csi.params import AccessMode, PublishParams, StageParams, VolumeParams
 from phfs_csi.records import Records, TargetRecord, VolumeRecord
+from phfs_fuse.refusal import summary
 
 log = logging.getLogger(__name__)
 
@@ -212,6 +213,8 @@ class Volumes:
         self._records.save(replace(record, is_ended=True))  # first: what is left is uploaded whatever happens now
         self._mounter.end(record, min(seconds, record.drain_seconds))
         self._mounter.clear(record.path)
+        if count := self._records.refused(record):
+            log.error("volume=%s: %s; tried again in the background", record.volume_id, summary(count))
         self._forget(replace(record, is_ended=True))
         log.info("unmounted volume=%s path=%s", record.volume_id, record.path)
         self.changed.set()

@@ -32,6 +32,7 @@ class Access:
 
     def __init__(self, config: StoreConfig, core: Session | None = None) -> None:
         self._config, self._core = config, core
+        self.on_replaced: Callable[[], None] | None = None  # new clients took the place of the old ones
         self._clients: Clients | None = None
         self._look_at = 0.0
         self._renew_at = 0.0
@@ -103,5 +104,7 @@ class Access:
             return False
         log.info("new clients of the store: %s", why)
         before, self._clients = self._clients, found
+        if self.on_replaced is not None:
+            self.on_replaced()
         await trio.to_thread.run_sync(before.close)
         return True

@@ -144,6 +144,9 @@ class Listener(Protocol):
 class ObjectStore(Protocol):
     """One bucket. Keys are whole keys."""
 
+    def tell_new_credentials(self, call: Callable[[], None]) -> None:
+        """Have `call` called, on the trio thread, when requests are signed with other credentials from then on."""
+
     @property
     def lists_metadata(self) -> bool:
         """Whether listings carry user metadata (MinIO's extension), known after `check_bucket`."""

@@ -86,6 +86,9 @@ class S3Store:
         check_key("name", key)
         await self._names.require(key)
 
+    def tell_new_credentials(self, call: Callable[[], None]) -> None:
+        self._calls.access.on_replaced = call
+
     @property
     def lists_metadata(self) -> bool:
         return bool(self._lists_metadata)

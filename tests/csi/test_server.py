@@ -42,9 +42,11 @@ class FakeNode(csi_pb2_grpc.NodeServicer):
         return csi_pb2.NodeStageVolumeResponse()
 
     def volumes(self) -> Sequence[VolumeStatus]:
-        mounted = VolumeStatus(volume_id="a", state=VolumeState.MOUNTED, pending_files=2, pending_bytes=5, starts=3)
+        mounted = VolumeStatus(
+            volume_id="a", state=VolumeState.MOUNTED, pending_files=2, pending_bytes=5, refused=1, starts=3
+        )
         draining = VolumeStatus(
-            volume_id="b", state=VolumeState.DRAINING, pending_files=None, pending_bytes=9, starts=None
+            volume_id="b", state=VolumeState.DRAINING, pending_files=None, pending_bytes=9, refused=0, starts=None
         )
         return [mounted, draining]
 
@@ -311,6 +313,7 @@ def test_metrics_and_probes_over_http(metrics: Metrics) -> None:
         'phfs_csi_volumes{state="draining"} 1.0',
         'phfs_csi_pending_files{state="mounted",volume="a"} 2.0',
         'phfs_csi_pending_bytes{state="draining",volume="b"} 9.0',
+        'phfs_csi_refused_changes{state="mounted",volume="a"} 1.0',
         'phfs_csi_pending_files{state="draining",volume="b"} NaN',  # not known is not 0
         'phfs_csi_worker_starts_total{volume="a"} 3.0',
         'phfs_csi_requests_total{code="OK",method="NodeStageVolume"} 1.0',

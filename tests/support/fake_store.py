@@ -141,6 +141,9 @@ class FakeStore:
 
     # -- the protocol
 
+    def tell_new_credentials(self, call: Callable[[], None]) -> None:
+        """Nobody has any."""
+
     @property
     def lists_metadata(self) -> bool:
         return self._lists_metadata

@@ -165,6 +165,9 @@ class FaultStore:
 
     # -- the protocol
 
+    def tell_new_credentials(self, call: Callable[[], None]) -> None:
+        self.inner.tell_new_credentials(call)
+
     @property
     def lists_metadata(self) -> bool:
         return self.inner.lists_metadata
