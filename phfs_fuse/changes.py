@@ -343,7 +343,11 @@ class Changes:
         dirty = self._named(node, node.base.etag)
         dirty.attrs = dirty.attrs and dirty.asked
         dirty.error = None
-        self._changed(node, dirty)
+        if node.staged is None and not dirty.attrs:
+            self.touch(node)
+            self.files.clean(node)
+        else:
+            self._changed(node, dirty)
 
     def met(self, key: ObjectKey) -> None:
         """Somebody else's object was found under `key`."""

@@ -66,8 +66,8 @@ class Undo:
             self._inodes.incomplete(left)
             self._inodes.move(node, *place)
             self._inodes.incomplete(place[0])
-            self._changes.moved_back(node, key)
             self._changes.refusals.note(Refusal.of(Operation.RENAME, key, self._inodes.raw_path(node), exc))
+            self._changes.moved_back(node, key)
             self._review(left)
         self._changes.endings.announce(node)
         return True

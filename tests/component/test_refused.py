@@ -184,6 +184,7 @@ async def test_a_refused_rename_is_undone(world: World, store: Policy, autojump_
     await world.vfs.rename(1, b"a", 1, b"b", 0)
     assert await world.read("b") == b"a"
     assert (await told(world)).errno == errno.EACCES
+    assert world.journal.present() == []  # nothing for a restart to take up
     assert await world.read("a") == b"a"
     assert await world.read("b") == b"b"
     assert await world.node("a") is node
