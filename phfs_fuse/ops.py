@@ -32,7 +32,7 @@ from phfs_fuse.vfs import Change, Vfs
 
 log = logging.getLogger(__name__)
 
-DROP_SECONDS: Final = 1.0
+DROP_SECONDS: Final = 5.0  # for the keeper to be told that a name is to be dropped, and to do it
 BLOCK_BYTES: Final = 4096
 NOMINAL: Final = Room(1 << 50, 1 << 50, 1 << 50)  # a bucket has no size
 PASSED: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE))  # of the local disk
