@@ -19,6 +19,7 @@ from functools import partial
 from typing import Final
 
 import trio
+from cachetools import LRUCache
 
 from phfs_fuse import metrics
 from phfs_fuse.errors import NotFound, PhfsError, StoreUnavailable
@@ -39,6 +40,8 @@ IDLE_NS: Final = 3600 * SECOND_NS  # without a new part: nobody goes on with it
 ABORT_SECONDS: Final = 10.0  # for a first try, which holds up the upload, and for the last ones of a mount
 INTENTS_MAX: Final = 100  # of one key
 SHOWN_MAX: Final = 100
+OURS_MAX: Final = 1000  # ids that are remembered when they are done: a listing that was asked for before shows them
+REFUSED_SECONDS: Final = 300.0  # until the try after one that the store has refused
 
 
 @dataclass(slots=True)
@@ -70,6 +73,7 @@ class Multiparts:
         self._aborts = {upload_id: _Task(key) for upload_id, key in journal.uploads()}  # of the process before
         self._intents = {intent.id: intent for intent in journal.intents()}
         self._searches = {intent.key: _Task(intent.key) for intent in self._intents.values()}
+        self._ours: LRUCache[str, None] = LRUCache(OURS_MAX)
         self._kept: dict[ObjectKey, Sequence[Upload]] = {}
         self._wake = trio.Event()
 
@@ -110,6 +114,7 @@ class Multiparts:
                 self._unanswered(intent)
             raise
         self._under_way[upload_id] = key
+        self._ours[upload_id] = None
         try:
             with self._journal.batch():
                 self._journal.put_upload(upload_id, key)
@@ -176,7 +181,7 @@ class Multiparts:
     async def _abort(self, upload_id: str) -> None:
         if (task := self._aborts.get(upload_id)) is None:
             return
-        task.due = math.inf  # one try at a time
+        task.due, task.is_refused = math.inf, False  # one try at a time
         try:
             await self._store.abort_multipart(task.key, upload_id)
             is_gone = await self._is_gone(task.key, upload_id)
@@ -185,8 +190,9 @@ class Multiparts:
             is_gone, task.is_refused = False, not isinstance(exc, StoreUnavailable)
         finally:
             task.tries += 1
-            task.due = trio.current_time() + self._backoff(task.tries)
+            task.due = trio.current_time() + self._pause(task)
         if is_gone and self._aborts.pop(upload_id, None) is not None:
+            self._ours[upload_id] = None
             metrics.LEFT_UPLOADS.add(1, "aborted")
             self._forget(upload_id)
 
@@ -206,21 +212,25 @@ class Multiparts:
     # -- looking for uploads without an id
 
     async def _search_again(self, task: _Task) -> None:
-        task.due = math.inf
+        task.due, task.is_refused = math.inf, False
         wait = 0.0
         try:
             if self._of(task.key):
                 wait = await self._look(task.key)
         except PhfsError as exc:
             log.warning("multipart uploads of key=%s cannot be looked for, will be tried again: %s", task.key, exc)
-            wait = self._backoff(task.tries)
+            task.is_refused = not isinstance(exc, StoreUnavailable)
+            wait = self._pause(task)
         except OSError as exc:
             log.error("journal cannot be written, check the disk of the state directory: %s", exc)
-            wait = self._backoff(task.tries)
+            wait = self._pause(task)
         task.tries += 1
         task.due = trio.current_time() + wait
         if self._searches.get(task.key) is task and not self._of(task.key):
             del self._searches[task.key]
+
+    def _pause(self, task: _Task) -> float:
+        return REFUSED_SECONDS if task.is_refused else self._backoff(task.tries)
 
     def _of(self, key: ObjectKey) -> list[Intent]:
         return [intent for intent in self._intents.values() if intent.key == key]
@@ -250,7 +260,9 @@ class Multiparts:
         return wait_ns / SECOND_NS + 1
 
     def _unknown(self, uploads: Sequence[Upload]) -> list[Upload]:
-        return [one for one in uploads if one.upload_id not in self._under_way and one.upload_id not in self._aborts]
+        """Those whose id nobody here has ever had."""
+        ours = (self._ours, self._under_way, self._aborts)
+        return [one for one in uploads if not any(one.upload_id in ids for ids in ours)]
 
     async def _touched_ns(self, upload: Upload) -> int:
         """When somebody was last seen at it. One that is gone meanwhile is found gone by the next look."""
@@ -280,6 +292,7 @@ class Multiparts:
             self._journal.drop_intent(intent.id)
         del self._intents[intent.id]
         self._aborts[upload.upload_id] = _Task(upload.key)
+        self._ours[upload.upload_id] = None
         self._wake.set()
 
     def _keep(self, key: ObjectKey, uploads: Sequence[Upload]) -> None:

@@ -15,6 +15,7 @@ from trio.testing import MockClock
 from phfs_fuse import metrics, multiparts
 from phfs_fuse.errors import AccessDenied, StoreUnavailable
 from phfs_fuse.journal import Journal
+from phfs_fuse.journalrows import Intent
 from phfs_fuse.store import base
 from phfs_fuse.types import MIB, ObjectKey
 from tests.support.fake_store import FakeStore
@@ -145,6 +146,29 @@ async def test_the_next_process_looks_for_it(
         await trio.sleep(HOUR + 60)
         assert not store.uploads
         assert world.journal.intents() == []
+
+
+async def test_two_looks_at_a_time(
+    faults: FaultStore, store: FakeStore, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """The later answer shows an upload that was found and aborted on the ground of the earlier one."""
+    before = metrics.LEFT_UPLOADS.values["kept"]
+    async with mounted(faults, tmp_path) as world:
+        journal, found = world.journal, world.writeback.multiparts
+        at_ns = await store.time_ns()
+        await other_client(store)
+        await trio.sleep(HOUR + 1)
+        intent = Intent(journal.put_intent(KEY, at_ns), KEY, at_ns)
+        slow = faults.hold("uploads_of", after=True)
+        async with trio.open_nursery() as nursery:
+            found._unanswered(intent)
+            nursery.start_soon(found._look, KEY)
+            await slow.entered.wait()
+            await trio.sleep(60)
+            assert not store.uploads
+            slow.open.set()
+        assert found.left() == multiparts.Left(0, 0, [])
+        assert metrics.LEFT_UPLOADS.values["kept"] == before
 
 
 async def test_what_others_do_beside_it_stays(
