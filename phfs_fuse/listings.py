@@ -50,13 +50,17 @@ class Listings:
         gaps = parent.gaps
         before = set(parent.kids or ())  # names of which no page told so far
         moved: set[bytes] = set()  # names that were given when the folder got another place
+        held: list[ObjectInfo] = []  # the last object of a page: its folder may begin the next one
+        hidden = False
         token, last, is_last = None, after, False
         with self._merging.walking(parent) as question:
             whole = Question(question.prefix, question.seq, question.at)
             for _ in range(pages_max):
                 try:
                     page = await self._page(question, token, last)
-                    nodes = await self._merge(parent, page.objects, page.prefixes, question)
+                    page, held = _held_back(page, held)
+                    end = "" if page.next_token is None else max(_ends(page, held), default="")
+                    nodes, left_out = await self._merge(parent, page, question, end)
                 except REFUSED as exc:
                     self._known.found_away(exc)
                     if token is not None or parent.complete_at == NEVER:
@@ -72,6 +76,7 @@ class Listings:
                 else:
                     nodes = [node for node in nodes if node.name not in moved] if moved else nodes
                     before.difference_update(node.name for node in nodes)
+                    hidden = hidden or left_out
                     last = max((key[len(question.prefix) :] for key in _ends(page)), key=str.encode, default=last)
                     token = page.next_token
                     is_last = token is None
@@ -80,13 +85,14 @@ class Listings:
                 question.rests = False
                 if is_last:
                     if not after:
-                        self._listed(parent, before, whole, gaps)
+                        self._listed(parent, before, whole, gaps, hidden=hidden)
                     return
 
-    def _listed(self, parent: Node, before: Iterable[bytes], question: Question, gaps: int) -> None:
+    def _listed(self, parent: Node, before: Iterable[bytes], question: Question, gaps: int, *, hidden: bool) -> None:
         """All pages of `parent` are in the tree, and none of the names `before` was on them; `gaps` as it was."""
         if not self._inodes.is_about(question, parent):
             return
+        parent.hidden = hidden
         kids = parent.kids or {}
         for name in before:
             if (kid := kids.get(name)) is not None and kid.doubted_at <= question.at:
@@ -119,24 +125,33 @@ class Listings:
         with self._merging.asking(parent) as question:
             prefix = question.prefix
             page = await self._store.list(prefix, delimiter=True, start_after=prefix + segment)
-            await self._merge(parent, _plain(page, prefix), (), question)
+            plain = replace(page, objects=_plain(page, prefix), prefixes=(), unreadable=(), next_token=None)
+            await self._merge(parent, plain, question)
         return page.objects[-1].key[len(prefix) :] if page.objects else "", question.at
 
     async def _merge(
-        self, parent: Node, objects: Sequence[ObjectInfo], prefixes: Sequence[str], question: Question
-    ) -> list[Node] | None:
-        """Returns the nodes that show them, in order of their kind. None: `parent` is another folder by now."""
+        self, parent: Node, page: Listing, question: Question, end: str = ""
+    ) -> tuple[list[Node] | None, bool]:
+        """Returns the nodes that show what is on the page, in order of their kind, and whether something is left out.
+        None: `parent` is another folder by now. `end`: the last key so far, where others follow."""
         prefix = question.prefix
-        infos = await self._probes.with_metadata(parent, prefix, objects)
-        legal = [key[len(prefix) : -1] for key in prefixes if self._legal(key[len(prefix) : -1])]
-        segments = await self._probes.real_folders(parent, prefix, legal, question)
-        markers = await self._probes.markers(prefix, segments)
+        infos = await self._probes.with_metadata(parent, prefix, page.objects)
+        legal = [key[len(prefix) : -1] for key in page.prefixes if self._legal(key[len(prefix) : -1])]
+        found = await self._probes.folders(parent, prefix, legal, question)
+        later = await self._probes.folders(parent, prefix, _open_at(end, page, prefix), question, surely=True)
+        segments = {info.key[len(prefix) :] for info in infos}
+        folders = {segment for segment, _ in (*found, *later)}
+        beside = [f"{prefix}{segment}{keys.OBJECT_BESIDE}" for segment in segments & folders if end]
+        real = await self._probes.there([key for key in beside if key >= end])
         if not self._inodes.is_about(question, parent):
-            return None
+            return None, False
+        left_out = len(legal) < len(page.prefixes) or bool(page.unreadable)
+        for key in page.unreadable:
+            self._left_out(f"{key!r}: the store says what cannot be of it")
         nodes: list[Node] = []
-        folders = set(segments)
-        plain = folders | {info.key[len(prefix) :] for info in infos}
-        for segment, marker in zip(segments, markers, strict=True):
+        plain = folders | segments | {key[len(prefix) :] for key in real}
+        plain |= {name for name in _links(infos, prefix) if _is_object(parent, name, prefix + name)}
+        for segment, marker in found:
             if (node := self._merging.folder(parent, segment, marker, question)) is not None:
                 nodes.append(node)
         for info in infos:
@@ -146,10 +161,11 @@ class Listings:
             segment = info.key[len(prefix) :]
             name = self._shown_name(segment, folders, plain)
             if name is None:
+                left_out = True
                 continue
             if (node := self._merging.file(parent, segment, name, info, question)) is not None:
                 nodes.append(node)
-        return nodes
+        return nodes, left_out
 
     # ---- names of keys ----
 
@@ -158,9 +174,9 @@ class Listings:
         shown = segment + keys.OBJECT_BESIDE if segment in folders else segment
         if segment.endswith(keys.RCLONE_LINK):
             shown = segment.removesuffix(keys.RCLONE_LINK)
-            if shown in plain:
-                self._left_out(f"{segment!r} is hidden by {shown!r}")
-                return None
+        if shown != segment and shown in plain:
+            self._left_out(f"{segment!r} is hidden by {shown!r}")
+            return None
         try:
             return keys.name_of(shown)
         except IllegalName as exc:
@@ -186,14 +202,16 @@ class Listings:
         """Whether nothing is below the directory, here or in the store."""
         if node.kids:
             return False
-        if self._known.has_all(node):
+        if self._known.has_all(node) and not node.hidden:
             return True
         token: str | None = None
         with self._merging.asking(node) as question:
             key, seq = question.prefix, question.seq
             while True:
                 page = await self._store.list(key, delimiter=False, token=token)
-                if any(o.key != key and not self._changes.gone.hides(o.key, o.etag, seq) for o in page.objects):
+                if page.unreadable or any(
+                    o.key != key and not self._changes.gone.hides(o.key, o.etag, seq) for o in page.objects
+                ):
                     return False
                 if (token := page.next_token) is None:
                     return not node.kids
@@ -239,6 +257,10 @@ class Load:
         folders = [folder, *self._inodes.descendants(folder)]
         return all(each.complete_at > NEVER for each in folders if each.is_dir)
 
+    def hides_some(self, folder: Node) -> bool:
+        """Whether the store was seen to have something in `folder`, or below, that no name can show."""
+        return folder.hidden or any(below.hidden for below in self._inodes.descendants(folder))
+
     def let_go(self) -> None:
         for node in self._held:
             node.holds -= 1
@@ -246,8 +268,44 @@ class Load:
                 self._inodes.drop_unused(node)
 
 
-def _ends(page: Listing) -> Iterator[str]:
+def _held_back(page: Listing, before: Sequence[ObjectInfo]) -> tuple[Listing, list[ObjectInfo]]:
+    """The page with what was held back `before`, and without its last object, if a folder of that name may follow on
+    the next page; and that object."""
+    known = {info.key for info in page.objects}
+    objects = [*(info for info in before if info.key not in known), *page.objects]
+    if page.next_token is None or not objects or (page.prefixes and page.prefixes[-1] > objects[-1].key):
+        return replace(page, objects=objects), []
+    return replace(page, objects=objects[:-1]), objects[-1:]
+
+
+def _stem(info: ObjectInfo, prefix: str) -> str:
+    """The segment that a folder has which takes the name of the object."""
+    return info.key[len(prefix) :].removesuffix(keys.RCLONE_LINK)
+
+
+def _open_at(end: str, page: Listing, prefix: str) -> list[str]:
+    """Segments of objects on the page of which a folder may come yet: `end` is not beyond that."""
+    stems = dict.fromkeys(_stem(info, prefix) for info in page.objects) if end else {}
+    return [stem for stem in stems if stem and end.startswith(prefix + stem) and f"{prefix}{stem}/" > end]
+
+
+def _links(infos: Sequence[ObjectInfo], prefix: str) -> Iterator[str]:
+    """The names of the links among them, in rclone's form."""
+    return (_stem(info, prefix) for info in infos if info.key.endswith(keys.RCLONE_LINK))
+
+
+def _is_object(parent: Node, segment: str, key: str) -> bool:
+    """Whether `parent` shows the object `key`, of an earlier page, under its own name."""
+    try:
+        kid = (parent.kids or {}).get(keys.name_of(segment))
+    except IllegalName:
+        return False
+    return kid is not None and kid.base is not None and kid.base.key == key
+
+
+def _ends(page: Listing, held: Sequence[ObjectInfo] = ()) -> Iterator[str]:
     """The last keys of a page."""
+    yield from (info.key for info in held)
     yield from (found.key for found in page.objects[-1:])
     yield from page.prefixes[-1:]
 

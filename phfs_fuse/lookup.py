@@ -132,7 +132,7 @@ class Lookup:
 
         async def ask_file() -> None:
             nonlocal found
-            found = await self._probes.head(ObjectKey(prefix + segment))
+            found = await self._probes.file(ObjectKey(prefix + segment))
 
         await gather([ask_folder, ask_file])
         if not self._inodes.is_about(question, parent):
@@ -149,10 +149,10 @@ class Lookup:
         if segment.endswith(keys.OBJECT_BESIDE):
             stored = segment.removesuffix(keys.OBJECT_BESIDE)
             beside = stored != "" and (await self._probes.folder(ObjectKey(prefix + stored + "/"), question))[0]
-            info = await self._probes.head(ObjectKey(prefix + stored)) if beside else None
+            info = await self._probes.file(ObjectKey(prefix + stored)) if beside else None
         else:
             stored = segment + keys.RCLONE_LINK
-            info = await self._probes.head(ObjectKey(prefix + stored))
+            info = await self._probes.file(ObjectKey(prefix + stored))
         if not self._inodes.is_about(question, parent):
             return
         if info is not None:

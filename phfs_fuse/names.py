@@ -27,6 +27,7 @@ from phfs_fuse.errors import (
     NotADirectory,
     NotEmpty,
     NotFound,
+    NotSupported,
     PhfsError,
     StaleVersion,
 )
@@ -44,6 +45,7 @@ from phfs_fuse.writable import ROWS_BYTES, Writable
 
 RENAME_NOREPLACE = 1  # Source: renameat2(2)
 LOOKS_MAX = 3  # at what is to be moved, while others change it; then what was seen is moved
+LINK_BYTES_MAX = 4095  # Source: PATH_MAX in limits.h, without the NUL
 
 
 def _log_bytes(moved: list[Node], longest: int) -> int:
@@ -118,7 +120,11 @@ class Names:
         node = self._inodes.get(ino)
         if not node.is_symlink:
             raise InvalidArgument("readlink", self._inodes.path(node), "is no symbolic link")
-        return node.link if node.link is not None else bytes(await self._files.read_node(node, 0, node.size))
+        if node.link is not None:
+            return node.link
+        if node.size > LINK_BYTES_MAX:  # part of a target is another target
+            raise NameTooLong("readlink", self._inodes.path(node), f"the target has {node.size} bytes")
+        return bytes(await self._files.read_node(node, 0, node.size))
 
     # ---- new names ----
 
@@ -348,6 +354,9 @@ class Names:
                 source = self._meant(await self._namespace.child(source_dir, name))
                 if source.is_dir:
                     await load.below(source)
+                    if load.hides_some(source):
+                        path = self._inodes.path(source)
+                        raise NotSupported("rename", path, "objects in it that no name can show would stay behind")
                 refusal = await self._storable.refusal(target_dir, to_name, is_dir=source.is_dir)
                 target = await self._namespace.exists(target_dir, to_name)
                 if target is source:

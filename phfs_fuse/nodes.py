@@ -32,7 +32,7 @@ _OF_ALL = (
     "detached", "dirty", "gid", "holds", "ino", "lookups", "mode", "mtime_ns", "name", "noted", "opens", "parent",
     "seq", "size", "uid", "version",
 )  # fmt: skip
-_OF_FOLDERS = ("complete_at", "gaps", "keyed", "kids", "marker", "misses", "own_attrs", "subdirs", "unseen")
+_OF_FOLDERS = ("complete_at", "gaps", "hidden", "keyed", "kids", "marker", "misses", "own_attrs", "subdirs", "unseen")
 # What a change of names, bytes or attributes changes: not what the kernel holds, nor `kids`, which is no value.
 _CHANGED = (
     "_base_etag", "_base_folder", "_base_name", "_base_size", "atime_ns", "checked_at", "ctime_ns", "detached",
@@ -123,6 +123,7 @@ class Node:
     gaps: int = 0  # how often `kids` lost a name that the store has
     subdirs: int = 0
     unseen: bool = False  # the store has more in it than `kids`
+    hidden: bool = False  # and some of that no name can show
     misses: int = 0  # names that had to be asked for since `complete_at`
     keyed: tuple[int, ObjectKey] | None = None  # its key, and when that was so: see `Inodes.key`
 
@@ -253,5 +254,5 @@ class Folder(Node):
         self.kids = {}
         self.complete_at = NEVER
         self.marker = self.keyed = None
-        self.own_attrs = self.unseen = False
+        self.own_attrs = self.unseen = self.hidden = False
         self.gaps = self.subdirs = self.misses = 0

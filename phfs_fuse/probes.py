@@ -4,13 +4,24 @@ a time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Final
 
 import trio
 
 from phfs_fuse import keys
-from phfs_fuse.errors import IllegalName, NotFound
+from phfs_fuse.errors import (
+    BucketNotFound,
+    ClockOff,
+    CredentialsRefused,
+    IllegalName,
+    NotFound,
+    PhfsError,
+    StoreUnavailable,
+)
 from phfs_fuse.gone import GoneKeys
 from phfs_fuse.nodes import Node
 from phfs_fuse.questions import Question
@@ -18,7 +29,10 @@ from phfs_fuse.store.base import ObjectInfo, ObjectStore
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import ObjectKey
 
+log = logging.getLogger(__name__)
+
 PAGES_MAX = 3  # of what is below a folder that is deleted here, at each look for what others have stored there
+WHOLE_STORE: Final = (BucketNotFound, ClockOff, CredentialsRefused)  # no answers about one object
 HEADS_MAX = 32  # at a time, where a listing does not carry the metadata
 
 
@@ -35,6 +49,27 @@ class Probes:
         except NotFound:
             return None
 
+    async def file(self, key: ObjectKey, listed: ObjectInfo | None = None) -> ObjectInfo | None:
+        """The object, as it was `listed` where HEAD of it alone is refused or makes no sense: it then has no
+        metadata. Raises: what is so for the whole store."""
+        try:
+            return await self.head(key)
+        except WHOLE_STORE:
+            raise
+        except PhfsError as exc:
+            if listed is None or isinstance(exc, StoreUnavailable):  # is the store there?
+                page = await self._store.list(key, delimiter=True, count_max=1)
+                listed = next((info for info in page.objects if info.key == key), None)
+            if listed is None:
+                return None
+            log.info("shown without its attributes: %s", exc)
+            return replace(listed, metadata={})
+
+    async def there(self, keys: Sequence[str]) -> list[str]:
+        """Those of `keys` that are objects."""
+        found = await gather([partial(self.file, ObjectKey(key)) for key in keys])
+        return [key for key, info in zip(keys, found, strict=True) if info is not None]
+
     async def folder(self, key: ObjectKey, question: Question) -> tuple[bool, ObjectInfo | None]:
         """Whether anything is below `key` that is not deleted here, and its marker with metadata if there is one."""
         if self._gone.outdates(key, question.seq):
@@ -42,9 +77,9 @@ class Probes:
                 return await self._has_others(key, question), None
         page = await self._store.list(key, delimiter=False, count_max=1)
         if not page.objects or page.objects[0].key != key:
-            return bool(page.objects), None
+            return bool(page.objects or page.unreadable or page.next_token), None
         marker = page.objects[0]
-        return True, marker if marker.metadata is not None else await self.head(key)
+        return True, marker if marker.metadata is not None else await self.file(key, marker)
 
     async def _has_others(self, key: ObjectKey, question: Question) -> bool:
         """Whether another client has stored something below `key`, which is deleted here. Where very much waits for
@@ -61,18 +96,25 @@ class Probes:
             gone.hid = True
         return False
 
-    async def markers(self, prefix: str, segments: Sequence[str]) -> list[ObjectInfo | None]:
-        """Of the folders `segments` below `prefix`; none that is deleted here."""
-        found = await gather([partial(self.head, ObjectKey(prefix + segment + "/")) for segment in segments])
-        return [None if info is not None and info.key in self._gone else info for info in found]
+    async def folders(
+        self, parent: Node, prefix: str, segments: Sequence[str], question: Question, *, surely: bool = False
+    ) -> list[tuple[str, ObjectInfo | None]]:
+        """Those of the listed `segments` that are folders, with their markers; none that is deleted here. Some stores
+        list what is none: an object that MinIO is deleting just now shows as a folder for a moment, one with versions
+        for ever. `surely`: they were not listed."""
 
-    async def real_folders(self, parent: Node, prefix: str, segments: Sequence[str], question: Question) -> list[str]:
-        """Without those that are deleted here, and those that are none: an object that MinIO is deleting just now
-        shows as a folder for a moment."""
-        doubtful = [segment for segment in segments if self._is_doubtful(parent, prefix, segment, question)]
-        probes = await gather([partial(self.folder, ObjectKey(f"{prefix}{s}/"), question) for s in doubtful])
-        none = {segment for segment, (is_there, _) in zip(doubtful, probes, strict=True) if not is_there}
-        return [segment for segment in segments if segment not in none]
+        async def one(segment: str) -> tuple[bool, ObjectInfo | None]:
+            key = ObjectKey(f"{prefix}{segment}/")
+            if surely or self._store.lists_ghosts or self._is_doubtful(parent, prefix, segment, question):
+                return await self.folder(key, question)
+            return True, await self.file(key)
+
+        found = await gather([partial(one, segment) for segment in segments])
+        return [
+            (segment, None if marker is not None and marker.key in self._gone else marker)
+            for segment, (is_there, marker) in zip(segments, found, strict=True)
+            if is_there
+        ]
 
     def _is_doubtful(self, parent: Node, prefix: str, segment: str, question: Question) -> bool:
         kid = (parent.kids or {}).get(keys.name_of(segment))
@@ -85,7 +127,7 @@ class Probes:
         infos: list[ObjectInfo | None] = list(objects)
 
         async def one(index: int) -> None:
-            infos[index] = await self.head(objects[index].key)
+            infos[index] = await self.file(objects[index].key, objects[index])
 
         await gather(
             [

@@ -59,6 +59,7 @@ class Listing:
     objects: Sequence[ObjectInfo]
     prefixes: Sequence[str]  # common prefixes, each ends in "/"
     next_token: str | None  # None: last page
+    unreadable: Sequence[ObjectKey] = ()  # objects of which the page says what cannot be
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +156,18 @@ class ObjectStore(Protocol):
     def limits(self) -> Limits:
         """Sizes that the store takes, as far as is known who it is."""
 
+    @property
+    def lists_ghosts(self) -> bool:
+        """Whether a common prefix may have nothing but removed objects below it (MinIO, with versions), known after
+        `check_bucket`."""
+
     async def require_key(self, key: ObjectKey) -> None:
         """Return if the store takes an object of this name. A name out of the ordinary costs one request, once.
         Raises: IllegalName, NameTooLong."""
 
     async def check_bucket(self, *, create: bool = False) -> None:
-        """Return if the bucket can be listed; probe what the store can do. Creates it if asked to."""
+        """Return if the bucket can be listed; probe what the store can do. Creates it if asked to. Raises also
+        NotADirectory where the prefix lies below an object, and the store would not list what is stored there."""
 
     async def prepare(self) -> None:
         """Find out what conditional writes rest on; the first one does otherwise."""

@@ -103,6 +103,14 @@ class BotoCalls:
             self._control,
         )
 
+    async def keeps_versions(self) -> bool:
+        """Whether the bucket does, or did."""
+        s3 = (await self.clients()).plain
+        answer = await self._run(
+            "versioning", self._bucket, lambda: s3.get_bucket_versioning(Bucket=self._bucket), self._control
+        )
+        return bool(answer.get("Status"))
+
     async def head(self, key: ObjectKey) -> ObjectInfo:
         s3 = (await self.clients()).plain
         answer = await self._run(

@@ -19,8 +19,11 @@ from phfs_fuse.errors import (
     AccessDenied,
     BadAnswer,
     CredentialsRefused,
+    IllegalName,
     InvalidArgument,
+    NotADirectory,
     NotFound,
+    PhfsError,
     VersionChanged,
 )
 from phfs_fuse.store.answers import NO_SUCH_KEY, check_key
@@ -136,6 +139,37 @@ class Guard:
         await self._trials.clear(key)
         async with self._trials.trying(key):
             return await probe_conditions(_ProbeObject(self._calls, key))
+
+    async def require_listed(self) -> None:
+        """Raises: NotADirectory if the prefix lies below an object, and the store lists nothing there."""
+        names = self._config.prefix.split("/")[:-1]
+        above = [ObjectKey("/".join(names[:count])) for count in range(1, len(names) + 1)]
+        found = await gather([partial(self._may_be_there, key) for key in above])
+        if any(found) and not await self._lists_below():
+            key = max((key for key, is_there in zip(above, found, strict=True) if is_there), key=len)
+            reason = f"this store lists nothing below the object {key}: remove it, or give it another key"
+            raise NotADirectory("mount", self._config.url, reason)
+
+    async def _may_be_there(self, key: ObjectKey) -> bool:
+        """Whether there is an object, or nobody may ask for it."""
+        try:
+            return await self._found(key) is not None
+        except PhfsError as exc:
+            log.info("what is at %s is not known: %s", key, exc)
+            return True
+
+    async def _lists_below(self) -> bool:
+        """Tried out; who may store nothing there cannot be misled."""
+        key = ObjectKey(self._config.prefix + self._trials.name)
+        try:
+            async with self._trials.trying(key):
+                await self.retrying(lambda _: self._calls.put(key, b"", {}, None))
+                page = await self._versions_behind(key[:-1], self._config.prefix, 1)
+                return any(info.key == key for info in page.objects)
+        except AccessDenied:
+            return True
+        except (NotADirectory, IllegalName):  # which some say at once
+            return False
 
     async def look(self, keys: Sequence[ObjectKey]) -> Mapping[ObjectKey, ETag]:
         """By listing from the first to the last, as long as that finds enough of them, the rest one by one."""

@@ -49,10 +49,16 @@ def is_xml(body: bytes) -> bool:
 def _page(root: Element) -> Listing:
     fields = {child.tag: child.text or "" for child in root}
     decode = _decoded if fields.get("EncodingType") == "url" else str
-    objects = [_object(child, decode) for child in root if child.tag == "Contents"]
+    objects, unreadable = [], []
+    for child in root:
+        if child.tag == "Contents":
+            try:
+                objects.append(_object(child, decode))
+            except (BadAnswer, LookupError, ValueError, OverflowError):
+                unreadable.append(ObjectKey(decode(_texts(child)["Key"])))
     prefixes = [decode(_texts(child)["Prefix"]) for child in root if child.tag == "CommonPrefixes"]
     next_token = fields["NextContinuationToken"] if fields.get("IsTruncated") == "true" else None
-    return Listing(objects=objects, prefixes=prefixes, next_token=next_token)
+    return Listing(objects=objects, prefixes=prefixes, next_token=next_token, unreadable=unreadable)
 
 
 def _texts(element: Element) -> dict[str, str]:

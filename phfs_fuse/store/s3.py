@@ -76,6 +76,7 @@ class S3Store:
         self._guard = Guard(config, self._calls, self._trials)
         self._names = NameLimits(ProbeName(self._guard, config, self._calls, self._trials))
         self._lists_metadata: bool | None = False  # None: to be seen at the first page that has an object
+        self._lists_ghosts = False
         self._places = False  # some object here has a storage class or an encryption of its own
 
     @property
@@ -93,6 +94,10 @@ class S3Store:
     def lists_metadata(self) -> bool:
         return bool(self._lists_metadata)
 
+    @property
+    def lists_ghosts(self) -> bool:
+        return self._lists_ghosts
+
     async def aclose(self) -> None:
         await self._calls.aclose()
 
@@ -106,6 +111,9 @@ class S3Store:
                 raise
             await self._calls.create_bucket()
             await self._probe_listing()
+        if not (await self._calls.clients()).is_aws:
+            await self._probe_versions()
+            await self._guard.require_listed()
 
     async def _checked(self, call: Callable[[], Awaitable[None]]) -> None:
         """`call`, the first request, which ends as soon as it is known why there is no connection: a client may go on
@@ -157,6 +165,14 @@ class S3Store:
         self._lists_metadata = _has_metadata(page)
         if server.startswith("MinIO") and not page.objects:
             self._lists_metadata = True
+
+    async def _probe_versions(self) -> None:
+        try:
+            self._lists_ghosts = await self._calls.keeps_versions()
+        except AccessDenied:  # not known: it costs a listing a folder in place of a HEAD
+            self._lists_ghosts = True
+        except PhfsError as exc:
+            log.info("the bucket keeps no versions: %s", exc)
 
     # -- reading
 

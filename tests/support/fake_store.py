@@ -148,6 +148,10 @@ class FakeStore:
     def lists_metadata(self) -> bool:
         return self._lists_metadata
 
+    @property
+    def lists_ghosts(self) -> bool:
+        return False
+
     async def check_bucket(self, *, create: bool = False) -> None:
         self.bucket_exists = self.bucket_exists or create
         await self._request("check_bucket", "bucket")

@@ -172,6 +172,10 @@ class FaultStore:
     def lists_metadata(self) -> bool:
         return self.inner.lists_metadata
 
+    @property
+    def lists_ghosts(self) -> bool:
+        return self.inner.lists_ghosts
+
     async def check_bucket(self, *, create: bool = False) -> None:
         await self._through("check_bucket", "", lambda: self.inner.check_bucket(create=create))
 

@@ -202,11 +202,17 @@ def test_a_page_that_is_not_the_last() -> None:
         b"<ListBucketResult>",
         page("<IsTruncated>true</IsTruncated>"),
         page("<Contents><Size>1</Size></Contents>"),
-        page("<Contents><Key>a</Key><Size>x</Size></Contents>"),
-        page("<Contents><Key>a</Key><Size>1</Size><LastModified>now</LastModified></Contents>"),
         page("<CommonPrefixes/>"),
     ],
 )
 def test_pages_that_are_none(body: bytes) -> None:
     with pytest.raises(BadAnswer):
         parse_listing("p/", body)
+
+
+@pytest.mark.parametrize(
+    "fields", ["<Size>x</Size>", "<Size>-1</Size>", "<Size>1</Size><LastModified>now</LastModified>"]
+)
+def test_one_object_of_which_a_page_says_nonsense(fields: str) -> None:
+    listing = parse_listing("", page(f"<Contents><Key>a</Key>{fields}</Contents>{CONTENTS.format('')}"))
+    assert (list(listing.unreadable), len(listing.objects)) == (["a"], 1)
