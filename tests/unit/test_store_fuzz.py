@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from phfs_fuse.attrs import Attrs, from_metadata, to_metadata
+from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import BadAnswer, PhfsError
 from phfs_fuse.store.answers import error_code, error_of
 from phfs_fuse.store.base import Listing, ObjectInfo
@@ -175,7 +176,7 @@ def test_attributes(metadata: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("failure", [OverflowError, LookupError, RecursionError, KeyError, RuntimeError])
 async def test_what_botocore_makes_of_an_answer(failure: type[Exception]) -> None:
-    calls = BotoCalls.__new__(BotoCalls)
+    calls = BotoCalls(StoreConfig(bucket="b"))
 
     def call() -> None:
         raise failure("x")
