@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+from collections.abc import Callable
 from contextlib import suppress
 
 import trio
@@ -19,6 +20,7 @@ from phfs_fuse.dirty import Event, State
 from phfs_fuse.errors import PhfsError, StaleVersion, VersionChanged
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.nodes import Node
+from phfs_fuse.refusal import is_final
 from phfs_fuse.store.base import ObjectStore
 from phfs_fuse.tasks import survived, unforeseen
 from phfs_fuse.types import ObjectKey
@@ -39,6 +41,7 @@ class Sources:
         self._queue = queue
         self._fetching: set[Node] = set()
         self._filling: set[Node] = set()  # files whose bottom layer is being completed
+        self.on_refused: Callable[[Node, PhfsError], None] | None = None  # a named one, whose bytes nobody gives
         self.nursery: trio.Nursery | None = None  # of the write-back, while it runs
 
     def is_filling(self, node: Node) -> bool:
@@ -102,6 +105,9 @@ class Sources:
                     self._changes.users.untrack(node)
                     return
                 except Exception as exc:
+                    if isinstance(exc, PhfsError) and is_final(exc):
+                        self._give_up(node, exc)
+                        return
                     if not isinstance(exc, (PhfsError, OSError)):
                         unforeseen("fetching", exc)
                     log.warning("bytes of ino=%d cannot be fetched yet: %s", node.ino, exc)
@@ -109,9 +115,17 @@ class Sources:
         finally:
             self._fetching.discard(node)
 
+    def _give_up(self, node: Node, exc: PhfsError) -> None:
+        """The store gives no bytes: what waits for them goes on without, or `node` gets its old name back."""
+        log.warning("bytes of ino=%d cannot be fetched: %s", node.ino, exc)
+        if node.detached:
+            self._changes.users.untrack(node)
+        elif self.on_refused is not None:
+            self.on_refused(node, exc)
+
     async def copy_base(self, node: Node) -> None:
         """Have all bytes of `node` here, and what the store keeps with them, if it still has that version."""
-        if (base := node.base) is not None:
+        if (base := node.base) is not None and not node.detached:
             with suppress(VersionChanged):
                 node.inherited = await self._store.properties(base.key, base.etag)
         if node.staged is None:

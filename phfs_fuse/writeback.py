@@ -112,6 +112,7 @@ class Writeback:
         self.multiparts = Multiparts(store, journal, queue.backoff)
         self._uploader = Uploader(store, self.multiparts, config, self._upcoming)
         self._sources = Sources(store=store, inodes=inodes, blocks=blocks, changes=changes, queue=queue)
+        self._sources.on_refused = self._unreadable
         self._markers = Markers(store=store, inodes=inodes, changes=changes, queue=queue)
         self._conflicts = Conflicts(
             store=store,
@@ -375,6 +376,11 @@ class Writeback:
         unstored = Operation.MKDIR if node.is_dir and node.marker is None else Operation.ATTRIBUTES
         self._changes.files.refuse(node, unstored if node.staged is None else Operation.UPLOAD, exc)
         self._queue.put_off(node, dirty)
+
+    def _unreadable(self, node: Node, exc: PhfsError) -> None:
+        """The store does not give the bytes that `node` needs from under another key."""
+        if (dirty := node.dirty) is not None and dirty.state is State.DIRTY:
+            self._refused(node, dirty, self._inodes.key(node), exc)
 
     def _stored(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, info: ObjectInfo) -> None:
         with self._changes.noting():

@@ -466,3 +466,30 @@ async def test_a_store_that_is_away_is_waited_for(world: World, store: Policy, a
         await world.settling.drain()
     assert scope.cancelled_caught
     assert refused(world) == []
+
+
+async def test_an_open_file_whose_bytes_may_not_be_read_holds_up_no_deletion(
+    world: World, store: Policy, autojump_clock: MockClock
+) -> None:
+    await seeded(world, "f")
+    fh = world.vfs.open((await world.node("f")).ino, os.O_RDONLY)
+    await world.vfs.unlink(1, b"f")
+    store.deny("get")
+    await world.settle()
+    assert keys(world) == []
+    world.vfs.release(fh)
+
+
+async def test_a_ring_of_renames_of_files_that_may_not_be_read(
+    world: World, store: Policy, autojump_clock: MockClock
+) -> None:
+    await seeded(world, "a", "b")
+    store.deny("get", "head", "properties", "copy", "put")
+    await world.vfs.rename(1, b"a", 1, b"t", 0)
+    await world.vfs.rename(1, b"b", 1, b"a", 0)
+    await world.vfs.rename(1, b"t", 1, b"b", 0)
+    await told(world)
+    assert await world.settling.drain()
+    store.allow()
+    assert {name: store.data(PREFIX + name) for name in keys(world)} == {"a": b"a", "b": b"b"}
+    assert sorted(await world.names()) == ["a", "b"]
