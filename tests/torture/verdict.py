@@ -23,17 +23,15 @@ ABORTED_SECONDS = 30.0  # until a new worker has aborted what the last one was s
 LOOK_SECONDS = 400
 LOOK = """
 import hashlib, json, os, sys
-from concurrent.futures import ThreadPoolExecutor
-files, folders, root = [], [], sys.argv[1]
+files, folders, root = {}, [], sys.argv[1]
 def failed(exc): raise exc
-def hashed(name):
-    with open(os.path.join(root, name), "rb") as file:
-        return hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
 for at, below, names in os.walk(root, onerror=failed):
-    files += [os.path.relpath(os.path.join(at, name), root) for name in names]
+    for name in sorted(names):
+        path = os.path.join(at, name)
+        with open(path, "rb") as file:
+            files[os.path.relpath(path, root)] = hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
     folders += [os.path.relpath(os.path.join(at, name), root) for name in below]
-with ThreadPoolExecutor(16) as threads:
-    json.dump([dict(zip(files, threads.map(hashed, files))), folders], sys.stdout)
+json.dump([files, folders], sys.stdout)
 """
 
 
