@@ -30,12 +30,12 @@ from tests.torture.keys import Keys
 from tests.torture.outsider import Outsider
 from tests.torture.verdict import Round, Verdict
 
-FLAGS = ("--attr-ttl", "1s", "-o", "retry-max=2s", "--cache-size", "32MiB")
+FLAGS = ("--attr-ttl", "3s", "-o", "retry-max=2s", "--cache-size", "32MiB")
 ROUND_SECONDS = 30.0
 BIG_EVERY, BIG_FIRST = 3, 2  # rounds with a folder of so many files
 BIG_FILES = (700, 1100, 2300, 6000)
 KILL_SECONDS = 13.0  # between two deaths of a worker: the keeper gives up at the sixth in a minute
-SEEN_SECONDS = 1.5  # until a mount sees what another one stored: `--attr-ttl 1s`, with room
+SEEN_SECONDS = 4.5  # until a mount sees what another one stored: `--attr-ttl 3s`, with room
 WRITERS = 4  # in all
 UNDELETABLE = "undeletable"  # ends the name of a folder where deletions may be refused
 REFUSED_CODE = 6  # of `phfs umount`
