@@ -55,7 +55,7 @@ class Faults:
         if self.refused_deletes and (answer := self._refused_delete(request, query)):
             return answer
         if "events" in query and not self.streams:
-            return Answer(501)
+            return Answer(503)
         if (token := query.get("continuation-token", [""])[0]).startswith(ENDLESS):
             return endless(token)
         if not self.chance or self.random.random() >= self.chance:
