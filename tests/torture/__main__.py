@@ -32,7 +32,6 @@ from tests.torture.keys import Keys
 from tests.torture.rounds import BIG_EVERY, BIG_FILES, BIG_FIRST, FLAGS, ROUND_SECONDS, Place, Torture
 
 FAULTS = [*KINDS, "deletes", "keys"]
-DEFAULTS = ["errors"]
 DISKS = {"state": 96 * MIB, "cache": 48 * MIB}
 
 
@@ -101,7 +100,7 @@ def main() -> int:
     parser.add_argument("--keep-log", type=Path, help="copy logs and requests of the mounts to files of this name")
     parser.add_argument("--big", type=int, help="every round works in a folder of so many files")
     parser.add_argument(
-        "--faults", type=lambda text: text.split(","), default=DEFAULTS, help=f"some of {','.join(FAULTS)}"
+        "--faults", type=lambda text: text.split(","), default=FAULTS, help=f"some of {','.join(FAULTS)}"
     )
     options = parser.parse_args()
     started = time.monotonic()

@@ -340,6 +340,8 @@ class Torture:
         if not self.findings:
             self._verdict.compare("after a remount", self.rounds, self._views())
         self._check_logs()
+        for place in self.places:
+            self._unmount(place)
 
     def _unmount(self, place: Place) -> None:
         """Says so where deletions were refused and undone."""
@@ -356,6 +358,7 @@ class Torture:
         for place in self.places:
             with suppress(Exception):
                 print(place.mount.log()[-4000:])
+                self._unmount(place)
 
     def report(self, seconds: float) -> str:
         """A row for docs/reliability.md, with its head."""

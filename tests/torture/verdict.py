@@ -20,7 +20,7 @@ from tests.torture.content import GUEST, digest
 from tests.torture.editor import names_within, parse
 
 ABORTED_SECONDS = 30.0  # until a new worker has aborted what the last one was sending
-LOOK_SECONDS = 400
+LOOK_SECONDS = 1200  # on a machine that has much else to do
 LOOK = """
 import hashlib, json, os, sys
 files, folders, root = {}, [], sys.argv[1]
