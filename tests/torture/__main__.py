@@ -29,7 +29,7 @@ from tests.support.proxy import Proxy, Request, proxy
 from tests.support.servers import Server, minio
 from tests.torture.faults import KINDS, Faults
 from tests.torture.keys import Keys
-from tests.torture.rounds import BIG_EVERY, BIG_FILES, BIG_FIRST, FLAGS, ROUND_SECONDS, Place, Torture
+from tests.torture.rounds import FLAGS, ROUND_SECONDS, Place, Torture, big_files
 
 FAULTS = [*KINDS, "deletes", "keys"]
 DISKS = {"state": 96 * MIB, "cache": 48 * MIB}
@@ -79,8 +79,7 @@ def _torture(options: argparse.Namespace, stack: ExitStack) -> Torture:
         while time.monotonic() < end and not torture.findings:
             number += 1
             begun = time.monotonic()
-            is_big = options.big is not None or number % BIG_EVERY == BIG_FIRST
-            big = (options.big or torture.random.choice(BIG_FILES)) if is_big else 0
+            big = options.big or big_files(number, options.seed)
             torture.round(number, big, min(ROUND_SECONDS, max(5.0, end - time.monotonic())))
             took = f"{big or 'no'} files in one folder, {time.monotonic() - begun:.0f} s"
             print(f"round {number}, {took}: {dict(torture.done)}, findings {len(torture.findings)}", flush=True)

@@ -33,7 +33,7 @@ from tests.torture.verdict import Round, Verdict
 FLAGS = ("--attr-ttl", "3s", "-o", "retry-max=2s", "--cache-size", "32MiB")
 ROUND_SECONDS = 30.0
 BIG_EVERY, BIG_FIRST = 3, 2  # rounds with a folder of so many files
-BIG_FILES = (700, 1100, 2300, 6000)
+BIG_FILES = (6000, 2300, 700, 1100)  # in turn
 KILL_SECONDS = 13.0  # between two deaths of a worker: the keeper gives up at the sixth in a minute
 SEEN_SECONDS = 4.5  # until a mount sees what another one stored: `--attr-ttl 3s`, with room
 WRITERS = 4  # in all
@@ -51,6 +51,11 @@ EXPLAINED = re.compile(
 )
 TORN = re.compile(r".+(?=\d{4}-\d\d-\d\dT[\d:.]+Z [A-Z]+ )")  # a line that was cut off, before the next one
 LOUD = re.compile(r"^\S+ (WARNING|ERROR|CRITICAL) |^Traceback ")
+
+
+def big_files(number: int, seed: int) -> int:
+    """The files in the folder that all work in, in this round; 0: each has a folder of its own."""
+    return BIG_FILES[(number // BIG_EVERY + seed) % len(BIG_FILES)] if number % BIG_EVERY == BIG_FIRST else 0
 
 
 @dataclass
