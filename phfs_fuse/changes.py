@@ -210,6 +210,22 @@ class Changes:
         """`node`, detached just now, had the name `key`; the key shall vanish from the store."""
         self._replaced(node, key, keep_gone=True)
 
+    def emptied(self, folder: Node, body: Node) -> None:
+        """`body`, detached just now, were the bytes of the marker of `folder`, which is an empty one from now on."""
+        self.touch(body)
+        key = self._inodes.key(folder)
+        over, _ = self._stored_as(body, key)
+        with self._journal.batch():
+            self._transaction.keep(folder)
+            folder.marker = over
+            if body.opens:
+                if body.dirty is not None:
+                    self.files.save(body)
+                self.users.track(body)
+            else:
+                self.abandon(body)
+            self.review_marker(folder, changed=True)
+
     def replaced(self, node: Node, key: ObjectKey) -> ETag | None:
         """`node`, detached just now, gave its name to another file. Returns the version in the store."""
         return self._replaced(node, key, keep_gone=False)
@@ -250,6 +266,10 @@ class Changes:
         over = self._removed.in_use(key, self._seq) or over
         old_over, in_store = self._stored_as(node, old_key)
         with self._journal.batch():
+            if node.body is not None:  # its object is the marker, and takes the attributes along
+                if node.dirty is not None:
+                    self.files.save(node)
+                return
             if in_store or node.is_dir:
                 self._add_gone(old_key, old_over, request=in_store)
             if node.is_dir:
@@ -388,7 +408,9 @@ class Changes:
         """A directory got or lost a child, or its attributes `changed`: decide whether it needs a marker object."""
         if node.detached or not self._inodes.key(node):
             return
-        wanted = node.own_attrs or not (node.kids or node.unseen)
+        if node.body is not None and not changed:
+            return
+        wanted = node.own_attrs or node.body is not None or not (node.kids or node.unseen)
         is_stored = node.marker is not None or (not wanted and self._may_have_marker(node))
         if wanted == is_stored and not (wanted and changed):
             if not wanted and node.dirty is not None and not node.dirty.uploading:
@@ -477,7 +499,9 @@ class Changes:
         if node is None:
             if etag is not None:  # it was renamed or removed while it went up, and who had the name then is gone too
                 self._add_gone(key, etag, request=True)
-        elif node is not except_node and node.dirty is not None:
+        elif node is not except_node and node.dirty is not None and node.body is None:
             self._transaction.keep(node)
+            if node.is_dir:
+                node.marker = etag
             node.dirty.over = etag
             self.files.save(node)

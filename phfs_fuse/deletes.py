@@ -84,10 +84,9 @@ class Deletes:
         await gather([partial(self._spare, gone) for gone in again])
 
     async def _version(self, gone: Gone) -> ETag | PhfsError | None:
-        """The only version that the deletion is meant for; None: any (a marker has nothing to lose). Where it is not
-        known, since an upload of ours had no answer, the store is asked. VersionChanged: it has another."""
-        is_marker = gone.key.endswith("/") and gone.key not in self._changes.attempts.claims
-        if gone.etag is not None or is_marker or self._config.on_conflict is OnConflict.OVERWRITE:
+        """The only version that the deletion is meant for; None: any. Where it is not known, since an upload of ours
+        had no answer, the store is asked. VersionChanged: it has another; of a marker one that holds bytes."""
+        if gone.etag is not None or self._config.on_conflict is OnConflict.OVERWRITE:
             return None if self._config.on_conflict is OnConflict.OVERWRITE else gone.etag
         try:
             found = await self._store.head(gone.key)
@@ -95,7 +94,8 @@ class Deletes:
             return None
         except PhfsError as exc:
             return exc
-        is_ours = self._changes.attempts.is_ours(found)
+        is_marker = gone.key.endswith("/") and gone.key not in self._changes.attempts.claims
+        is_ours = not found.size if is_marker else self._changes.attempts.is_ours(found)
         return found.etag if is_ours else VersionChanged("delete", gone.key, "is not ours")
 
     async def _delete(self, versions: dict[ObjectKey, ETag | None]) -> Mapping[ObjectKey, PhfsError]:

@@ -74,6 +74,12 @@ class InvalidArgument(PhfsError):
     errno = errno.EINVAL
 
 
+class BoundToFolder(PhfsError):
+    """What cannot leave its directory as it is; programs then copy it."""
+
+    errno = errno.EXDEV
+
+
 class IllegalName(PhfsError):
     """A name or key that cannot be carried by the other side."""
 

@@ -181,7 +181,7 @@ class Events:
         is_folder_key = event.key.endswith("/")
         if event.etag is None:
             if is_folder_key and node is not None and node.is_dir:
-                return node.marker is None and bool(node.kids)
+                return node.marker is None and bool(node.kids) and node.body is None
             return (node is None or node.dirty is not None) and self._changes.gone.was_deleted(event.key)
         if gone is not None and gone.etag == event.etag:
             return True

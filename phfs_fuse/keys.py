@@ -20,6 +20,7 @@ RCLONE_LINK: Final = ".rclonelink"  # a symlink as rclone's --links stores it: t
 MINIO_FOLDER: Final = "__XLDIR__"  # MinIO takes an object `x__XLDIR__` for the marker of the directory `x`
 TRIAL: Final = ".phfs-probe-"  # begins the name of an object on which a mount tries out its store: never shown
 OBJECT_BESIDE: Final = ".phfs-file"  # shows the object `x` where `x/y` makes `x` a directory
+BODY: Final = OBJECT_BESIDE.encode()  # shows in a directory the bytes that its marker holds
 
 
 def group_prefix(group: str) -> str:

@@ -157,6 +157,7 @@ class Listings:
         for info in infos:
             if info.key == prefix:
                 self._merging.marker(parent, info, question)
+                nodes += [body] if (body := parent.body) is not None else []
                 continue
             segment = info.key[len(prefix) :]
             name = self._shown_name(segment, folders, plain)
@@ -210,7 +211,9 @@ class Listings:
             while True:
                 page = await self._store.list(key, delimiter=False, token=token)
                 if page.unreadable or any(
-                    o.key != key and not self._changes.gone.hides(o.key, o.etag, seq) for o in page.objects
+                    not self._changes.gone.hides(o.key, o.etag, seq)
+                    for o in page.objects
+                    if o.key != key or (o.size and o.etag != node.marker)
                 ):
                     return False
                 if (token := page.next_token) is None:

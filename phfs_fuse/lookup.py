@@ -148,8 +148,10 @@ class Lookup:
         prefix = question.prefix
         if segment.endswith(keys.OBJECT_BESIDE):
             stored = segment.removesuffix(keys.OBJECT_BESIDE)
-            beside = stored != "" and (await self._probes.folder(ObjectKey(prefix + stored + "/"), question))[0]
-            info = await self._probes.file(ObjectKey(prefix + stored)) if beside else None
+            beside = stored == "" or (await self._probes.folder(ObjectKey(prefix + stored + "/"), question))[0]
+            info = await self._probes.file(ObjectKey(prefix + stored)) if beside and prefix + stored else None
+            if info is not None and stored == "" and not info.size:
+                info = None  # a marker as most are
         else:
             stored = segment + keys.RCLONE_LINK
             info = await self._probes.file(ObjectKey(prefix + stored))

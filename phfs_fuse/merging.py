@@ -158,10 +158,15 @@ class Merging:
 
     def marker(self, folder: Node, marker: ObjectInfo | None, question: Question) -> bool:
         """The store has this marker of `folder`, or none. Returns whether that tells its attributes."""
-        if question.predates(folder):
-            return False
-        self.set_marker(folder, marker)
-        return True
+        is_news = not question.predates(folder)
+        if is_news:
+            self.set_marker(folder, marker)
+        if marker is None or not marker.size:
+            if folder.body is not None:
+                self.absent(folder, keys.BODY, question)
+        elif marker.etag != folder.marker:  # else its bytes were removed here
+            self.file(folder, "", keys.BODY, marker, question)
+        return is_news
 
     def set_marker(self, folder: Node, marker: ObjectInfo | None) -> None:
         """As `marker`, when nothing was changed here yet."""
@@ -170,7 +175,7 @@ class Merging:
             return
         if folder.marker == marker.etag and marker.metadata is None:
             return
-        folder.marker = marker.etag
+        folder.marker = marker.etag if not marker.size else None  # bytes are a file's
         folder.others_bytes = _others_bytes(marker)
         folder.set_attrs(self._defaults.stored(marker, self._defaults.directory(marker.modified_ns)))
         folder.own_attrs = self._defaults.differs(folder.attrs)

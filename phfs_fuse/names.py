@@ -20,6 +20,7 @@ from phfs_fuse.claims import Claims
 from phfs_fuse.config import ExclusiveCreate, PosixAttrs, TreeConfig
 from phfs_fuse.defaults import Defaults
 from phfs_fuse.errors import (
+    BoundToFolder,
     Exists,
     InvalidArgument,
     IsADirectory,
@@ -332,7 +333,11 @@ class Names:
             self._changes.keep(node)
             node.ctime_ns = time.time_ns()
             self._inodes.detach(node)
-            self._changes.unlinked(node, key)
+            if node.is_body:
+                self._changes.emptied(parent, node)
+                self._namespace.note_missing(parent, node.name, self._inodes.questions.moment())
+            else:
+                self._changes.unlinked(node, key)
             self._child_changed(parent)
             self._changes.did(act, node)
 
@@ -352,6 +357,8 @@ class Names:
         with self._namespace.loading() as load:
             for look in range(LOOKS_MAX):
                 source = self._meant(await self._namespace.child(source_dir, name))
+                if source.is_body:
+                    raise BoundToFolder("rename", self._inodes.path(source), "these bytes are the directory's marker")
                 if source.is_dir:
                     await load.below(source)
                     if load.hides_some(source):

@@ -32,6 +32,7 @@ class Namespace:
         # what others ask for, each by the one that does it
         self.child, self.exists = lookup.child, lookup.exists
         self.ttl, self.lifetime = known.ttl, known.lifetime
+        self.note_missing = known.note_missing
         self.complete_listing, self.forget_missing = known.complete_listing, known.forget_missing
         self.pages, self.is_empty = listings.pages, listings.is_empty
         self.loading = listings.loading

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.dirty import DirtyFile
 from phfs_fuse.errors import PhfsError
+from phfs_fuse.keys import BODY
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
 if TYPE_CHECKING:
@@ -237,6 +238,17 @@ class Node:
     def stored_size(self) -> int:
         """How many bytes its object has, or shall have."""
         return 0 if self.link is not None or self.is_dir else self.size
+
+    @property
+    def body(self) -> Node | None:
+        """The file that shows the bytes of the directory's marker: the object is that file's, and has the attributes
+        of the directory too."""
+        found = self.kids.get(BODY) if self.kids else None
+        return found if found is not None and found.segment == "" else None
+
+    @property
+    def is_body(self) -> bool:
+        return self._segment == ""
 
     @property
     def busy(self) -> bool:

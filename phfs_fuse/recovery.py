@@ -147,13 +147,13 @@ class Recovery:
             node.size = node.staged.size
 
     def _segment(self, row: PresentRow) -> str:
-        return row.key.rstrip("/").rpartition("/")[2]
+        return _placed(row).rpartition("/")[2]
 
     def _parent(self, row: PresentRow) -> tuple[Node, bytes]:
         if not row.key.startswith(self._prefix):
             raise ValueError(f"key is not below {self._prefix}")
         at = self._inodes.root
-        *folders, _ = row.key.removeprefix(self._prefix).rstrip("/").split("/")
+        *folders, _ = _placed(row).removeprefix(self._prefix).split("/")
         for segment in folders:
             name = keys.name_of(segment)
             assert at.kids is not None
@@ -172,6 +172,11 @@ class Recovery:
 
     def gone(self) -> list[tuple[ObjectKey, str | None]]:
         return list(self._journal.gone())
+
+
+def _placed(row: PresentRow) -> str:
+    """The key, without the slash of a directory; the bytes of a marker are a file whose segment is empty."""
+    return row.key.removesuffix("/") if stat.S_ISDIR(row.mode) else row.key
 
 
 def _has_bytes(path: Path) -> bool:

@@ -257,6 +257,9 @@ class Writeback:
         key = self._inodes.key(node)
         if self._sources.is_filling(node) or self._sources.blocked(key, node):
             return
+        if (body := node.body) is not None and body.dirty is not None:  # which gets there first
+            self._queue.enqueue(node, dirty, trio.current_time() + self._queue.delay)
+            return
         if node.is_dir:
             task: Callable[..., Awaitable[None]] = self._store_marker
         else:

@@ -50,6 +50,8 @@ class Properties:
     headers: Mapping[str, str]
     metadata: Mapping[str, str]
     tags: str = ""
+    etag: ETag | None = None  # of the version that has them, and how many bytes that has
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,8 +181,8 @@ class ObjectStore(Protocol):
     async def head(self, key: ObjectKey) -> ObjectInfo:
         """NotFound also for a name that the store does not take."""
 
-    async def properties(self, key: ObjectKey, etag: ETag) -> Properties:
-        """What the store keeps with version `etag`. VersionChanged if it has another, or none."""
+    async def properties(self, key: ObjectKey, etag: ETag | None) -> Properties:
+        """What the store keeps with version `etag` (None: any). VersionChanged if it has another, or none."""
 
     async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
         """Send bytes [start, end) of version `etag` (None: any) to `sink` while they arrive; exactly these or

@@ -191,16 +191,18 @@ class S3Store:
         self._places = self._places or bool(placed(found.headers))
         return found
 
-    async def properties(self, key: ObjectKey, etag: ETag) -> Properties:
+    async def properties(self, key: ObjectKey, etag: ETag | None) -> Properties:
         try:
             found = await self.head(key)
         except NotFound as exc:
             raise VersionChanged("head", key, "the object is gone") from exc
-        if found.etag != etag:
+        if etag is not None and found.etag != etag:
             raise VersionChanged("head", key, f"the store has version {found.etag}")
         has_tags = found.headers.get(TAG_COUNT, "0") != "0"
         tags = await self._guard.retrying(lambda _: self._calls.tags(key)) if has_tags else ""
-        return Properties(headers=found.headers, metadata=found.metadata or {}, tags=tags)
+        return Properties(
+            headers=found.headers, metadata=found.metadata or {}, tags=tags, etag=found.etag, size=found.size
+        )
 
     async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
         check_key("get", key)

@@ -6,6 +6,7 @@ Every test here needs the store; there is nothing to compare on a local disk.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pytest
 from botocore.exceptions import ClientError
 
-from tests.mount.place import MountPlace, a_mount, attempt, run, saved, within
+from tests.mount.place import MountPlace, a_mount, attempt, refused, run, saved, within
 from tests.mount.trees import tree
 from tests.support.mounts import mounted, shared_server
 from tests.support.proxy import Answer, Forward, Request, proxy
@@ -119,6 +120,26 @@ def test_what_others_stored_with_an_object_stays(place: MountPlace, theirs: Path
         assert found["Metadata"]["project"] == "alpha", name
         tags = place.mount.s3.get_object_tagging(**where, Key=key)["TagSet"]
         assert tags == [{"Key": "team", "Value": "red"}], name
+
+
+def test_bytes_under_a_key_that_ends_in_a_slash(place: MountPlace, theirs: Path) -> None:
+    for name in ("rmdir", "child", "move", "chmod"):
+        put(place, theirs / name, b"bytes", marker=True)
+    shown(theirs)
+    refused(errno.ENOTEMPTY, (theirs / "rmdir").rmdir)
+    (theirs / "child/x").write_bytes(b"x")
+    (theirs / "move").rename(theirs / "moved")
+    (theirs / "chmod").chmod(0o700)
+    place.sync()
+    place.remount()
+    assert sorted(keys(place, theirs)) == ["child/", "child/x", "chmod/", "moved/", "rmdir/"]
+    for name in ("rmdir", "child", "moved", "chmod"):
+        assert (theirs / name / ".phfs-file").read_bytes() == b"bytes", name
+    assert oct((theirs / "chmod").stat().st_mode) == "0o40700"
+    assert sorted(os.listdir(theirs / "child")) == [".phfs-file", "x"]
+    shutil.rmtree(theirs)
+    place.sync()
+    assert keys(place, theirs) == []
 
 
 def test_markers_of_others(place: MountPlace, theirs: Path) -> None:

@@ -170,10 +170,14 @@ class FakeStore:
         await self._request("head", key)
         return self._info(key, self._existing("head", key))
 
-    async def properties(self, key: ObjectKey, etag: ETag) -> Properties:
+    async def properties(self, key: ObjectKey, etag: ETag | None) -> Properties:
         await self._request("properties", key)
-        found = self._version("properties", key, etag)
-        return Properties(headers=found.headers, metadata=found.metadata, tags=found.tags)
+        if etag is None and (there := self.objects.get(key)) is not None:
+            etag = there.etag
+        found = self._version("properties", key, etag or ETag(""))
+        return Properties(
+            headers=found.headers, metadata=found.metadata, tags=found.tags, etag=found.etag, size=len(found.data)
+        )
 
     async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
         if start >= end:

@@ -195,7 +195,7 @@ class FaultStore:
     async def head(self, key: ObjectKey) -> ObjectInfo:
         return await self._through("head", key, lambda: self.inner.head(key))
 
-    async def properties(self, key: ObjectKey, etag: ETag) -> Properties:
+    async def properties(self, key: ObjectKey, etag: ETag | None) -> Properties:
         return await self._through("properties", key, lambda: self.inner.properties(key, etag))
 
     async def get(self, key: ObjectKey, start: int, end: int, *, etag: ETag | None, sink: Sink) -> None:
