@@ -61,16 +61,9 @@ def _is_copy(node: Node) -> bool:
 
 
 def _is_moved_only(node: Node, dirty: DirtyFile) -> bool:
-    """Whether a copy of its object with all that it has is what the store shall have. A copy has a time of its own,
-    and of an object that was stored in parts also another ETag, by which it would not be known again."""
-    base = node.base
-    return (
-        _is_copy(node)
-        and not dirty.attrs
-        and not node.is_dated_by_store
-        and base is not None
-        and "-" not in base.etag
-    )
+    """Whether the store shall have its object as it is, under another key. The copy of one that was stored in parts
+    has another ETag, and would not be known again by that."""
+    return _is_copy(node) and not dirty.attrs and node.base is not None and "-" not in node.base.etag
 
 
 def _is_elsewhere(node: Node, key: ObjectKey) -> bool:

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
@@ -592,3 +593,33 @@ async def test_a_time_that_only_the_store_has_outlives_a_rename(world: World, au
     await world.vfs.rename(1, b"x", 1, b"y", 0)
     await world.settle()
     assert parse_seconds(world.store.objects[ObjectKey(PREFIX + "y")].metadata["mtime"]) == before
+
+
+async def test_files_of_a_folder_that_is_moved_are_copied_unseen(world: World, autojump_clock: MockClock) -> None:
+    for number in range(50):
+        cast(FakeStore, world.store).seed(f"{PREFIX}old/f{number}", b"x")
+    await world.names((await world.node("old")).ino)
+    await world.vfs.rename(1, b"old", 1, b"new", 0)
+    before = Counter(world.store.requests)
+    await world.settle()
+    asked = world.store.requests - before
+    assert (asked["copy"], asked["properties"]) == (50, 0)
+    assert asked["head"] + asked["look"] <= 10
+
+
+async def test_a_copy_in_parts_takes_all_along(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phfs_fuse.store.base.COPY_BYTES_MAX", MIB)
+    data = os.urandom(12 * MIB)
+    seed_theirs(world, "plain", data)
+    seed_theirs(world, "changed", data)
+    await world.vfs.setattr((await world.node("changed")).ino, Change(mode=0o600))
+    for name in ("plain", "changed"):
+        await world.vfs.rename(1, name.encode(), 1, f"{name}.txt".encode(), 0)
+    await world.settle()
+    for name in ("plain.txt", "changed.txt"):
+        assert theirs_of(world, name) == STAYS
+        assert content(world, name) == data
+    assert world.store.requests["upload_part_copy"] > 0
+    assert world.store.requests["copy"] == 0
