@@ -129,7 +129,7 @@ class BotoCalls:
         answer = await self._run(
             "tags", key, lambda: s3.get_object_tagging(Bucket=self._bucket, Key=key), self._control, is_read=True
         )
-        return urlencode([(tag["Key"], tag["Value"]) for tag in answer["TagSet"]], quote_via=quote)
+        return urlencode(sorted((tag["Key"], tag["Value"]) for tag in answer["TagSet"]), quote_via=quote)
 
     async def get(self, receiver: Receiver) -> None:
         """Bytes from where `receiver` stands to its end."""
