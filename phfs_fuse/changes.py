@@ -325,6 +325,8 @@ class Changes:
     def hides(self, info: ObjectInfo, asked_seq: int) -> bool:
         """Whether the answer `info` (with metadata), asked for at change number `asked_seq`, speaks of something
         deleted. A version that another client has stored since then stays, and its deletion ends here."""
+        if not self.gone.outdates(info.key, asked_seq):
+            return False
         hidden, gone = self.gone.hides(info.key, info.etag, asked_seq), self.gone.get(info.key)
         if gone is None or (hidden and gone.etag == info.etag):
             return hidden

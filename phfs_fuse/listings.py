@@ -57,8 +57,9 @@ class Listings:
             whole = Question(question.prefix, question.seq, question.at)
             for _ in range(pages_max):
                 try:
-                    page = await self._page(question, token, last)
-                    page, held = _held_back(page, held)
+                    asked_at = question.at
+                    page = await self._page(question, token, last, held)
+                    page, held = _held_back(page, held if question.at == asked_at else [])
                     end = "" if page.next_token is None else max(_ends(page, held), default="")
                     nodes, left_out = await self._merge(parent, page, question, end)
                 except REFUSED as exc:
@@ -72,7 +73,7 @@ class Listings:
                     self._merging.ask_anew(question)
                     nodes = [kid for kid in (parent.kids or {}).values() if _is_behind(kid, last)]
                     moved.update(kid.name for kid in nodes)
-                    token = None
+                    token, held = None, []
                 else:
                     nodes = [node for node in nodes if node.name not in moved] if moved else nodes
                     before.difference_update(node.name for node in nodes)
@@ -102,12 +103,13 @@ class Listings:
         if parent.gaps == gaps:
             parent.complete_at = max(parent.complete_at, question.at)
 
-    async def _page(self, question: Question, token: str | None, last: str) -> Listing:
-        """The next page, behind the segment `last`. It is asked for as the first of a new walk, and `question` put
-        anew, where this walk has lasted for long, or the page has what others were heard to have removed."""
+    async def _page(self, question: Question, token: str | None, last: str, held: Sequence[ObjectInfo]) -> Listing:
+        """The next page, behind the segment `last`, of which `held` was held back. It is asked for as the first of a
+        new walk, and `question` put anew, where this walk has lasted for long, or the page or `held` has what others
+        were heard to have removed."""
         if token is not None and not question.is_spent:
             page = await self._store.list(question.prefix, delimiter=True, token=token)
-            if not _has_left(page, question):
+            if not _has_left(page, held, question):
                 return page
         if token is not None:
             self._merging.ask_anew(question)
@@ -319,12 +321,13 @@ def _is_behind(node: Node, segment: str) -> bool:
     return own.encode("utf-8", "surrogatepass") > segment.encode("utf-8", "surrogatepass")
 
 
-def _has_left(page: Listing, question: Question) -> bool:
-    """Whether a page has something that others were heard to have removed since the walk began."""
+def _has_left(page: Listing, held: Sequence[ObjectInfo], question: Question) -> bool:
+    """Whether a page, or what was held back for it, has what others were heard to have removed since the walk
+    began."""
     left = [keys.segment_of(name) for name, removed in question.heard.items() if removed]
     if not left:
         return False
-    found = {info.key for info in page.objects} | {prefix.removesuffix("/") for prefix in page.prefixes}
+    found = {info.key for info in (*held, *page.objects)} | {prefix.removesuffix("/") for prefix in page.prefixes}
     return any(question.prefix + segment in found for segment in left)
 
 
