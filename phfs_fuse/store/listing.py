@@ -58,7 +58,7 @@ def _page(root: Element) -> Listing:
                 unreadable.append(ObjectKey(decode(_texts(child)["Key"])))
     prefixes = [decode(_texts(child)["Prefix"]) for child in root if child.tag == "CommonPrefixes"]
     next_token = fields["NextContinuationToken"] if fields.get("IsTruncated") == "true" else None
-    return Listing(objects=objects, prefixes=prefixes, next_token=next_token, unreadable=unreadable)
+    return Listing(objects=objects, prefixes=prefixes, next_token=next_token, unreadable=tuple(unreadable))
 
 
 def _texts(element: Element) -> dict[str, str]:

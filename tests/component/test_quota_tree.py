@@ -227,12 +227,14 @@ async def test_a_write_over_the_quota_changes_nothing(world: World) -> None:
 
 
 async def test_through_the_kernels_cache_it_is_no_space_and_looked_up_again(world: World) -> None:
-    node, fh = await world.vfs.create(await ino(world, "b"), b"f", 0o644, os.O_RDWR, 0, 0)
+    parent = await ino(world, "b")
+    node, fh = await world.vfs.create(parent, b"f", 0o644, os.O_RDWR, 0, 0)
     assert not fh & DIRECT
     with pytest.raises(NoSpace):
         await world.vfs.write(fh, 0, b"x" * 51)
     await world.vfs.flush(fh)
     assert world.vfs.release(fh) is node
+    assert await world.vfs.lookup(parent, b"f") is node  # by a kernel that has forgotten it
     fh = world.vfs.open(node.ino, os.O_RDWR)
     assert world.vfs.release(fh) is None
 
