@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -371,7 +372,8 @@ class S3Store:
     ) -> str:
         check_key("create multipart", key)
         check_metadata("create multipart", key, metadata, properties)
-        return await self._calls.create_multipart(key, metadata, properties)
+        create = partial(self._calls.create_multipart, key, metadata, properties)
+        return await self._calls.access.renewing(create)  # one try: one that was refused has left nothing
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
         metrics.STORE_SENT.add(body_length(body), "upload part")
