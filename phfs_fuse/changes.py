@@ -68,6 +68,7 @@ class Changes:
         self.gone = self._removed.keys
         self.on_met: Callable[[ObjectKey], None] | None = None
         self.on_displaced: Callable[[Node], None] | None = None  # one that was displaced is about to be changed
+        self.on_shadowed: Callable[[Node], bool] | None = None
 
     @property
     def seq(self) -> int:
@@ -321,6 +322,11 @@ class Changes:
     def _left(self, gone: Gone, size: int) -> None:
         self.deleted([gone])
         self._counted(gone.key, 0, size)
+
+    def shadowed(self, folder: Node) -> bool:
+        """Another client has stored an object under the name of `folder`, which has something that exists only here.
+        Returns whether the folder has another name now."""
+        return self.on_shadowed is not None and self.on_shadowed(folder)
 
     def hides(self, info: ObjectInfo, asked_seq: int) -> bool:
         """Whether the answer `info` (with metadata), asked for at change number `asked_seq`, speaks of something

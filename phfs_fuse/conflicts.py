@@ -68,6 +68,7 @@ class Conflicts:
         self._sources = sources
         self._on_conflict = on_conflict
         changes.on_displaced = self.give_name
+        changes.on_shadowed = self.keep_folder
 
     async def lost_race(self, node: Node, dirty: DirtyFile, key: ObjectKey, snap: Snapshot, exc: PhfsError) -> None:
         """The store moved on under our bytes (or our own earlier try did reach it). Nothing is overwritten."""
@@ -218,6 +219,31 @@ class Conflicts:
         if not is_free:
             metrics.CONFLICTS.add()
             _log_conflict(path, name)
+
+    def keep_folder(self, folder: Node) -> bool:
+        """The store lists nothing below the object that another client has stored under the name of `folder`: the
+        folder goes on beside it, with all that is known of it. Returns whether it does."""
+        parent = folder.parent
+        if (
+            not self._store.hides_below
+            or parent is None
+            or (name := self._conflict_name(parent, folder.name)) is None
+        ):
+            return False
+        path = self._inodes.raw_path(folder)
+        moved = [folder, *self._inodes.descendants(folder)]
+        old = [self._inodes.key(node) for node in moved]
+        try:
+            with self._changes.noting():
+                self._inodes.move(folder, parent, name)
+                for node, key in reversed(list(zip(moved, old, strict=True))):
+                    self._changes.renamed(node, key, None, at_once=True)
+                self._journal.put_conflict(path, self._inodes.raw_path(folder), outside=False)
+        except OSError:  # it cannot be noted now: as it was
+            return False
+        metrics.CONFLICTS.add()
+        _log_conflict(path, name)
+        return True
 
     def _conflict_name(self, parent: Node, name: bytes) -> bytes | None:
         """A free name `NAME.conflict-HOST-TIME`, with NAME cut off where it, or its segment of the key,

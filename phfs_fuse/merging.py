@@ -93,8 +93,10 @@ class Merging:
                 node.checked_at = max(node.checked_at, question.at)
                 return node
             if node.is_dir and self._holds_local(node):
-                return node
-            self._inodes.displace(node)
+                if not self._changes.shadowed(node):
+                    return node
+            else:
+                self._inodes.displace(node)
         return self._new_file(parent, segment, name, info, question)
 
     def _shows(self, node: Node, segment: str, name: bytes, info: ObjectInfo) -> bool:

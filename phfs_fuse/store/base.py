@@ -159,6 +159,10 @@ class ObjectStore(Protocol):
         """Sizes that the store takes, as far as is known who it is."""
 
     @property
+    def hides_below(self) -> bool:
+        """Whether keys below that of an object are not listed (MinIO), known after `check_bucket`."""
+
+    @property
     def lists_ghosts(self) -> bool:
         """Whether a common prefix may have nothing but removed objects below it (MinIO, with versions), known after
         `check_bucket`."""

@@ -77,7 +77,7 @@ class S3Store:
         self._guard = Guard(config, self._calls, self._trials)
         self._names = NameLimits(ProbeName(self._guard, config, self._calls, self._trials))
         self._lists_metadata: bool | None = False  # None: to be seen at the first page that has an object
-        self._lists_ghosts = False
+        self._hides_below = self._lists_ghosts = False
         self._places = False  # some object here has a storage class or an encryption of its own
 
     @property
@@ -94,6 +94,10 @@ class S3Store:
     @property
     def lists_metadata(self) -> bool:
         return bool(self._lists_metadata)
+
+    @property
+    def hides_below(self) -> bool:
+        return self._hides_below
 
     @property
     def lists_ghosts(self) -> bool:
@@ -164,7 +168,8 @@ class S3Store:
             log.info("listings come without metadata: %s", exc)
             return
         self._lists_metadata = _has_metadata(page)
-        if server.startswith("MinIO") and not page.objects:
+        self._hides_below = server.startswith("MinIO")
+        if self._hides_below and not page.objects:
             self._lists_metadata = True
 
     async def _probe_versions(self) -> None:

@@ -20,10 +20,11 @@ from phfs_fuse.errors import (
     PhfsError,
     StoreUnavailable,
 )
+from phfs_fuse.nodes import NEVER
 from phfs_fuse.store.base import Listing, ObjectInfo
 from phfs_fuse.types import ObjectKey
 from tests.support.fake_store import FakeStore
-from tests.support.world import PREFIX, World, keys, made, running
+from tests.support.world import PREFIX, World, content, keys, made, running
 
 
 class OddStore(FakeStore):
@@ -36,6 +37,11 @@ class OddStore(FakeStore):
         self.unreadable: set[str] = set()
         self.ghosts: set[str] = set()
         self.page_max = 1000
+        self.hides = False
+
+    @property
+    def hides_below(self) -> bool:
+        return self.hides
 
     @property
     def lists_ghosts(self) -> bool:
@@ -63,6 +69,8 @@ class OddStore(FakeStore):
             start_after=start_after,
             count_max=min(count_max, self.page_max),
         )
+        if self.hides:
+            page = self._without_hidden(page)
         odd = [info.key for info in page.objects if info.key.removeprefix(PREFIX) in self.unreadable]
         ghosts = [PREFIX + name for name in self.ghosts] if delimiter and prefix == PREFIX else []
         return Listing(
@@ -71,6 +79,17 @@ class OddStore(FakeStore):
             next_token=page.next_token,
             unreadable=odd,
         )
+
+    def _without_hidden(self, page: Listing) -> Listing:
+        """As MinIO does: nothing below an object but a marker."""
+
+        def is_hidden(key: str) -> bool:
+            above = key.removesuffix("/").split("/")[:-1]
+            return any("/".join(above[:count]) in self.objects for count in range(1, len(above) + 1))
+
+        objects = [info for info in page.objects if not is_hidden(info.key)]
+        prefixes = [prefix for prefix in page.prefixes if prefix.removesuffix("/") not in self.objects]
+        return Listing(objects=objects, prefixes=prefixes, next_token=page.next_token)
 
 
 @pytest.fixture
@@ -153,6 +172,36 @@ async def test_a_link_whose_target_cannot_be_one_is_not_read(world: World, store
     with pytest.raises(NameTooLong):
         await world.vfs.readlink((await world.node("long")).ino)
     assert len(await world.vfs.readlink((await world.node("longest")).ino)) == 4095
+
+
+@pytest.mark.parametrize("hides", [False, True])
+async def test_an_object_that_takes_the_name_of_a_folder_in_use(
+    world: World, store: OddStore, hides: bool, autojump_clock: MockClock
+) -> None:
+    """Where the store lists nothing below it, the folder goes on under another name; else beside it."""
+    store.hides = hides
+    await world.vfs.mkdir(1, b"d", 0o755, 0, 0)
+    await world.write("d/old", b"old")
+    await world.settle()
+    store.seed(PREFIX + "d", b"theirs")
+    node = await world.write("d/new", b"new")
+    await trio.sleep(0.1)
+    world.inodes.root.complete_at = node.parent.checked_at = NEVER  # type: ignore[union-attr]
+    await world.vfs.lookup(1, b"d")
+    await world.settle()
+    await trio.sleep(60)
+    names = sorted(await world.names())
+    if hides:
+        assert names[0] == "d"
+        assert names[1].startswith("d.conflict-")
+        assert await world.read("d") == b"theirs"
+        folder = names[1]
+    else:
+        assert names == ["d", "d.phfs-file"]
+        folder = "d"
+    assert await world.read(f"{folder}/new") == b"new"
+    assert await world.read(f"{folder}/old") == b"old"
+    assert content(world, f"{folder}/new") == b"new"
 
 
 SEGMENTS = st.lists(

@@ -149,6 +149,10 @@ class FakeStore:
         return self._lists_metadata
 
     @property
+    def hides_below(self) -> bool:
+        return False
+
+    @property
     def lists_ghosts(self) -> bool:
         return False
 

@@ -173,6 +173,10 @@ class FaultStore:
         return self.inner.lists_metadata
 
     @property
+    def hides_below(self) -> bool:
+        return self.inner.hides_below
+
+    @property
     def lists_ghosts(self) -> bool:
         return self.inner.lists_ghosts
 
