@@ -382,4 +382,5 @@ async def test_text_that_is_not_ascii_is_kept(place: Place) -> None:
     assert told.headers["content-disposition"] == "inline; filename=é"
     for size in (1, 3 * MIB):
         info = await place.store.put(place.key("x"), b"x" * size, told.metadata, expect=None, properties=told)
-        assert await place.store.properties(info.key, info.etag) == told
+        found = await place.store.properties(info.key, info.etag)
+        assert (found.headers, found.metadata, found.tags) == (told.headers, told.metadata, told.tags)
