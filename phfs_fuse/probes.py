@@ -77,7 +77,7 @@ class Probes:
                 return await self._has_others(key, question), None
         page = await self._store.list(key, delimiter=False, count_max=1)
         if not page.objects or page.objects[0].key != key:
-            return bool(page.objects or page.unreadable or page.next_token), None
+            return bool(page.objects or page.unreadable), None
         marker = page.objects[0]
         return True, marker if marker.metadata is not None else await self.file(key, marker)
 

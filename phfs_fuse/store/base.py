@@ -201,8 +201,8 @@ class ObjectStore(Protocol):
         start_after: str = "",
         count_max: int = 1000,
     ) -> Listing:
-        """A page of the keys under `prefix`; with `delimiter` those beyond the next "/" are rolled up. Under a name
-        that the store does not take there are none."""
+        """A page of the keys under `prefix`; with `delimiter` those beyond the next "/" are rolled up. A page
+        without any key is the last one. Under a name that the store does not take there are none."""
 
     async def put(
         self,

@@ -31,6 +31,7 @@ from phfs_fuse.store.base import NOT_THERE, Expect, Listing, ObjectInfo
 from phfs_fuse.store.calls import BotoCalls
 from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
 from phfs_fuse.store.limits import Segment
+from phfs_fuse.store.paging import next_page, place_in_walk
 from phfs_fuse.store.retry import retrying
 from phfs_fuse.store.transfer import Receiver
 from phfs_fuse.store.trials import TrialObjects
@@ -182,6 +183,8 @@ class Guard:
             page = await self._versions_behind(after, _common(rest[0], rest[-1]), len(rest) + LISTED_MIN)
             here = {info.key: info.etag for info in page.objects}
             seen = len(rest)
+            if page.next_token is not None and not page.objects:  # all of it unreadable
+                break
             if page.next_token is not None:
                 after = page.objects[-1].key
                 seen = sum(key.encode() <= after.encode() for key in rest)
@@ -197,11 +200,14 @@ class Guard:
         return await self.retrying(lambda _: self.etag_now(key))
 
     async def _versions_behind(self, after: str, prefix: str, count: int) -> Listing:
-        options = {"StartAfter": after}
-        page, _ = await self.retrying(
-            lambda _: self._calls.list_page(prefix, min(count, 1000), options, metadata=False)
-        )
-        return page
+        async def ask(token: str | None) -> Listing:
+            options = place_in_walk(token, after)
+            page, _ = await self.retrying(
+                lambda _: self._calls.list_page(prefix, min(count, 1000), options, metadata=False)
+            )
+            return page
+
+        return await next_page(prefix, None, ask)
 
 
 def _common(one: str, other: str) -> str:

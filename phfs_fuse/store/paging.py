@@ -5,6 +5,7 @@ Source: S3 API reference, ListObjectsV2: a page may be empty and not the last, w
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final
 
@@ -34,9 +35,30 @@ def followed(prefix: str, token: str | None, page: Listing) -> Listing:
     if page.next_token == token:
         raise BadAnswer("list", prefix, "the same page again and again")
     before = token if isinstance(token, PageToken) else PageToken("", 0)
-    empty_pages = 0 if page.objects or page.prefixes else before.empty_pages + 1
+    empty_pages = 0 if _tells(page) else before.empty_pages + 1
     if empty_pages > EMPTY_PAGES_MAX:
         raise BadAnswer("list", prefix, f"{empty_pages} empty pages in a row")
     if before.pages >= PAGES_MAX:
         raise BadAnswer("list", prefix, f"more than {PAGES_MAX} pages")
     return replace(page, next_token=PageToken(page.next_token, before.pages + 1, empty_pages))
+
+
+def place_in_walk(token: str | None, start_after: str) -> dict[str, str]:
+    """Options of ListObjectsV2."""
+    if token is not None:
+        return {"ContinuationToken": token}
+    return {"StartAfter": start_after} if start_after else {}
+
+
+async def next_page(prefix: str, token: str | None, ask: Callable[[str | None], Awaitable[Listing]]) -> Listing:
+    """The next page that tells of any key, or the last one: an empty page in between says nothing, least of all that
+    something follows. Raises: BadAnswer for a walk without end, and what `ask` raises."""
+    while True:
+        page = followed(prefix, token, await ask(token))
+        if page.next_token is None or _tells(page):
+            return page
+        token = page.next_token
+
+
+def _tells(page: Listing) -> bool:
+    return bool(page.objects or page.prefixes or page.unreadable)

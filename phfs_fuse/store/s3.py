@@ -50,7 +50,7 @@ from phfs_fuse.store.events import EventStream
 from phfs_fuse.store.guard import Guard, ProbeName
 from phfs_fuse.store.headers import TAG_COUNT, placed
 from phfs_fuse.store.limits import AWS, USUAL, NameLimits
-from phfs_fuse.store.paging import followed
+from phfs_fuse.store.paging import next_page, place_in_walk
 from phfs_fuse.store.transfer import Receiver, body_length, holds, multipart_etag
 from phfs_fuse.store.trials import TrialObjects
 from phfs_fuse.tasks import gather
@@ -235,14 +235,14 @@ class S3Store:
         count_max: int = 1000,
     ) -> Listing:
         check_text("list", prefix + start_after)
-        options: dict[str, Any] = {"Delimiter": "/"} if delimiter else {}
-        if token is not None:
-            options["ContinuationToken"] = token
-        elif start_after:
-            options["StartAfter"] = start_after
+        rolled_up: dict[str, Any] = {"Delimiter": "/"} if delimiter else {}
+
+        async def ask(token: str | None) -> Listing:
+            options = rolled_up | place_in_walk(token, start_after)
+            return await self._guard.retrying(lambda _: self._list_page(prefix, count_max, options))
+
         try:
-            page = await self._guard.retrying(lambda _: self._list_page(prefix, count_max, options))
-            return followed(prefix, token, page)
+            return await next_page(prefix, token, ask)
         except NAME_REFUSED:
             return Listing(objects=(), prefixes=(), next_token=None)
 

@@ -11,7 +11,7 @@ import trio
 from phfs_fuse.errors import BadAnswer, StoreTimeout, StoreUnavailable
 from phfs_fuse.store import paging
 from phfs_fuse.store.s3 import S3Store
-from phfs_fuse.types import MIB
+from phfs_fuse.types import MIB, ObjectKey
 from tests.contract.faulty import opened
 from tests.support.proxy import Answer, Request, proxy
 
@@ -57,7 +57,7 @@ async def test_a_walk_ends(
                 await walk(place.store)  # type: ignore[arg-type]
 
 
-async def test_some_empty_pages_are_part_of_a_listing(kind: type[S3Store]) -> None:
+async def test_empty_pages_within_a_listing_are_passed_over(kind: type[S3Store]) -> None:
     """As AWS answers where much was deleted."""
     numbers = count()
 
@@ -70,7 +70,27 @@ async def test_some_empty_pages_are_part_of_a_listing(kind: type[S3Store]) -> No
     with proxy() as front:
         front.script = script
         async with opened(kind, front.endpoint_url) as place:
-            assert await walk(place.store) == 121  # type: ignore[arg-type]
+            assert await walk(place.store) == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("names", [(), tuple(f"n{no:02}" for no in range(30))], ids=["nothing", "keys"])
+async def test_an_empty_page_says_nothing_of_what_follows(kind: type[S3Store], names: tuple[str, ...]) -> None:
+    """Neither that a folder is there, nor that an object is not."""
+
+    def script(request: Request) -> Answer:
+        if "continuation-token" not in request.path:
+            return page(token="t")
+        entries = "".join(ENTRY.format(name) for name in names)
+        return Answer(200, {}, f"<ListBucketResult>{entries}</ListBucketResult>".encode())
+
+    with proxy() as front:
+        front.script = script
+        async with opened(kind, front.endpoint_url) as place:
+            wanted = [ObjectKey(f"p/{name}") for name in names]
+            found = await place.store.list("p/", delimiter=False, count_max=1)
+            assert [info.key for info in found.objects] == wanted
+            assert found.next_token is None
+            assert list(await place.store.look(wanted)) == wanted
 
 
 @pytest.mark.parametrize("size", [1000, 3 * MIB], ids=["small", "big"])

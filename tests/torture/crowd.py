@@ -87,10 +87,13 @@ class Crowd:
 
     def rewrite(self) -> None:
         for name in self.burst(self.flat()):
-            data, beside = self.data(self.owner), f".beside.{self.count}-{self.owner}"
-            self.put(beside, os.O_CREAT | os.O_EXCL, data)
-            again(os.rename, self.path(beside), self.path(name))
-            self.files[name] = data
+            self.replace(name)
+
+    def replace(self, name: str) -> None:
+        data, beside = self.data(self.owner), f".beside.{self.count}-{self.owner}"
+        self.put(beside, os.O_CREAT | os.O_EXCL, data)
+        again(os.rename, self.path(beside), self.path(name))
+        self.files[name] = data
 
     def overwrite(self) -> None:
         for name in self.burst(self.flat()):
@@ -128,9 +131,7 @@ class Crowd:
             self.files[new] = self.files.pop(name)
 
     def read(self) -> None:
-        for name in self.burst(sorted(self.files)):
-            found = again(get, self.path(name))
-            assert found == self.files[name], f"{name}: {found[:24]!r} for {self.files[name][:24]!r}"
+        self.check(set(self.burst(sorted(self.files))))
 
     def read_others(self) -> None:
         names = [entry.name for entry in again(entries, self.root) if entry.is_file()]
@@ -169,6 +170,14 @@ class Crowd:
                 with suppress(FileNotFoundError):
                     again(os.unlink, self.path(f".beside.{self.count}-{self.owner}"))
 
+    def sync(self) -> None:
+        """Wait until all changes in the folder are stored."""
+        fd = os.open(self.root, os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
     # ---- listings
 
     def list_all(self) -> None:
@@ -181,18 +190,42 @@ class Crowd:
         self.check_listing([line.split()[-1].removeprefix("./") for line in out.splitlines() if "total" not in line])
 
     def list_while_changing(self) -> None:
-        before = set(self.flat())
+        """What changes in the middle of a listing, and is stored before its end, stays as it was made."""
+        before = {name: self.files[name] for name in self.flat()}
         with again(os.scandir, self.root) as stream:
             names, until = [], self.random.randrange(len(before) + 1)
             for entry in stream:
                 names.append(entry.name)
                 if len(names) == until:
-                    self.random.choice([self.rewrite, self.unlink, self.rename, self.create])()
-        after = set(self.flat())
+                    for _ in range(3):
+                        self.random.choice([self.rewrite, self.overwrite, self.unlink, self.rename, self.create])()
+                    if self.random.random() < 0.7:
+                        again(self.sync)
+        after = {name: self.files[name] for name in self.flat()}
         mine = [name for name in names if owner_of(name) == self.owner and name[0] not in ".t"]
         assert len(mine) == len(set(mine)), f"twice in a listing: {twice(mine)}"
-        assert not before & after - set(mine), f"not in a listing: {sorted(before & after - set(mine))[:9]}"
-        assert not set(mine) - before - after, f"in a listing: {sorted(set(mine) - before - after)[:9]}"
+        missing = before.keys() & after.keys() - set(mine)
+        assert not missing, f"not in a listing: {sorted(missing)[:9]}"
+        strange = set(mine) - before.keys() - after.keys()
+        assert not strange, f"in a listing: {sorted(strange)[:9]}"
+        self.check({name for name in before.keys() | after.keys() if before.get(name) != after.get(name)})
+
+    def rewrite_all(self) -> None:
+        """As a sync or a build does, and then its listings, while the uploads end."""
+        names = self.flat()
+        for name in names:
+            self.replace(name)
+        self.list_all()
+        self.check(set(self.burst(names)))
+        self.list_all()
+
+    def check(self, names: set[str]) -> None:
+        for name in sorted(names):
+            if name in self.files:
+                found = again(get, self.path(name))
+                assert found == self.files[name], f"{name}: {found[:24]!r} for {self.files[name][:24]!r}"
+            else:
+                assert not again(os.path.lexists, self.path(name)), f"{name} is there after it was removed"
 
     def check_listing(self, names: list[str]) -> None:
         assert len(names) == len(set(names)), f"twice in a listing: {twice(names)}"
@@ -296,11 +329,13 @@ class Crowd:
 
     def run(self, stop: str) -> None:
         files = [self.rewrite, self.overwrite, self.create, self.unlink, self.rename, self.read, self.read_others]
-        listings = [self.list_all, self.list_by_command, self.list_while_changing, self.list_tree]
+        changing = [self.rewrite_all, *[self.list_while_changing] * 3]
+        listings = [self.list_all, self.list_by_command, *changing, self.list_tree]
         trees = [self.make_tree, self.move_tree, self.copy_tree, self.remove_tree]
         operations = [*files, *files, *listings, *trees, self.change_shared]
         if self.random.random() < 0.5:
             operations.append(self.create_big)
+        self.list_while_changing()  # while nothing is known of the folder
         self.make_tree()
         while not os.path.exists(stop):
             operation = self.random.choice(operations)

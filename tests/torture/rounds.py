@@ -36,6 +36,7 @@ BIG_EVERY, BIG_FIRST = 3, 2  # rounds with a folder of so many files
 BIG_FILES = (6000, 2300, 700, 1100)  # in turn
 KILL_SECONDS = 13.0  # between two deaths of a worker: the keeper gives up at the sixth in a minute
 SEEN_SECONDS = 4.5  # until a mount sees what another one stored: `--attr-ttl 3s`, with room
+HANGS_SECONDS = 300.0  # a program that has been told to end
 WRITERS = 4  # in all
 UNDELETABLE = "undeletable"  # ends the name of a folder where deletions may be refused
 REFUSED_CODE = 6  # of `phfs umount`
@@ -170,7 +171,7 @@ class Torture:
 
     def _collect(self, name: str, program: subprocess.Popen[str], now: Round) -> None:
         try:
-            out, errors = program.communicate(timeout=150)
+            out, errors = program.communicate(timeout=HANGS_SECONDS)
         except subprocess.TimeoutExpired:
             program.kill()
             self._find(f"{name}: a call hangs")

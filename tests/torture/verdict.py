@@ -84,7 +84,7 @@ class Verdict:
         self._differences(f"{when}, objects say", store, Seen(files, folders))
         for marker in sorted(markers):
             below = [name for name in store.files if is_within(name, marker)]
-            if below and not any(GUEST in name for name in below):
+            if below and marker != now.undeletable and not any(GUEST in name for name in below):
                 self._find(f"{when}, marker beside files: {marker}")
         for name, process in looks.items():
             self._differences(f"{when}, {name} sees", seen_by(process), Seen(files, folders))
