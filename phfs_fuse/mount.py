@@ -47,8 +47,7 @@ async def _serve(config: MountConfig, link: KeeperLink, *, resume: bool) -> None
         mount.recover()
         mount.quotas.begin(resumed=resume)
         fd = await link.receive_descriptor()
-        drop = partial(link.expire, drop=True) if link.drops else None
-        ops = operations(mount.vfs, config.tree, mount.demand, drop)
+        ops = operations(mount.vfs, config.tree, mount.demand, link)
         session = Session(ops, fd, resume=resume, on_statfs=ops.statfs_for, on_fallocate=ops.fallocate_errno)
         services = Services(mount, link, session, resumed=resume)
         try:

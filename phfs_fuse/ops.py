@@ -10,7 +10,7 @@ import errno
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import pyfuse3
 import trio
@@ -36,8 +36,15 @@ DROP_SECONDS: Final = 5.0  # for the keeper to be told that a name is to be drop
 BLOCK_BYTES: Final = 4096
 NOMINAL: Final = Room(1 << 50, 1 << 50, 1 << 50)  # a bucket has no size
 PASSED: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE))  # of the local disk
-Drop = Callable[[Sequence[Name]], Awaitable[None]]
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+
+
+class KernelNames(Protocol):
+    """What the kernel knows by name: see `session.KeeperLink`."""
+
+    def drop(self, name: Name) -> int | None: ...
+
+    async def told(self, number: int) -> None: ...
 
 
 def errno_of(exc: Exception) -> int | None:
@@ -83,9 +90,9 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = True
     enable_acl = False
 
-    def __init__(self, vfs: Vfs, config: TreeConfig, demand: Demand, drop: Drop | None) -> None:
+    def __init__(self, vfs: Vfs, config: TreeConfig, demand: Demand, kernel_names: KernelNames | None) -> None:
         super().__init__()
-        self._drop = drop
+        self._kernel_names = kernel_names
         self._vfs = vfs
         self._demand = demand
         self._ttl = config.attr_ttl_seconds
@@ -223,7 +230,10 @@ class Operations(pyfuse3.Operations):
         try:
             await self._vfs.flush(fh)
         finally:
-            await self._drop_name(self._vfs.misjudged(fh))  # whoever asks after close(2) shall be told what is
+            number = self._drop(self._vfs.misjudged(fh))
+            if number is not None and self._kernel_names is not None:
+                with trio.move_on_after(DROP_SECONDS):  # whoever asks after close(2) shall be told what is
+                    await self._kernel_names.told(number)
 
     @_answers
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -231,14 +241,16 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def release(self, fh: int) -> None:
-        await self._drop_name(self._vfs.release(fh))
+        """Answers at once: until then the kernel keeps the file's inode, and what it believes of it, and a look-up of
+        the same program is right behind."""
+        self._drop(self._vfs.release(fh))
 
-    async def _drop_name(self, node: Node | None) -> None:
+    def _drop(self, node: Node | None) -> int | None:
         """Have the kernel look the name up again. It may hold a lock there until we have answered: the keeper tells
         it, and nobody waits for long. Without such a keeper the next look-up corrects it (`Inodes.corrected`)."""
-        if node is not None and node.parent is not None and self._drop is not None:
-            with trio.move_on_after(DROP_SECONDS):
-                await self._drop([(node.parent.ino, node.name)])
+        if node is None or node.parent is None or self._kernel_names is None:
+            return None
+        return self._kernel_names.drop((node.parent.ino, node.name))
 
     @_answers
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
@@ -303,10 +315,10 @@ class XattrOperations(Operations):
         self._vfs.removexattr(inode, name)
 
 
-def operations(vfs: Vfs, config: TreeConfig, demand: Demand, drop: Drop | None = None) -> Operations:
-    """`drop` has the kernel forget names, and what it believes of their files."""
+def operations(vfs: Vfs, config: TreeConfig, demand: Demand, kernel_names: KernelNames | None = None) -> Operations:
+    """`kernel_names` has the kernel forget names, and what it believes of their files."""
     kind = XattrOperations if config.xattrs else Operations
-    return kind(vfs, config, demand, drop)
+    return kind(vfs, config, demand, kernel_names)
 
 
 __all__ = ["Operations", "errno_of", "operations"]

@@ -77,7 +77,8 @@ class KeeperLink:
     """The line to the keeper. `run` must be running for `unmount` to return."""
 
     def __init__(self, fd: int) -> None:
-        self._socket = trio.socket.from_stdlib_socket(socket.socket(fileno=fd))
+        self._plain = socket.socket(fileno=fd)
+        self._socket = trio.socket.from_stdlib_socket(self._plain)
         self._asking = trio.Lock()
         self._awaited: Sequence[Kind] = ()
         self._answers, self._answered = trio.open_memory_channel[Message](1)
@@ -122,17 +123,30 @@ class KeeperLink:
         if answer.kind is Kind.BUSY:
             raise MountpointError(answer.reason)
 
-    @property
-    def drops(self) -> bool:
-        """Whether the keeper can have the kernel drop names."""
-        return self.expires >= messages.EXPIRES_AND_DROPS
-
-    async def expire(self, names: Sequence[Name], *, drop: bool = False) -> None:
-        """Have the kernel look these names up again, or `drop` them; returns when it knows."""
+    async def expire(self, names: Sequence[Name]) -> None:
+        """Have the kernel look these names up again; returns when it knows."""
+        packed = [(ino, name.hex()) for ino, name in names]
         self._expire_count += 1
         number = self._expire_count
-        packed = [(ino, name.hex()) for ino, name in names]
-        await self._send(Message(kind=Kind.EXPIRE, names=packed, drop=drop))
+        await self._send(Message(kind=Kind.EXPIRE, names=packed))
+        await self.told(number)
+
+    def drop(self, name: Name) -> int | None:
+        """Have the kernel forget a name, and what it believes of its file unless that is open. Does not wait.
+        Returns what `told` waits for; None: the keeper is busy, or knows nothing of that."""
+        if self.expires < messages.EXPIRES_AND_DROPS:
+            return None
+        ino, bare = name
+        packet = messages.encode(Message(kind=Kind.EXPIRE, names=[(ino, bare.hex())], drop=True))
+        try:
+            self._plain.send(packet)  # which never blocks: trio's mode is the socket's
+        except OSError:
+            return None
+        self._expire_count += 1
+        return self._expire_count
+
+    async def told(self, number: int) -> None:
+        """Wait until the keeper has told the kernel what it was asked to up to `number`."""
         while self._expired_count < number:
             await self._expired.wait()
 
