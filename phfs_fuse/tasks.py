@@ -40,8 +40,9 @@ async def gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
                 nursery.start_soon(one, index, call)
     except BaseExceptionGroup as group:
         answers, rest = group.split((PhfsError, OSError))
-        if rest is not None or answers is None:
-            raise
+        if rest is not None:  # cancelled meanwhile, or a bug: what the calls answered counts no more
+            raise rest from None
+        assert answers is not None
         first: BaseException = answers
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]

@@ -16,7 +16,7 @@ import trio
 from botocore.session import Session
 
 from phfs_fuse.config import StoreConfig
-from phfs_fuse.errors import CredentialsRefused, PhfsError, WrongRegion
+from phfs_fuse.errors import ClockOff, CredentialsRefused, PhfsError, WrongRegion
 from phfs_fuse.store.session import Clients, open_clients
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ class Access:
         clients = self._clients
         try:
             return await call()
+        except ClockOff:  # whoever signs
+            raise
         except CredentialsRefused as exc:
             if not await self._is_renewed(clients or self._clients, is_region=isinstance(exc, WrongRegion)):
                 raise
@@ -74,7 +76,8 @@ class Access:
             if self._clients is None or self._core is not None:
                 return False
             now = trio.current_time()
-            if now < self._renew_at and not await trio.to_thread.run_sync(self._clients.is_outdated):
+            is_futile = now < self._renew_at or not (is_region or self._clients.has_source_of_credentials)
+            if is_futile and not await trio.to_thread.run_sync(self._clients.is_outdated):
                 return False
             self._renew_at = now + RENEW_SECONDS
             if not is_region:

@@ -81,6 +81,7 @@ _BY_TYPE: Final[Sequence[tuple[tuple[type[Exception], ...], type[PhfsError], str
 )
 
 
+_WRITTEN: Final = ("env", "explicit", "shared-credentials-file", "config-file")  # botocore's words for static sources
 FileState = tuple[int, int, int] | None
 """Inode, size in bytes and time of change in ns of a file; None: it is not there."""
 
@@ -135,6 +136,12 @@ class Clients:
             if (source := self.session.get_credentials()) is None:  # open_clients found some
                 raise CredentialsRefused("sign", "request", "the credentials are gone")
             return source.get_frozen_credentials()
+
+    @property
+    def has_source_of_credentials(self) -> bool:
+        """Whether others may be had without a change of `files`: from a service, a role or a program."""
+        source = self.session.get_credentials()
+        return source is None or source.method not in _WRITTEN
 
     def has_credentials_of(self, other: Clients) -> bool:
         """Blocks. Raises: CredentialsRefused."""

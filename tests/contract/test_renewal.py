@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import ssl
@@ -104,10 +105,24 @@ async def test_a_file_that_is_gone_changes_nothing(
 
 
 @pytest.mark.minio
+@pytest.mark.parametrize(("source", "opened_at_most"), [("variables", 1), ("program", 2)])
 async def test_refusals_in_a_row_ask_for_credentials_once(
-    kind: type[S3Store], minio_server: Server, monkeypatch: pytest.MonkeyPatch
+    kind: type[S3Store],
+    source: str,
+    opened_at_most: int,
+    minio_server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Where others may be had at all: variables do not change."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+    if source == "program":
+        said = {"Version": 1, "AccessKeyId": ACCESS_KEY, "SecretAccessKey": "not-the-secret"}
+        (tmp_path / "said").write_text(json.dumps(said))
+        (tmp_path / "config").write_text(f"[default]\ncredential_process = cat {tmp_path}/said\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
     opened_clients = 0
     real = access.open_clients
 
@@ -121,7 +136,7 @@ async def test_refusals_in_a_row_ask_for_credentials_once(
         for _ in range(5):
             with pytest.raises(AccessDenied):
                 await place.read("x", 0, 1)
-    assert opened_clients == 2
+    assert opened_clients == opened_at_most
 
 
 @pytest.mark.minio

@@ -13,8 +13,8 @@ from trio.testing import MockClock
 
 import phfs_fuse
 from phfs_fuse import metrics
-from phfs_fuse.errors import NotDrained
-from phfs_fuse.tasks import lasting, survived, surviving
+from phfs_fuse.errors import NotDrained, NotFound
+from phfs_fuse.tasks import gather, lasting, survived, surviving
 
 SOURCES = Path(phfs_fuse.__file__).parent
 # Tasks that end with the block that starts them: their failure is that of whoever waits for the block.
@@ -98,6 +98,21 @@ async def test_a_failure_while_a_task_is_cancelled_is_no_reason_to_go_on() -> No
             scope.cancel()
     assert scope.cancelled_caught
     assert metrics.UNFORESEEN.values == {"upload": 1}
+
+
+async def test_calls_that_fail_while_they_are_cancelled_end_as_cancelled() -> None:
+    async def fail_at_the_end() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise NotFound("head", "x")
+
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(gather, [fail_at_the_end, trio.sleep_forever])
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+    assert scope.cancelled_caught
 
 
 class Failing:
