@@ -26,7 +26,7 @@ from phfs_fuse.errors import (
     PhfsError,
     VersionChanged,
 )
-from phfs_fuse.store.answers import NO_SUCH_KEY, check_key
+from phfs_fuse.store.answers import NO_SUCH_KEY, OutOfRange, check_key
 from phfs_fuse.store.base import NOT_THERE, Expect, Listing, ObjectInfo
 from phfs_fuse.store.calls import BotoCalls
 from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
@@ -86,14 +86,15 @@ class Guard:
         return await self.retrying(attempt)
 
     async def head(self, key: ObjectKey) -> ObjectInfo:
-        """One try of a HEAD. Where it is refused, its answer has no body that says why (rights, credentials, a name
-        that the store does not take): a GET of the first byte, which needs the same right, does."""
+        """One try of a HEAD. Where it is refused, its answer has no body that says why (rights, credentials, a clock,
+        a name that the store does not take): a GET of the first byte, which needs the same right, does. Where that is
+        answered, the reason may have passed."""
         try:
             return await self._calls.head(key)
         except (CredentialsRefused, InvalidArgument):
-            with suppress(BadAnswer):
+            with suppress(BadAnswer, OutOfRange):
                 await self._calls.get(Receiver(key, 0, 1, None, lambda _offset, _data: None))
-            raise
+        return await self._calls.head(key)
 
     async def _found(self, key: ObjectKey) -> ObjectInfo | None:
         try:
