@@ -236,7 +236,7 @@ def upgrade(
         records = [record for record in registry.records() if record.alive]
     for record in records:
         before, after = client.upgrade(record)
-        print(f"{record.mountpoint}: {before} -> {after}")
+        print(f"{logs.printable(record.mountpoint)}: {before} -> {after}")
     return 0
 
 

@@ -1,4 +1,7 @@
-"""How the commands show things: progress of uploads, the table of mounts. Owns no state."""
+"""How the commands show things: progress of uploads, the table of mounts. Owns no state.
+
+Names are chosen by other people: what is shown here is escaped, so that none steers the terminal.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 
 from phfs_fuse import client
+from phfs_fuse.logs import printable
 from phfs_fuse.saved import Entry
 
 PLAIN_SECONDS: Final = 5.0  # between two lines where no bar can be drawn
@@ -35,9 +39,9 @@ def _bar(label: str, events: Iterable[client.Progress]) -> None:
         task: TaskID | None = None
         for event in events:
             if task is None:
-                task = bar.add_task(label)
+                task = bar.add_task(escape(printable(label)))
             total = event.bytes_done + event.bytes_pending
-            text = f"{label}: {event.files_pending} files wait"
+            text = f"{escape(printable(label))}: {event.files_pending} files wait"
             bar.update(task, description=text, completed=event.bytes_done, total=total)
 
 
@@ -46,7 +50,9 @@ def _lines(label: str, events: Iterable[client.Progress]) -> None:
     for event in events:
         if event.files_pending and time.monotonic() - shown >= PLAIN_SECONDS:
             shown = time.monotonic()
-            print(f"{label}: {event.files_pending} files, {size(event.bytes_pending)} wait", file=sys.stderr)
+            print(
+                f"{printable(label)}: {event.files_pending} files, {size(event.bytes_pending)} wait", file=sys.stderr
+            )
 
 
 def mounts(answers: Iterable[Mapping[str, Any]]) -> None:
@@ -54,7 +60,7 @@ def mounts(answers: Iterable[Mapping[str, Any]]) -> None:
     table = Table("MOUNT POINT", "VOLUME", "STATE", "PENDING", "CACHE", "HITS", "CONFLICTS", box=None)
     errors, quotas, refused, uploads, aside = [], [], [], [], []
     for answer in answers:
-        table.add_row(*map(escape, _row(answer)))
+        table.add_row(*map(_cell, _row(answer)))
         errors += [(answer["mountpoint"], error) for error in answer.get("errors", ())]
         aside += [(answer["mountpoint"], answer["saved"])] if answer.get("saved", {}).get("entries") else []
         refused += [(answer["mountpoint"], refusal) for refusal in answer.get("refused", ())]
@@ -63,16 +69,14 @@ def mounts(answers: Iterable[Mapping[str, Any]]) -> None:
     # A pipe has no width: one line per mount for grep.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
     console.print(table)
-    for mountpoint, quota in quotas:
-        console.print(os.path.join(mountpoint, quota["path"]) + ": " + _quota(quota), markup=False)
-    for mountpoint, kept in aside:
-        console.print(f"{mountpoint}: {_saved(kept)}", markup=False)
-    for mountpoint, refusal in refused:
-        console.print(f"{mountpoint}: {refusal['line']}", markup=False)
-    for mountpoint, upload in uploads:
-        console.print(f"{mountpoint}: {_kept(upload)}", markup=False)
+    lines = [os.path.join(mountpoint, quota["path"]) + ": " + _quota(quota) for mountpoint, quota in quotas]
+    lines += [f"{mountpoint}: {_saved(kept)}" for mountpoint, kept in aside]
+    lines += [f"{mountpoint}: {refusal['line']}" for mountpoint, refusal in refused]
+    lines += [f"{mountpoint}: {_kept(upload)}" for mountpoint, upload in uploads]
     for mountpoint, error in errors:
-        console.print(f"{mountpoint}: {error['path']}: {error['reason']} ({error['count']} times)", markup=False)
+        lines.append(f"{mountpoint}: {error['path']}: {error['reason']} ({error['count']} times)")
+    for line in lines:
+        console.print(printable(line), markup=False)
 
 
 def conflicts(found: Iterable[client.Conflict]) -> None:
@@ -80,7 +84,7 @@ def conflicts(found: Iterable[client.Conflict]) -> None:
     table = Table("FILE", "OURS IS KEPT AS", "SINCE", box=None)
     for one in found:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.at))
-        table.add_row(*map(escape, (_shown(one.original), _shown(one.copy) if one.kept_as else "- (lost)", since)))
+        table.add_row(*map(_cell, (one.original, one.copy if one.kept_as else "- (lost)", since)))
     Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
 
 
@@ -89,15 +93,15 @@ def saved(entries: Iterable[Entry]) -> None:
     table = Table("ID", "FILE", "BYTES", "SINCE", "WHY", box=None)
     for one in entries:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.note.get("at", one.data.stat().st_mtime)))
-        file = _shown(str(one.note.get("path") or one.note.get("key") or "-"))
+        file = str(one.note.get("path") or one.note.get("key") or "-")
         held = size(one.bytes) + {True: "", False: " of some ranges", None: ""}[one.is_whole]
         why = ("next mount: " if one.is_waiting else "") + str(one.note.get("reason", "-"))
-        table.add_row(*map(escape, (one.id, file, held, since, why)))
+        table.add_row(*map(_cell, (one.id, file, held, since, why)))
     Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
 
 
-def _shown(path: str) -> str:
-    return os.fsencode(path).decode("utf-8", "replace")
+def _cell(text: str) -> str:
+    return escape(printable(text))
 
 
 def _row(answer: Mapping[str, Any]) -> tuple[str, ...]:

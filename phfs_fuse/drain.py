@@ -82,7 +82,7 @@ async def _main(config: MountConfig) -> int:
         await upload_left(config)
     except* StartupError as group:
         exc = first_startup_error(group)
-        print(f"phfs: {logs.redacted(str(exc))}", file=sys.stderr, flush=True)
+        print(f"phfs: {logs.printable(logs.redacted(str(exc)))}", file=sys.stderr, flush=True)
         code = exc.exit_code
     else:
         code = 0

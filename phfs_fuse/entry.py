@@ -59,4 +59,4 @@ def guarded(name: str, call: Callable[[], int | None], *, debug: str) -> int:
 
 
 def say(line: str, name: str = "phfs") -> None:
-    print(f"{name}: {logs.redacted(line)}", file=sys.stderr)
+    print(f"{name}: {logs.printable(logs.redacted(line))}", file=sys.stderr)

@@ -374,7 +374,7 @@ def _reporter(fd: int | None) -> Callable[[int, str], None]:
 
     def to_user(exit_code: int, reason: str) -> None:
         if exit_code:
-            print(f"phfs: {reason}", file=sys.stderr, flush=True)
+            print(f"phfs: {logs.printable(reason)}", file=sys.stderr, flush=True)
 
     return to_user if fd is None else to_command
 

@@ -1,4 +1,4 @@
-"""Log set-up: text or JSON lines on standard error, without secrets.
+"""Log set-up: text or JSON lines on standard error, without secrets; and text that is safe for a terminal.
 
 State: the handlers of the root logger.
 """
@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import time
-from typing import Final, TextIO
+from typing import Any, Final, TextIO
 
 # Header, query and dict forms of credentials and signatures. Source: AWS Signature Version 4
 _HEADER: Final = re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*+['\"]?)[^'\"\n]+")
@@ -42,9 +42,17 @@ def redacted(text: str) -> str:
     return _USERINFO.sub(r"\1[redacted]@", text)
 
 
+def printable(text: str) -> str:
+    """`text` on one line, without characters that steer a terminal: names are chosen by other people. A newline
+    becomes `\\n`, an escape character `\\x1b`, a byte that is no text `\\udcff`."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 class TextFormatter(logging.Formatter):
-    """`2025-01-31T12:00:00.123Z INFO phfs_fuse.writeback: message`, a traceback below. A name of the mount comes
-    before the message, in brackets."""
+    """`2025-01-31T12:00:00.123Z INFO phfs_fuse.writeback: message`, a traceback below, indented: nothing in a message
+    or an exception can look like a line of the log. A name of the mount comes before the message, in brackets."""
 
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
@@ -57,6 +65,12 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  {printable(line)}" for line in super().formatException(ei).splitlines())
 
 
 class JsonFormatter(TextFormatter):
@@ -75,4 +89,5 @@ class JsonFormatter(TextFormatter):
             fields["mount"] = self._name
         if record.exc_info:
             fields["traceback"] = redacted(self.formatException(record.exc_info))
-        return json.dumps(fields, ensure_ascii=False)
+        line = json.dumps(fields, ensure_ascii=False)
+        return line if line.isprintable() else json.dumps(fields)

@@ -24,6 +24,7 @@ from phfs_fuse.errors import (
     QuotaExceeded,
     TooLarge,
 )
+from phfs_fuse.logs import printable
 from phfs_fuse.types import ObjectKey
 
 _FINAL: Final = (
@@ -87,13 +88,8 @@ class Refusal:
         """One line for people."""
         outcome = _OUTCOMES.get(self.operation, "it waits here and is tried again")
         path = self.path.decode(errors="replace")
-        return _printable(f"{path}: {self.operation.value} refused: {self.reason}; {outcome}")
+        return printable(f"{path}: {self.operation.value} refused: {self.reason}; {outcome}")
 
 
 def summary(count: int) -> str:
     return f"the store refused {count} change{'s' * (count > 1)} for good"
-
-
-def _printable(text: str) -> str:
-    """On one line, whatever is in a name."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

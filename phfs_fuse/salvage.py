@@ -13,6 +13,7 @@ import typer
 from phfs_fuse import client, registry
 from phfs_fuse.dirs import state_home
 from phfs_fuse.errors import LocalStateError, UsageError
+from phfs_fuse.logs import printable
 from phfs_fuse.mountpoint import mount_table
 from phfs_fuse.saved import NAME, Entry, Saved
 
@@ -53,7 +54,8 @@ def export(
     except OSError as exc:
         raise LocalStateError(f"{exc.filename or target}: {exc.strerror}") from exc
     if entry.is_whole is False:
-        print(f"only bytes {_ranges(entry)} are those of the change; the rest was in {_version(entry)}")
+        rest = f"the rest was in {_version(entry)}"
+        print(printable(f"only bytes {_ranges(entry)} are those of the change; {rest}"))
     return 0
 
 

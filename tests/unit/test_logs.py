@@ -92,3 +92,31 @@ def test_credentials_are_blanked(text: str) -> None:
 )
 def test_other_text_stays(text: str) -> None:
     assert logs.redacted(text) == text
+
+
+STEERING = "a\n2026-11-29T00:00:00.000Z ERROR phfs_fuse.x: forged\r\x1b]0;t\x07\x9b2J\x7f\u2028\u202e\udcff"
+
+
+def test_a_name_forges_no_text_line_and_steers_no_terminal() -> None:
+    line = logged("info", "text", "uploaded key=%s", STEERING)
+    assert line.count("\n") == 1
+    assert line.removesuffix("\n").isprintable()
+    assert r"a\n2026" in line
+
+
+def test_a_name_in_an_exception_forges_no_text_line(caplog: pytest.LogCaptureFixture) -> None:
+    stream = io.StringIO()
+    logs.setup("info", "text", stream)
+    try:
+        raise ValueError(STEERING)
+    except ValueError:
+        logging.getLogger("phfs_fuse.test").exception("failed key=%s", STEERING)
+    first, *below = stream.getvalue().splitlines()
+    assert first.isprintable()
+    assert all(line.isprintable() and line.startswith("  ") for line in below)
+
+
+def test_a_json_line_steers_no_terminal_either() -> None:
+    line = logged("info", "json", "key=%s", STEERING)
+    assert line.removesuffix("\n").isprintable()
+    assert json.loads(line)["message"] == f"key={STEERING}"
