@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from phfs_csi.config import DRIVER_NAME, NodeConfig
+from phfs_csi.config import DRIVER_NAME, INLINE_MAX, NodeConfig
 from phfs_fuse import __version__, logs, values
 from phfs_fuse.entry import guarded, program
 from phfs_fuse.errors import ConfigError, LocalStateError, StartupError
@@ -66,6 +66,10 @@ HandoverSocket = Annotated[str, _option("handover-socket", "Where a successor as
 DrainTimeout = Annotated[
     str, _option("drain-timeout", "How long an unstage waits for uploads, unless the volume says it.", metavar="TIME")
 ]
+InlineMax = Annotated[
+    int,
+    _option("inline-max", "Limit of inline volumes that are mounted at a time; 0: none is.", metavar="N", min=0),
+]
 SecretsDir = Annotated[
     str,
     _option(
@@ -111,6 +115,7 @@ def node(
     holder_socket: HolderSocket = "",
     handover_socket: HandoverSocket = "",
     drain_timeout: DrainTimeout = "60s",
+    inline_max: InlineMax = INLINE_MAX,
     secrets_dir: SecretsDir = "",
     metrics_address: MetricsAddress = "",
     pod_uid: PodUid = "",
@@ -133,6 +138,7 @@ def node(
         holder_socket=Path(holder_socket) if holder_socket else None,
         handover_socket=Path(handover_socket) if handover_socket else None,
         drain_seconds=_parsed("--drain-timeout", values.seconds, drain_timeout),
+        inline_max=inline_max,
         pod_uid=pod_uid,
         log_level=log_level,
         log_format=log_format,

@@ -1,4 +1,4 @@
-"""The one place where errors become gRPC codes, and where calls are logged and counted. Owns no state.
+"""The one place where errors become gRPC codes, and where calls are admitted, logged and counted. Owns no state.
 
 The log shows the fields of `_SHOWN` and no others: what is not named there (secrets, contexts) cannot get into it.
 """
@@ -13,6 +13,7 @@ from typing import Any, Final
 import grpc
 from grpc import StatusCode
 
+from phfs_csi.admission import Admission
 from phfs_csi.errors import CsiError, of_phfs
 from phfs_csi.metrics import Metrics
 
@@ -32,6 +33,7 @@ Behaviour = Callable[[Any, grpc.ServicerContext], Any]
 class Boundary(grpc.ServerInterceptor):
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._admission = Admission()
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         handler = continuation(handler_call_details)
@@ -45,11 +47,15 @@ class Boundary(grpc.ServerInterceptor):
         )
 
     def _guarded(self, method: str, behaviour: Behaviour) -> Behaviour:
+        def admitted(request: Any, context: grpc.ServicerContext) -> Any:
+            with self._admission.hold(method, request):
+                return behaviour(request, context)
+
         def answer(request: Any, context: grpc.ServicerContext) -> Any:
             if not context.is_active():  # waited for a thread until its caller had gone
                 context.abort(StatusCode.CANCELLED, "the caller has gone")
             start = time.monotonic()
-            response, code, details = _outcome(method, behaviour, request, context)
+            response, code, details = _outcome(method, admitted, request, context)
             seconds = time.monotonic() - start
             self._metrics.answered(method, code.name, seconds)
             _log(method, request, code, details, seconds)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 DRIVER_NAME: Final = "phfs.csi.primehub.io"
+INLINE_MAX: Final = 64  # inline volumes of one node
 VERSIONS: Final = ("1.0.0",)  # of CSI, as the kubelet asks for them
 
 
@@ -24,6 +25,7 @@ class NodeConfig:
     holder_socket: Path | None = None  # None: no holder
     handover_socket: Path | None = None  # None: no hand-over
     drain_seconds: float = 60.0  # how long unstage waits for uploads, where the volume names no time of its own
+    inline_max: int = INLINE_MAX  # inline volumes that are mounted at a time; 0: none is
     pod_uid: str = ""  # of the plugin's pod; "": not known
     log_level: str = "info"
     log_format: str = "text"

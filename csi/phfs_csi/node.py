@@ -171,7 +171,7 @@ def open_node(config: NodeConfig, requests: Requests) -> NodeService:
     configs = MountConfigs(config, records, shares)
     mounter = PhfsMounter(config, configs, shares, spawner)
     drains = Drains(records, configs)
-    volumes = Volumes(records, mounter, drains)
+    volumes = Volumes(records, mounter, drains, config.inline_max)
     life = Life(config, Upkeep(records, mounter, drains, volumes), spawner)
     return NodeService(config, requests, records, mounter, volumes, life)
 

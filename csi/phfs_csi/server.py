@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 import grpc
 
+from phfs_csi.admission import THREADS
 from phfs_csi.boundary import Boundary
 from phfs_csi.metrics import Metrics, NodeStatus
 from phfs_csi.registration import Registration
@@ -22,9 +23,7 @@ from phfs_csi.sockets import SocketFile
 
 log = logging.getLogger(__name__)
 
-THREADS: Final = 64  # an unstage may wait minutes for uploads, and a probe is not to wait for it
 END_SECONDS: Final = 20.0  # for calls in work, then they are cancelled; pods get 30 s to end by default
-CALLS_MAX: Final = 256  # those over the threads wait; over this they are answered RESOURCE_EXHAUSTED
 MESSAGE_BYTES_MAX: Final = 1 << 20
 
 AddService = Callable[[grpc.Server], None]
@@ -124,7 +123,7 @@ class PluginServer:
             ThreadPoolExecutor(THREADS, thread_name_prefix="call"),
             interceptors=[self._boundary],
             options=(("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),),
-            maximum_concurrent_rpcs=CALLS_MAX,
+            maximum_concurrent_rpcs=THREADS,
         )
         for add in self._services:
             add(server)

@@ -1,6 +1,7 @@
 """The volumes of this node: what a call does to one of them, of the kubelet or of `upkeep`.
 
-State: the records. A call holds its volume; what is on its way is in the records before it is done.
+State: the records, and which inline volumes are being mounted. A call holds its volume; what is on its way is in the
+records before it is done.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from phfs_csi.config import INLINE_MAX
 from phfs_csi.drains import Drains
-from phfs_csi.errors import AlreadyExists, CsiError, FailedPrecondition
+from phfs_csi.errors import AlreadyExists, CsiError, FailedPrecondition, ResourceExhausted
 from phfs_csi.mounter import Mounter, State
 from phfs_csi.params import AccessMode, PublishParams, StageParams, VolumeParams
 from phfs_csi.records import Records, TargetRecord, VolumeRecord
@@ -29,10 +31,13 @@ REVIVE_SECONDS: Final = 60.0  # for one mount to be served again
 class Volumes:
     """Raises from each call: CsiError."""
 
-    def __init__(self, records: Records, mounter: Mounter, drains: Drains) -> None:
+    def __init__(self, records: Records, mounter: Mounter, drains: Drains, inline_max: int = INLINE_MAX) -> None:
         self._records = records
         self._mounter = mounter
         self._drains = drains
+        self._inline_max = inline_max
+        self._inline_lock = threading.Lock()
+        self._inline_begun: set[str] = set()  # whose records may not be there yet
         self.changed = threading.Event()  # their number; who reacts to that clears it
 
     # --- what the kubelet asks
@@ -48,7 +53,8 @@ class Volumes:
         with self._records.hold(want.volume_id):
             if want.inline is not None:
                 record = _record(want.inline, want, path=want.target_path, is_inline=True)
-                self._stage(record, want.inline, seconds)
+                with self._room_for_inline(record):
+                    self._stage(record, want.inline, seconds)
             else:
                 self._bind(want, seconds)
 
@@ -138,6 +144,25 @@ class Volumes:
                 self._forget(replace(left or record, is_ended=True))
             raise
         self.changed.set()
+
+    @contextmanager
+    def _room_for_inline(self, record: VolumeRecord) -> Iterator[None]:
+        """Raises: FailedPrecondition, ResourceExhausted."""
+        if not self._inline_max:
+            raise FailedPrecondition(f"{record.volume_id}: inline volumes are turned off on this node")
+        with self._inline_lock:
+            mounted = {found.volume_id for found in self.mounted if found.is_inline} | self._inline_begun
+            if len(mounted - {record.volume_id}) >= self._inline_max:
+                raise ResourceExhausted(
+                    f"{record.volume_id}: {self._inline_max} inline volumes are mounted on this node, the most that "
+                    "--inline-max allows"
+                )
+            self._inline_begun.add(record.volume_id)
+        try:
+            yield
+        finally:
+            with self._inline_lock:
+                self._inline_begun.discard(record.volume_id)
 
     def _forget(self, record: VolumeRecord) -> None:
         """A volume that is not mounted: what is left of it is uploaded in the background."""

@@ -34,6 +34,7 @@ caches
 records
 server
 registration boundary identity
+admission
 sockets metrics
 requests
 busy catalog

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from grpc import StatusCode
 
-from phfs_csi.config import NodeConfig
+from phfs_csi.config import INLINE_MAX, NodeConfig
 from phfs_csi.drains import Drains
 from phfs_csi.errors import FailedPrecondition, Unavailable
 from phfs_csi.life import Life
@@ -94,14 +94,14 @@ def mounter() -> FakeMounter:
 
 
 @contextmanager
-def serving(root: Path, mounter: FakeMounter) -> Iterator[NodeService]:
+def serving(root: Path, mounter: FakeMounter, inline_max: int = INLINE_MAX) -> Iterator[NodeService]:
     """The plugin as `open_node` puts it together, but for the mounter, and without what goes on between calls."""
     config = NodeConfig(node_id="node-1", kubelet_dir=root / "kubelet", state_dir=root / "state")
     config.kubelet_dir.mkdir(exist_ok=True)
     records = Records(config.state_dir / "volumes")
     records.read()
     drains = Drains(records, NothingLeft())
-    volumes = Volumes(records, mounter, drains)
+    volumes = Volumes(records, mounter, drains, inline_max)
     upkeep = Upkeep(records, mounter, drains, volumes)
     requests = Requests(kubelet_dir=config.kubelet_dir)
     node = NodeService(config, requests, records, mounter, volumes, Life(config, upkeep, Spawner()))
@@ -252,6 +252,38 @@ def test_an_inline_volume(kubelet: Caller, mounter: FakeMounter) -> None:
     assert len(mounter.mounted) == 1
     assert kubelet.unpublish() is OK
     assert (mounter.mounted, mounter.bound, mounter.ended) == ({}, {}, ["vol"])
+
+
+def inline(volume_id: str, **more: str) -> dict[str, Any]:
+    context = {**CONTEXT, EPHEMERAL: "true", **more}
+    return {"volume_id": volume_id, "volume_context": context, "staging_target_path": "", "secrets": SECRETS}
+
+
+def test_a_node_has_a_limit_of_inline_volumes(tmp_path: Path, mounter: FakeMounter) -> None:
+    kubelet = Caller(tmp_path / "csi.sock", tmp_path / "kubelet")
+    with serving(tmp_path, mounter, inline_max=2):
+        assert [kubelet.publish(f"pod-{i}", **inline(f"csi-{i}")) for i in (1, 2)] == [OK, OK]
+        assert kubelet.publish("pod-3", **inline("csi-3")) is StatusCode.RESOURCE_EXHAUSTED
+        assert kubelet.publish("pod-1", **inline("csi-1")) is OK  # the same call again
+        assert kubelet.stage() is OK  # no inline volume
+        assert kubelet.unpublish("pod-2", volume_id="csi-2") is OK
+        assert kubelet.publish("pod-3", **inline("csi-3")) is OK
+
+
+def test_inline_volumes_that_are_being_mounted_count(tmp_path: Path, mounter: FakeMounter) -> None:
+    kubelet = Caller(tmp_path / "csi.sock", tmp_path / "kubelet")
+    codes: list[StatusCode] = []
+    mounter.before_mount = lambda record: codes.append(kubelet.publish("pod-2", **inline("csi-2")))
+    with serving(tmp_path, mounter, inline_max=1):
+        assert kubelet.publish("pod-1", **inline("csi-1")) is OK
+    assert codes == [StatusCode.RESOURCE_EXHAUSTED]
+
+
+def test_inline_volumes_can_be_turned_off(tmp_path: Path, mounter: FakeMounter) -> None:
+    kubelet = Caller(tmp_path / "csi.sock", tmp_path / "kubelet")
+    with serving(tmp_path, mounter, inline_max=0):
+        assert kubelet.publish("pod-1", **inline("csi-1")) is StatusCode.FAILED_PRECONDITION
+        assert kubelet.stage() is OK
 
 
 def test_what_is_not_there(kubelet: Caller) -> None:

@@ -17,7 +17,7 @@ import grpc
 import pytest
 from grpc import StatusCode
 
-from phfs_csi import errors
+from phfs_csi import admission, errors
 from phfs_csi.identity import IdentityService, fuse_problem
 from phfs_csi.metrics import Metrics, VolumeState, VolumeStatus, parse_address, serving
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc
@@ -249,6 +249,33 @@ def test_a_closing_door_waits_for_the_call_at_work(server: PluginServer, node: F
     caller.join(SECONDS)
     closing.join(SECONDS)
     assert codes == [StatusCode.OK]
+
+
+def test_calls_that_wait_for_one_volume_keep_nobody_else_waiting(
+    server: PluginServer, node: FakeNode, tmp_path: Path
+) -> None:
+    begun, go_on, codes = threading.Semaphore(0), threading.Event(), []
+
+    def wait() -> None:
+        begun.release()
+        assert go_on.wait(SECONDS)
+
+    node.act = wait
+    callers = [
+        threading.Thread(target=lambda: codes.append(stage(tmp_path)[0])) for _ in range(admission.OF_ONE_VOLUME_MAX)
+    ]
+    for caller in callers:
+        caller.start()
+    assert all(begun.acquire(timeout=SECONDS) for _ in callers)
+    try:
+        assert stage(tmp_path)[0] is StatusCode.ABORTED
+        with channel(tmp_path) as to:
+            assert csi_pb2_grpc.IdentityStub(to).Probe(csi_pb2.ProbeRequest(), timeout=SECONDS)
+    finally:
+        go_on.set()
+        for caller in callers:
+            caller.join(SECONDS)
+    assert codes == [StatusCode.OK] * admission.OF_ONE_VOLUME_MAX
 
 
 class Role:
