@@ -86,11 +86,14 @@ class Conflicts:
         try:
             if not await self._has_base(node, dirty, snap):
                 return
-            found: ObjectInfo | None = await self._store.head(key)
+            found: ObjectInfo | None = await self._store.head(key, surely=True)
         except NotFound:
             found = None
         await self._journal.room_to_note()
-        if node.detached or node.dirty is not dirty or self._inodes.key(node) != key:
+        if node.detached or node.dirty is not dirty:
+            return
+        if self._inodes.key(node) != key:  # it has another name by now, which was put into the queue too early
+            self._queue.hurry(node)
             return
         if found is None:
             log.warning("key=%s was deleted by somebody else while changes waited; storing it again", key)
@@ -115,7 +118,7 @@ class Conflicts:
         if base is None or (snap.layer is not None and not snap.layer.gaps()):
             return True
         with suppress(NotFound):
-            if (await self._store.head(base.key)).etag == base.etag:
+            if (await self._store.head(base.key, surely=True)).etag == base.etag:
                 return True
         if node.detached or node.dirty is not dirty:
             return False

@@ -160,7 +160,7 @@ class Deletes:
         try:
             found: ObjectInfo | None = None
             with suppress(NotFound):
-                found = await self._store.head(gone.key)
+                found = await self._store.head(gone.key, surely=True)
             await self._journal.room_to_note()
             self._found(gone, found)
         except (PhfsError, OSError) as exc:

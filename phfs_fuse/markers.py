@@ -81,7 +81,7 @@ class Markers:
 
     async def _is_there(self, key: ObjectKey) -> bool:
         try:
-            await self._store.head(key)
+            await self._store.head(key, surely=True)
         except NotFound:
             return False
         return True

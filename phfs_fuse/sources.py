@@ -124,18 +124,29 @@ class Sources:
             self.on_refused(node, exc)
 
     async def copy_base(self, node: Node) -> None:
-        """Have all bytes of `node` here, and what the store keeps with them, if it still has that version."""
-        if (base := node.base) is not None and not node.detached:
-            with suppress(VersionChanged):
-                node.inherited = await self._store.properties(base.key, base.etag)
-        if node.staged is None:
-            self._changes.stage(node)
+        """Have all bytes of `node` here, and what the store keeps with them, if it still has that version. No upload
+        begins meanwhile: one that knows nothing of the bytes would leave them behind."""
+        self._filling.add(node)
+        try:
+            if (base := node.base) is not None and not node.detached:
+                with suppress(VersionChanged):
+                    node.inherited = await self._store.properties(base.key, base.etag)
+            if node.staged is None:
+                self._changes.stage(node)
+            await self._fill(node)
+        finally:
+            self._filling.discard(node)
+            self._queue.hurry(node)
+        if node.dirty is not None and node.dirty.state is State.CLEAN:
+            node.dirty.on(Event.CHANGE)
+        self._changes.users.track(node)
+
+    async def _fill(self, node: Node) -> None:
+        """Bring what the bottom layer lacks. Nothing is written to it meanwhile: changes go to a layer above."""
         staged = node.staged
         assert staged is not None
-        self._filling.add(node)
         staged.frozen = True
-        layer = staged.bottom
-        fill = self.filler(node)
+        layer, fill = staged.bottom, self.filler(node)
         try:
             for start, end in layer.gaps():
                 fd = os.open(layer.data, os.O_RDWR | os.O_CLOEXEC)
@@ -146,8 +157,3 @@ class Sources:
                 layer.filled(start, end)
         finally:
             staged.frozen = len(staged.layers) > 1
-            self._filling.discard(node)
-            self._queue.hurry(node)
-        if node.dirty is not None and node.dirty.state is State.CLEAN:
-            node.dirty.on(Event.CHANGE)
-        self._changes.users.track(node)

@@ -182,8 +182,9 @@ class ObjectStore(Protocol):
         """Remove what trials of the store have left in it, those of an earlier process too. Costs nothing if nothing
         is left."""
 
-    async def head(self, key: ObjectKey) -> ObjectInfo:
-        """NotFound also for a name that the store does not take."""
+    async def head(self, key: ObjectKey, *, surely: bool = False) -> ObjectInfo:
+        """NotFound also for a name that the store does not take. With `surely` not for a bucket that is not there
+        (BucketNotFound), which an answer to HEAD does not tell apart: one more request where nothing is found."""
 
     async def properties(self, key: ObjectKey, etag: ETag | None) -> Properties:
         """What the store keeps with version `etag` (None: any). VersionChanged if it has another, or none."""

@@ -188,18 +188,22 @@ class S3Store:
     async def tidy(self) -> None:
         await self._trials.tidy()
 
-    async def head(self, key: ObjectKey) -> ObjectInfo:
+    async def head(self, key: ObjectKey, *, surely: bool = False) -> ObjectInfo:
         check_key("head", key)
         try:
             found = await self._guard.retrying(lambda _: self._guard.head(key))
         except NAME_REFUSED as exc:
             raise NotFound("head", key, exc.reason) from exc
+        except NotFound:
+            if surely:
+                await self._guard.retrying(lambda _: self._guard.require_bucket(key))
+            raise
         self._places = self._places or bool(placed(found.headers))
         return found
 
     async def properties(self, key: ObjectKey, etag: ETag | None) -> Properties:
         try:
-            found = await self.head(key)
+            found = await self.head(key, surely=True)
         except NotFound as exc:
             raise VersionChanged("head", key, "the object is gone") from exc
         if etag is not None and found.etag != etag:

@@ -47,11 +47,11 @@ class OddStore(FakeStore):
     def lists_ghosts(self) -> bool:
         return bool(self.ghosts)
 
-    async def head(self, key: ObjectKey) -> ObjectInfo:
+    async def head(self, key: ObjectKey, *, surely: bool = False) -> ObjectInfo:
         if (error := self.refuses.get(key.removeprefix(PREFIX))) is not None:
             self.requests["head"] += 1
             raise error
-        return await super().head(key)
+        return await super().head(key, surely=surely)
 
     async def list(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import socket
 import time
 from collections import Counter
@@ -623,3 +624,24 @@ async def test_a_copy_in_parts_takes_all_along(
         assert content(world, name) == data
     assert world.store.requests["upload_part_copy"] > 0
     assert world.store.requests["copy"] == 0
+
+
+@pytest.mark.parametrize("seed", range(30))
+async def test_a_ring_of_renames_leaves_no_bytes_behind(tmp_path: Path, autojump_clock: MockClock, seed: int) -> None:
+    """Whenever the answers come: bytes that are fetched for a copy belong to the upload that follows."""
+    store, delays = FakeStore(), random.Random(seed)
+    faults = FaultStore(store)
+    async with running(made(faults, tmp_path)) as world:
+        for name in ("a", "b"):
+            await world.write(name, name.encode())
+        await world.settle()
+        for method in ("properties", "copy", "put", "get", "delete"):
+            for nth in range(1, 5):
+                faults.delay(method, delays.choice([0.0, 0.1, 1.0, 5.0]), nth=nth)
+        for source, target in ((b"a", b"t"), (b"b", b"a"), (b"t", b"b")):
+            await world.vfs.rename(1, source, 1, target, 0)
+            await trio.sleep(delays.choice([0.0, 0.0, 0.5, 2.0]))
+        await world.settle()
+        await trio.sleep(60)
+        assert {name: store.data(f"{PREFIX}{name}") for name in ("a", "b")} == {"a": b"b", "b": b"a"}
+        assert world.area.orphans(lambda _: False) == []

@@ -90,5 +90,9 @@ async def test_a_bucket_that_is_away_is_no_object_that_is_gone(kind: type[S3Stor
             await place.store.delete(x, expect=Expect(info.etag))
         with pytest.raises(BucketNotFound):
             await place.store.copy(x, info.etag, x, info.size, metadata, expect=Expect(info.etag))
+        with pytest.raises(BucketNotFound):
+            await place.store.head(x, surely=True)
+        with pytest.raises(BucketNotFound):
+            await place.store.properties(x, info.etag)
         front.script = forward_all
         assert await place.names() == ["x", "y"]

@@ -170,7 +170,7 @@ class FakeStore:
     async def tidy(self) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def head(self, key: ObjectKey) -> ObjectInfo:
+    async def head(self, key: ObjectKey, *, surely: bool = False) -> ObjectInfo:
         await self._request("head", key)
         return self._info(key, self._existing("head", key))
 

@@ -196,8 +196,8 @@ class FaultStore:
     async def tidy(self) -> None:
         await self.inner.tidy()
 
-    async def head(self, key: ObjectKey) -> ObjectInfo:
-        return await self._through("head", key, lambda: self.inner.head(key))
+    async def head(self, key: ObjectKey, *, surely: bool = False) -> ObjectInfo:
+        return await self._through("head", key, lambda: self.inner.head(key, surely=surely))
 
     async def properties(self, key: ObjectKey, etag: ETag | None) -> Properties:
         return await self._through("properties", key, lambda: self.inner.properties(key, etag))

@@ -79,10 +79,10 @@ class HabitStore(FakeStore):
             next_token=next_token,
         )
 
-    async def head(self, key: ObjectKey) -> ObjectInfo:
+    async def head(self, key: ObjectKey, *, surely: bool = False) -> ObjectInfo:
         await self._late()
         try:
-            return await super().head(key)
+            return await super().head(key, surely=surely)
         finally:
             await self._late()
 
