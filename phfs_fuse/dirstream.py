@@ -95,17 +95,17 @@ class DirStream:
         if after == START:
             await self._ahead.arrival(self._node)
         if (known := self._namespace.complete_listing(self._node)) is not None:
-            yield _entries(known, after)
+            yield self._entries(known, after)
             return
         held = self._namespace.local_only(self._node)
         shown = {node.name for node in held}  # names: a file may give its own to another while the pages come
-        local = deque(_entries(held, after))
+        local = deque(self._entries(held, after))
         try:
             for node in held:
                 node.holds += 1
             async with aclosing(self._namespace.pages(self._node, after=segment_of(after))) as pages:
                 async for page in pages:
-                    stored = _entries((node for node in page if node.name not in shown), after)
+                    stored = self._entries((node for node in page if node.name not in shown), after)
                     before = []
                     while local and stored and local[0][0] < stored[-1][0]:
                         before.append(local.popleft())
@@ -114,6 +114,11 @@ class DirStream:
         finally:
             for node in held:
                 self._release(node)
+
+    def _entries(self, nodes: Iterable[Node], after: bytes) -> list[Entry]:
+        """Those behind `after` that are shown, in order."""
+        found = ((key, node) for node in nodes if (key := key_of(node)) > after and self._inodes.is_listed(node))
+        return sorted(found, key=_place)
 
     def _release(self, node: Node) -> None:
         node.holds -= 1
@@ -194,11 +199,6 @@ class DirStream:
         while self._window:
             self._release(self._window.pop()[1])
         await self._pages.aclose()
-
-
-def _entries(nodes: Iterable[Node], after: bytes) -> list[Entry]:
-    """Those behind `after`, in order."""
-    return sorted(((key, node) for node in nodes if (key := key_of(node)) > after), key=_place)
 
 
 def _place(entry: Entry) -> bytes:

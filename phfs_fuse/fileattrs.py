@@ -61,6 +61,7 @@ class FileAttrs:
         """Raises: ReadOnly, TooLarge, NoSpace, StaleVersion, OSError."""
         self._writable.require()
         node = self._inodes.get(ino)
+        self._inodes.require_no_record(node)
         if node.is_dir or has_more(node):
             await self._require_kept(node, self._wanted(node, change))
         if node.detached and not node.opens:
@@ -141,6 +142,7 @@ class FileAttrs:
     async def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
         self._writable.require()
         node = self._inodes.get(ino)
+        self._inodes.require_no_record(node)
         if not name.startswith(b"user."):
             raise NotSupported("setxattr", name.decode(errors="replace"), "only user.* is kept")
         found = {**(node.xattrs or {}), name: value}
@@ -150,6 +152,7 @@ class FileAttrs:
     def removexattr(self, ino: int, name: bytes) -> None:
         self._writable.require()
         node = self._inodes.get(ino)
+        self._inodes.require_no_record(node)
         self.getxattr(ino, name)
         self._set_xattrs(node, {k: v for k, v in (node.xattrs or {}).items() if k != name})
 

@@ -177,6 +177,15 @@ class Inodes:
             return self._folder_key(node)
         return keys.join(self._folder_key(node.parent), node.segment) if node.parent is not None else self._prefix
 
+    def is_listed(self, node: Node) -> bool:
+        """Whether a listing shows `node`: all but the CSI plugin's records."""
+        return node.name != keys.RECORDS.encode() or bool(self._prefix) or node.parent is not self.root
+
+    def require_no_record(self, node: Node) -> None:
+        """Before a change of `node`. Raises: ReadOnly."""
+        if not self._prefix and not node.detached:
+            keys.require_no_record(self.key(node))
+
     def _folder_key(self, folder: Node) -> ObjectKey:
         """Worked out once, until some folder gets another place."""
         if folder.parent is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from phfs_fuse.errors import ConfigError, IllegalName, NameTooLong
+from phfs_fuse.errors import ConfigError, IllegalName, NameTooLong, ReadOnly
 from phfs_fuse.types import KEY_BYTES_MAX, NAME_BYTES_MAX, ObjectKey
 
 QUOTE: Final = "‛"  # noqa: RUF001
@@ -20,6 +20,7 @@ RCLONE_LINK: Final = ".rclonelink"  # a symlink as rclone's --links stores it: t
 MINIO_FOLDER: Final = "__XLDIR__"  # MinIO takes an object `x__XLDIR__` for the marker of the directory `x`
 TRIAL: Final = ".phfs-probe-"  # begins the name of an object on which a mount tries out its store: never shown
 OBJECT_BESIDE: Final = ".phfs-file"  # shows the object `x` where `x/y` makes `x` a directory
+RECORDS: Final = ".phfs"  # records of the CSI plugin: a mount of the whole bucket neither lists nor changes them
 BODY: Final = OBJECT_BESIDE.encode()  # shows in a directory the bytes that its marker holds
 
 
@@ -87,6 +88,24 @@ def name_of(segment: str) -> bytes:
     if not legal:
         raise IllegalName("key", repr(segment), "is no legal file name")
     return name
+
+
+def is_record(key: str) -> bool:
+    """Whether `key` is that of the CSI plugin's records, or of something in it."""
+    return key.partition("/")[0] == RECORDS
+
+
+def require_no_record(key: str) -> None:
+    """Before a change of `key`. Raises: ReadOnly."""
+    if is_record(key):
+        raise ReadOnly("change", key, "is a record of the CSI plugin")
+
+
+def changed(parent: str, segment: str) -> ObjectKey:
+    """As `join`, for a name that is to be made or removed. Raises: NameTooLong, ReadOnly."""
+    key = join(parent, segment)
+    require_no_record(key)
+    return key
 
 
 def join(parent: str, segment: str) -> ObjectKey:

@@ -251,7 +251,7 @@ class Names:
 
     def _new_key(self, parent: Node, name: bytes, attrs: Attrs, size: int) -> ObjectKey:
         """Where the quota is used up there are no new files: what would be written to them is refused too late."""
-        key = keys.join(self._inodes.key(parent), keys.new_segment(name))
+        key = keys.changed(self._inodes.key(parent), keys.new_segment(name))
         if stat.S_ISDIR(attrs.mode):
             return keys.join(key, "/")
         if self._quotas:
@@ -308,6 +308,7 @@ class Names:
         if self._repeated(act) is not None:
             return
         parent = self._folder(parent_ino)
+        keys.changed(self._inodes.key(parent), keys.segment_of(name))
         node = self._meant(await self._namespace.child(parent, name))
         if node.is_dir:
             raise IsADirectory("unlink", self._inodes.path(node))
@@ -318,6 +319,7 @@ class Names:
         if self._repeated(act) is not None:
             return
         parent = self._folder(parent_ino)
+        keys.changed(self._inodes.key(parent), keys.segment_of(name))
         node = self._meant(await self._namespace.child(parent, name))
         if not node.is_dir:
             raise NotADirectory("rmdir", self._inodes.path(node))
@@ -354,6 +356,7 @@ class Names:
         if self._repeated(act) is not None:
             return
         source_dir, target_dir = self._folder(parent_ino), self._folder(to_ino)
+        keys.changed(self._inodes.key(source_dir), keys.segment_of(name))
         with self._namespace.loading() as load:
             for look in range(LOOKS_MAX):
                 source = self._meant(await self._namespace.child(source_dir, name))
@@ -390,7 +393,7 @@ class Names:
         self, claims: Claims, source: Node, source_dir: Node, name: bytes, target_dir: Node, to_name: bytes
     ) -> ObjectInfo:
         """Put the new name into the store. Nothing is awaited after the last look. Raises: Exists, NotFound."""
-        key = keys.join(self._inodes.key(target_dir), keys.new_segment(to_name))
+        key = keys.changed(self._inodes.key(target_dir), keys.new_segment(to_name))
         info = await claims.claim(keys.join(key, "/" * source.is_dir), b"", to_metadata(source.attrs))
         seen = claims.taken(target_dir, to_name, info)
         if not self._still(source_dir, name, source):
@@ -439,7 +442,7 @@ class Names:
         moved = [source, *self._inodes.descendants(source)]
         self._writable.require_room(len(moved) * ROWS_BYTES)
         old = [self._inodes.key(node) for node in moved]
-        new_prefix = keys.join(self._inodes.key(target_dir), keys.new_segment(to_name))
+        new_prefix = keys.changed(self._inodes.key(target_dir), keys.new_segment(to_name))
         longest = max(len(key.encode()) for key in old) - len(old[0].encode()) + len(new_prefix.encode()) + 1
         if longest > KEY_BYTES_MAX:
             raise NameTooLong("rename", self._inodes.path(source), f"a key would have over {KEY_BYTES_MAX} bytes")

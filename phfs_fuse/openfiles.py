@@ -88,6 +88,7 @@ class OpenFiles:
             raise StaleVersion("open", self._inodes.path(node))
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._writable.require()
+            self._inodes.require_no_record(node)
             self._require_attrs(node, anew=bool(flags & os.O_TRUNC))
         if flags & os.O_TRUNC and node.size:
             self._changes.stage(node).truncate(0)

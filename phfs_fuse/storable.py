@@ -24,7 +24,7 @@ class Storable:
     async def refusal(self, parent: Node, name: bytes, *, is_dir: bool) -> PhfsError | None:
         """The reason why nothing new can have `name` in `parent`. None: the store takes it."""
         try:
-            key = keys.join(self._inodes.key(parent), keys.new_segment(name))
+            key = keys.changed(self._inodes.key(parent), keys.new_segment(name))
             await self._store.require_key(keys.join(key, "/" * is_dir))
         except (IllegalName, NameTooLong) as exc:
             return exc

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,8 @@ from phfs_fuse.entry import guarded, program
 from phfs_fuse.errors import ConfigError, LocalStateError, StartupError
 
 if TYPE_CHECKING:  # gRPC is loaded by the roles that need it, the holder stays small
-    from phfs_csi.server import Node
+    from phfs_csi.idkeys import IdKeysFile
+    from phfs_csi.server import AddService, Node
 
 log = logging.getLogger(__name__)
 app = program("phfs-csi", "CSI plugin of phfs: mounts prefixes of a bucket into pods.")
@@ -76,6 +77,14 @@ SecretsDir = Annotated[
         "secrets-dir", "Directory with a secret, a file per key, for volumes that bring none; never for inline ones."
     ),
 ]
+IdKeysPath = Annotated[
+    str,
+    _option(
+        "id-keys",
+        "File with the keys that sign the ids of provisioned volumes, one a line: the first signs, all are accepted. "
+        "Empty: nothing of a volume is ever deleted.",
+    ),
+]
 MetricsAddress = Annotated[str, _option("metrics-address", "HOST:PORT of /metrics, /healthz, /readyz; empty: none.")]
 PodUid = Annotated[str, typer.Option("--pod-uid", envvar="POD_UID", help="Of the plugin's pod.")]
 LogLevel = Annotated[str, _option("log-level", "debug, info, warning or error.")]
@@ -124,6 +133,7 @@ def node(
     controller: Annotated[
         bool, typer.Option("--controller", envvar="PHFS_CSI_CONTROLLER", help="Serve the Controller service too.")
     ] = False,
+    id_keys: IdKeysPath = "",
 ) -> None:
     """Serve a node: Identity and Node, and register with the kubelet."""
     _set_up_logs(log_level, log_format)
@@ -151,7 +161,11 @@ def node(
         registration_dir=registration_dir if register else "",
         kubelet_path=kubelet_registration_path or str(default_path),
     )
-    _serve(outer, _open_node(config, secrets_dir), controller=controller, secrets_dir=secrets_dir)
+    from phfs_csi.idkeys import IdKeysFile
+
+    keys = IdKeysFile(Path(id_keys)) if id_keys else IdKeysFile(config.state_dir / "id-keys", make=True)
+    service = _controller_service(secrets_dir, keys) if controller else None
+    _serve(outer, _open_node(config, secrets_dir), service)
 
 
 @app.command("controller")
@@ -159,6 +173,7 @@ def controller(
     endpoint: Endpoint = ENDPOINT,
     driver_name: DriverName = DRIVER_NAME,
     secrets_dir: SecretsDir = "",
+    id_keys: IdKeysPath = "",
     metrics_address: MetricsAddress = "",
     log_level: LogLevel = "info",
     log_format: LogFormat = "text",
@@ -166,7 +181,10 @@ def controller(
     """Serve dynamic provisioning: Identity and Controller, beside the stock provisioner and resizer."""
     _set_up_logs(log_level, log_format)
     outer = Outer(endpoint=endpoint, driver_name=_driver(driver_name), metrics_address=metrics_address)
-    _serve(outer, None, controller=True, secrets_dir=secrets_dir)
+    from phfs_csi.idkeys import IdKeysFile
+
+    keys = IdKeysFile(Path(id_keys) if id_keys else None)
+    _serve(outer, None, _controller_service(secrets_dir, keys))
 
 
 @app.command("hold")
@@ -214,7 +232,7 @@ def _open_node(config: NodeConfig, secrets_dir: str) -> Node:
     return open_node(config, requests)
 
 
-def _serve(outer: Outer, node: Node | None, *, controller: bool, secrets_dir: str) -> None:
+def _serve(outer: Outer, node: Node | None, controller: AddService | None = None) -> None:
     """Serve until SIGTERM or SIGINT."""
     from phfs_csi import identity, metrics, server
     from phfs_csi.proto import csi_pb2_grpc
@@ -230,13 +248,13 @@ def _serve(outer: Outer, node: Node | None, *, controller: bool, secrets_dir: st
     def ready() -> str:
         return server.not_ready(node, door, identity.fuse_problem)
 
-    services: list[server.AddService] = []
-    about = identity.IdentityService(outer.driver_name, ready, controller=controller)
+    services: list[AddService] = []
+    about = identity.IdentityService(outer.driver_name, ready, controller=controller is not None)
     services.append(lambda to: csi_pb2_grpc.add_IdentityServicer_to_server(about, to))
     if node is not None:
         services.append(lambda to: csi_pb2_grpc.add_NodeServicer_to_server(node, to))
-    if controller:
-        services.append(_controller_service(secrets_dir))
+    if controller is not None:
+        services.append(controller)
     door = server.PluginServer(_socket_path(outer.endpoint), services, counted, registration)
     ending = _on_signals()
     with ExitStack() as stack:
@@ -252,12 +270,12 @@ def _serve(outer: Outer, node: Node | None, *, controller: bool, secrets_dir: st
         log.info("ending")
 
 
-def _controller_service(secrets_dir: str) -> Callable[[Any], None]:
+def _controller_service(secrets_dir: str, keys: IdKeysFile) -> AddService:
     from phfs_csi.controller import ControllerService
     from phfs_csi.proto import csi_pb2_grpc
     from phfs_csi.secretsdir import SecretsDirectory
 
-    service = ControllerService(SecretsDirectory(secrets_dir).read)
+    service = ControllerService(SecretsDirectory(secrets_dir).read, keys=keys.read)
     return lambda to: csi_pb2_grpc.add_ControllerServicer_to_server(service, to)
 
 

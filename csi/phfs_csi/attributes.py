@@ -17,6 +17,7 @@ from phfs_csi.params import DRAIN_SECONDS, Credentials, VolumeParams
 from phfs_fuse import values
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import UsageError
+from phfs_fuse.keys import is_record
 from phfs_fuse.options import BY_NAME, DEFAULT_BUCKET, DIR, FILE, GROUP_ID, USER
 from phfs_fuse.settings import from_options
 
@@ -148,6 +149,8 @@ def location(attributes: Mapping[str, str]) -> tuple[str, str]:
     elif prefix and not prefix.endswith("/"):
         prefix += "/"
     _valid("bucket", values.bucket, bucket)
+    if is_record(prefix):
+        raise InvalidArgument("volume attribute 'prefix': holds the plugin's own records")
     return bucket, checked_prefix(bucket, prefix)
 
 

@@ -16,7 +16,8 @@ from phfs_csi import catalog
 from phfs_csi.attributes import Given, group_prefix, parse_volume
 from phfs_csi.busy import Busy
 from phfs_csi.catalog import OnDelete, Record
-from phfs_csi.errors import AlreadyExists, InvalidArgument, NotFound, OutOfRange
+from phfs_csi.errors import AlreadyExists, CsiError, InvalidArgument, NotFound, OutOfRange
+from phfs_csi.idkeys import IdKeys
 from phfs_csi.kube import Cluster
 from phfs_csi.params import VolumeParams
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 CALL_SECONDS: Final = 60.0  # where the caller names no deadline
 _MARGIN: Final = 0.9  # of the caller's time, so that our answer is the one that arrives
+RELEASED: Final = "VolumeReleased"  # the reason of an event
 _PROVISIONING: Final = ("prefixTemplate", "groupAnnotation", "onDelete")
 _OF_THE_CLAIM: Final = {  # not for a StorageClass, and what is
     "prefix": "use prefixTemplate",
@@ -56,18 +58,35 @@ class Wish:
         return self.volume.settings.get("create-bucket", "false").lower() in ("true", "yes", "on", "1")
 
 
+Tell = Callable[[str, str], None]
+"""(name of a PersistentVolume, what happened): an event for its user."""
+
+
 def _in_cluster(namespace: str, name: str) -> Mapping[str, str]:
     return Cluster.around().annotations(namespace, name)
 
 
+def _event(volume: str, text: str) -> None:
+    try:
+        Cluster.around().warn_volume(volume, RELEASED, text)
+    except CsiError as exc:
+        log.info("no event for volume %s: %s", volume, exc)
+
+
 class ControllerService(csi_pb2_grpc.ControllerServicer):
-    """`defaults` is the plugin's secret, for classes that name none."""
+    """`defaults` is the plugin's secret, for classes that name none; `keys` sign the ids of volumes."""
 
     def __init__(
-        self, defaults: Callable[[], Mapping[str, str]] = dict, annotations: Annotations = _in_cluster
+        self,
+        defaults: Callable[[], Mapping[str, str]] = dict,
+        annotations: Annotations = _in_cluster,
+        keys: Callable[[], IdKeys] = IdKeys,
+        tell: Tell = _event,
     ) -> None:
         self._defaults = defaults
         self._annotations = annotations
+        self._keys = keys
+        self._tell = tell
         self._busy = Busy()
 
     def CreateVolume(
@@ -77,26 +96,38 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         with self._busy.hold(request.name):
             wish = self._wish(request)
 
-            async def work(store: ObjectStore) -> Record:
+            keys = self._keys()
+
+            async def work(store: ObjectStore) -> tuple[Record, OnDelete]:
                 return await _create(store, wish)
 
-            record = catalog.with_store(wish.id.store, wish.volume.credentials, _seconds(context), work)
-        return csi_pb2.CreateVolumeResponse(volume=_volume(wish.id, record))
+            record, policy = catalog.with_store(wish.id.store, wish.volume.credentials, _seconds(context), work)
+            volume_id = keys.signed(wish.id, record.prefix, policy.value)
+            if policy is OnDelete.DELETE and not volume_id.mac:
+                log.warning(
+                    "volume %s: there is no key for its id (--id-keys): nothing of it will be deleted", wish.id
+                )
+        return csi_pb2.CreateVolumeResponse(volume=_volume(volume_id, record))
 
     def DeleteVolume(
         self, request: csi_pb2.DeleteVolumeRequest, context: grpc.ServicerContext
     ) -> csi_pb2.DeleteVolumeResponse:
-        """A volume that is not there is deleted. Data goes only where the record of the volume says so."""
+        """A volume that is not there is deleted. Data goes only where the record of the volume says so, and the id by
+        its MAC the same; else the volume is released, and all that belongs to it stays."""
         text = volume_id_of(request)
         if (found := _known(text)) is None:
             log.info("nothing to delete, not a volume of this plugin: %s", ascii(text))
             return csi_pb2.DeleteVolumeResponse()
         with self._busy.hold(found.name):
+            keys = self._keys()
 
-            async def work(store: ObjectStore) -> None:
-                await _delete(store, found)
+            async def work(store: ObjectStore) -> str:
+                return await _delete(store, found, keys)
 
-            self._with_store(found, request.secrets, context, work)
+            if kept := self._with_store(found, request.secrets, context, work):
+                text = f"released, and nothing of it is deleted: {kept}"
+                log.warning("volume %s: %s", found, text)
+                self._tell(found.name, text)
         return csi_pb2.DeleteVolumeResponse()
 
     def ValidateVolumeCapabilities(
@@ -270,7 +301,8 @@ def _volume(volume_id: VolumeId, record: Record) -> csi_pb2.Volume:
 # --- the work on one volume
 
 
-async def _create(store: ObjectStore, wish: Wish) -> Record:
+async def _create(store: ObjectStore, wish: Wish) -> tuple[Record, OnDelete]:
+    """The record, and what is to become of the objects: of those that are not the volume's own nothing."""
     want = wish.record
     await store.check_bucket(create=wish.creates_bucket)
     if (found := await catalog.find(store, wish.id.bucket, want.name)) is None:
@@ -281,29 +313,39 @@ async def _create(store: ObjectStore, wish: Wish) -> Record:
             found = await _found(store, wish.id)
         else:
             log.info("volume %s: made at s3://%s/%s", wish.id, wish.id.bucket, want.prefix)
-            return record
-    record = found[0]
+            return record, _policy(record)
+    record = replace(found[0], had_objects=found[0].had_objects or await catalog.has_objects(store, want.prefix))
     if (record.prefix, record.on_delete, record.context) != (want.prefix, want.on_delete, want.context):
         raise AlreadyExists("name: there is a volume of that name with other parameters")
     if record.quota_bytes < want.quota_bytes or 0 < wish.limit_bytes < record.quota_bytes:
         raise AlreadyExists(f"name: there is a volume of that name with {record.quota_bytes} bytes")
-    return record
+    return record, _policy(record)
 
 
-async def _delete(store: ObjectStore, volume_id: VolumeId) -> None:
+def _policy(record: Record) -> OnDelete:
+    return OnDelete.RETAIN if record.had_objects else record.on_delete
+
+
+async def _delete(store: ObjectStore, volume_id: VolumeId, keys: IdKeys) -> str:
+    """Why the volume is only released, with all that belongs to it; "": it is deleted, as its policy is."""
     try:
         found = await catalog.find(store, volume_id.bucket, volume_id.name)
     except BucketNotFound:
-        return
+        return ""
     if found is None:
-        return
+        return ""
     record = found[0]
+    if not volume_id.mac:
+        return "its id has no MAC: it was made by an older version, or without a key for ids"
+    if not keys.has_signed(volume_id, record.prefix, _policy(record).value):
+        return "its record in the bucket, or the key for ids, is another one than when it was made"
     if reason := await _reason_to_retain(store, volume_id.bucket, record):
         log.info("volume %s: s3://%s/%s is left as it is: %s", volume_id, volume_id.bucket, record.prefix, reason)
     else:
         count = await catalog.delete_tree(store, record.prefix)
         log.info("volume %s: deleted %d objects below %s", volume_id, count, record.prefix)
     await catalog.remove(store, volume_id.name)
+    return ""
 
 
 async def _reason_to_retain(store: ObjectStore, bucket: str, record: Record) -> str:

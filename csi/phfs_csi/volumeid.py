@@ -1,11 +1,12 @@
-"""Ids of provisioned volumes: `phfs://BUCKET/NAME?endpoint=URL&region=NAME`. Pure.
+"""Ids of provisioned volumes: `phfs://BUCKET/NAME?endpoint=URL&region=NAME&mac=HEX`. Pure.
 
-An id says where the record of the volume is and nothing else: all that a call may do to a volume is read from that
-record, so that an id that somebody made up names no data.
+An id says where the record of the volume is, and by its MAC what that record has to say before anything is deleted
+(`phfs_csi.idkeys`), so that neither an id nor a record that somebody made up names data.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +18,8 @@ from phfs_fuse.config import StoreConfig
 
 SCHEME: Final = "phfs"
 NAME_BYTES_MAX: Final = 256
-_KEYS: Final = ("endpoint", "region", "pathStyle")
+_KEYS: Final = ("endpoint", "region", "pathStyle", "mac")
+_MAC: Final = re.compile("[0-9a-f]{64}|")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +29,10 @@ class VolumeId:
     endpoint: str = ""  # "": AWS, or that of the environment
     region: str = ""
     path_style: str = ""
+    mac: str = ""  # "": of an older version, or without a key
 
     def __str__(self) -> str:
-        given = {"endpoint": self.endpoint, "region": self.region, "pathStyle": self.path_style}
+        given = {"endpoint": self.endpoint, "region": self.region, "pathStyle": self.path_style, "mac": self.mac}
         query = urlencode({key: text for key, text in given.items() if text}, safe=":/")
         return f"{SCHEME}://{self.bucket}/{quote(self.name, safe='')}" + (f"?{query}" if query else "")
 
@@ -60,7 +63,7 @@ def parse_volume_id(text: str) -> VolumeId | None:
             raise ValueError
         if found.path_style:
             values.boolean(found.path_style)
-        if str(found) != text or not 0 < len(found.name.encode()) <= NAME_BYTES_MAX:
+        if str(found) != text or not _MAC.fullmatch(found.mac) or not 0 < len(found.name.encode()) <= NAME_BYTES_MAX:
             raise ValueError
     except ValueError:
         raise InvalidArgument("volume_id: not one that this plugin has made") from None
@@ -78,4 +81,5 @@ def _parsed(text: str) -> VolumeId:
         endpoint=query.get("endpoint", ""),
         region=query.get("region", ""),
         path_style=query.get("pathStyle", ""),
+        mac=query.get("mac", ""),
     )

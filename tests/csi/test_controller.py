@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import boto3
@@ -16,6 +17,7 @@ from phfs_csi import catalog
 from phfs_csi.catalog import quota_now
 from phfs_csi.controller import ControllerService
 from phfs_csi.errors import Aborted, AlreadyExists, CsiError, DeadlineExceeded, InvalidArgument, NotFound, OutOfRange
+from phfs_csi.idkeys import IdKeys
 from phfs_csi.params import Credentials, VolumeParams
 from phfs_csi.proto import csi_pb2
 from phfs_csi.volumeid import parse_volume_id
@@ -73,7 +75,18 @@ def s3(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Client]:
 
 @pytest.fixture
 def service(s3: S3Client) -> ControllerService:
-    return ControllerService(annotations=lambda namespace, name: {"primehub.io/group": f"{namespace}_{name}"})
+    return a_service()
+
+
+KEYS = "1" * 32, "2" * 32
+
+
+def a_service(keys: Sequence[str] = KEYS, told: list[tuple[str, str]] | None = None) -> ControllerService:
+    return ControllerService(
+        annotations=lambda namespace, name: {"primehub.io/group": f"{namespace}_{name}"},
+        keys=lambda: IdKeys(keys),
+        tell=lambda volume, text: None if told is None else told.append((volume, text)),
+    )
 
 
 @pytest.fixture
@@ -114,7 +127,9 @@ def test_a_claim_becomes_a_prefix_with_a_quota(
     service: ControllerService, parameters: dict[str, str], server: Server
 ) -> None:
     volume = create(service, {**parameters, "prefixTemplate": "groups/${pvc.namespace}/${pvc.name}", "uid": "1000"})
-    assert volume.volume_id == f"phfs://{BUCKET}/pvc-1?endpoint={server.endpoint_url}"
+    assert re.fullmatch(
+        re.escape(f"phfs://{BUCKET}/pvc-1?endpoint={server.endpoint_url}&mac=") + "[0-9a-f]{64}", volume.volume_id
+    )
     assert volume.capacity_bytes == GIB
     assert volume.volume_context == {
         "bucket": BUCKET,
@@ -300,6 +315,83 @@ def test_records_that_somebody_wrote_into_the_bucket_delete_nothing(
     with pytest.raises(CsiError, match="record"):
         delete(service, volume.volume_id)
     assert keys(s3) == [key, "groups/b"]
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"prefix": "groups/victim/"},
+        {"prefix": "groups/victim/", "on_delete": "delete"},
+        {"prefix": "groups/victim/", "on_delete": "delete", "had_objects": False},
+        {"on_delete": "delete"},
+        {"prefix": "volumes/"},
+    ],
+)
+@pytest.mark.parametrize("policy", ["retain", "delete"])
+def test_a_record_that_a_user_changed_directs_no_deletion(
+    service: ControllerService, s3: S3Client, parameters: dict[str, str], forged: dict[str, Any], policy: str
+) -> None:
+    told: list[tuple[str, str]] = []
+    volume = create(service, {**parameters, "onDelete": policy})
+    key = ".phfs/volumes/pvc-1.json"
+    record = json.loads(s3.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    before = (record["prefix"], record["on_delete"])
+    record |= forged
+    s3.put_object(Bucket=BUCKET, Key=key, Body=json.dumps(record).encode())
+    put(s3, "groups/victim/a", "volumes/other/b")
+    delete(a_service(told=told), volume.volume_id)
+    assert {"groups/victim/a", "volumes/other/b"} <= set(keys(s3))
+    assert [name for name, _ in told] == ["pvc-1"] * ((record["prefix"], record["on_delete"]) != before)
+
+
+def test_what_was_there_when_the_record_says_otherwise_stays(
+    service: ControllerService, s3: S3Client, parameters: dict[str, str]
+) -> None:
+    """Also by the second of two calls that make the volume, when the record was changed between them."""
+    wanted = {**parameters, "onDelete": "delete", "prefixTemplate": "groups/victim"}
+    put(s3, "groups/victim/a")
+    create(service, wanted)
+    key = ".phfs/volumes/pvc-1.json"
+    record = json.loads(s3.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    s3.put_object(Bucket=BUCKET, Key=key, Body=json.dumps({**record, "had_objects": False}).encode())
+    delete(service, create(service, wanted).volume_id)
+    assert "groups/victim/a" in keys(s3)
+
+
+def test_an_id_without_a_mac_is_released_with_an_event(
+    service: ControllerService, s3: S3Client, parameters: dict[str, str]
+) -> None:
+    told: list[tuple[str, str]] = []
+    volume = create(a_service(keys=()), {**parameters, "onDelete": "delete"})
+    assert "mac" not in volume.volume_id
+    put(s3, "volumes/pvc-1/a")
+    delete(a_service(told=told), volume.volume_id)
+    assert keys(s3) == [".phfs/volumes/pvc-1.json", "volumes/pvc-1/a"]
+    ((name, text),) = told
+    assert (name, "no MAC" in text) == ("pvc-1", True)
+
+
+def test_a_mac_of_another_volume_or_key_deletes_nothing(
+    service: ControllerService, s3: S3Client, parameters: dict[str, str]
+) -> None:
+    wanted = {**parameters, "onDelete": "delete"}
+    one = create(service, wanted)
+    other = create(service, {**wanted, "csi.storage.k8s.io/pv/name": "pvc-2"}, "pvc-2")
+    put(s3, "volumes/pvc-1/a", "volumes/pvc-2/a")
+    mac = one.volume_id.rpartition("=")[2]
+    delete(service, other.volume_id.rpartition("=")[0] + "=" + mac)
+    delete(a_service(keys=["3" * 32]), one.volume_id)
+    assert {"volumes/pvc-1/a", "volumes/pvc-2/a"} <= set(keys(s3))
+
+
+def test_keys_rotate(service: ControllerService, s3: S3Client, parameters: dict[str, str]) -> None:
+    volume = create(service, {**parameters, "onDelete": "delete"})
+    new = "9" * 32
+    rotated = create(a_service([new, *KEYS]), {**parameters, "onDelete": "delete"}).volume_id
+    assert rotated != volume.volume_id  # the first key signs
+    put(s3, "volumes/pvc-1/a")
+    delete(a_service([new, *KEYS]), volume.volume_id)
+    assert "volumes/pvc-1/a" not in keys(s3)
 
 
 def expand(

@@ -38,6 +38,7 @@ admission
 sockets metrics
 requests
 busy catalog
+idkeys
 template volumeid kube secretsdir
 attributes
 rclone

@@ -142,6 +142,7 @@ def made(
     exclusive_create: ExclusiveCreate = ExclusiveCreate.LOCAL,
     on_conflict: OnConflict = OnConflict.KEEP_BOTH,
     saved_bytes_max: int | None = None,
+    prefix: str = PREFIX,
 ) -> World:
     config = WritebackConfig(
         directory=directory,
@@ -155,7 +156,7 @@ def made(
     area = StagingArea(directory / "staging", first_id=1, saved_bytes_max=saved_bytes_max)
     blocks = FakeBlocks(store)
     defaults = Defaults(tree)
-    inodes = Inodes(PREFIX, defaults.directory(), now_ns=time.time_ns())
+    inodes = Inodes(prefix, defaults.directory(), now_ns=time.time_ns())
     queue = UploadQueue(config, inodes.key)
     demand = Demand()
     kernel = KernelState(directory / "kernel.log", inodes, journal.reserve.give_up)
