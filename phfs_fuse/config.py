@@ -11,6 +11,8 @@ from phfs_fuse.errors import ConfigError
 from phfs_fuse.types import GIB, KIB, MIB, S3_PART_BYTES_MAX, S3_PART_BYTES_MIN
 
 SLOWEST_BYTES_PER_SECOND = 16 * KIB  # of one request, with all others beside it
+SLOWEST_COPY_BYTES_PER_SECOND = MIB  # of one copy within the store, likewise
+COPY_SECONDS_MAX = 3600.0  # a store that says nothing for so long has lost the request
 
 
 class PosixAttrs(Enum):
@@ -77,6 +79,10 @@ class StoreConfig:
     def total_seconds(self, moved_bytes: int) -> float:
         """Deadline of one request, its answer included, however often a byte comes."""
         return 2 * self.read_seconds + moved_bytes / SLOWEST_BYTES_PER_SECOND
+
+    def silent_seconds(self, copied_bytes: int = 0) -> float:
+        """Longest time without a byte in an answer. A store may say nothing while it copies within itself."""
+        return self.read_seconds + min(copied_bytes / SLOWEST_COPY_BYTES_PER_SECOND, COPY_SECONDS_MAX)
 
     @property
     def endpoint_text(self) -> str:

@@ -109,6 +109,7 @@ class Limits:
 class Part:
     part_no: int  # from 1
     etag: ETag
+    length: int = 0  # in bytes; how long the store may take to put parts together follows from it
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from phfs_fuse.store.headers import (
     tag_header,
     whole_seconds,
 )
-from phfs_fuse.store.session import DEFAULT_REGION, HEADERS, PAGE, Clients, translated
+from phfs_fuse.store.session import DEFAULT_REGION, HEADERS, PAGE, SILENCE, Clients, translated
 from phfs_fuse.store.transfer import FileBody, Receiver, body_length
 from phfs_fuse.types import MIB, ETag, ObjectKey
 
@@ -224,6 +224,7 @@ class BotoCalls:
                 CopySource={"Bucket": self._bucket, "Key": source},
                 **_source_condition(source_etag),
                 **_sent("copy", key, headers),
+                **self._patience(size),
             ),
             self._control,
         )
@@ -285,7 +286,7 @@ class BotoCalls:
             ),
             self._writes,
         )
-        return Part(part_no, etag_of(answer.get("ETag"), "upload part", key))
+        return Part(part_no, etag_of(answer.get("ETag"), "upload part", key), body_length(body))
 
     async def upload_part_copy(
         self,
@@ -309,10 +310,12 @@ class BotoCalls:
                 CopySource={"Bucket": self._bucket, "Key": source},
                 CopySourceRange=f"bytes={start}-{end - 1}",
                 **_source_condition(source_etag),
+                **self._patience(end - start),
             ),
             self._control,
         )
-        return Part(part_no, etag_of(answer.get("CopyPartResult", {}).get("ETag"), "copy part", key))
+        etag = etag_of(answer.get("CopyPartResult", {}).get("ETag"), "copy part", key)
+        return Part(part_no, etag, end - start)
 
     async def complete_multipart(
         self, key: ObjectKey, upload_id: str, parts: Sequence[Part], expect: Expect | None
@@ -328,6 +331,7 @@ class BotoCalls:
                 UploadId=upload_id,
                 MultipartUpload={"Parts": listed},
                 **_condition(expect),
+                **self._patience(sum(part.length for part in parts)),
             ),
             self._control,
         )
@@ -379,6 +383,10 @@ class BotoCalls:
         pages = s3.get_paginator("list_parts").paginate(Bucket=self._bucket, Key=key, UploadId=upload_id)
         parts = (part for page in pages for part in page.get("Parts", ()))
         return max((whole_seconds(part["LastModified"]) for part in parts), default=None)
+
+    def _patience(self, copied_bytes: int) -> dict[str, Any]:
+        """For a call by boto3 that has the store copy so much before it answers."""
+        return {SILENCE: self.config.silent_seconds(copied_bytes)}
 
     async def _run(
         self,

@@ -13,12 +13,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote, urlencode, urlsplit
-from xml.etree import ElementTree
 
 import trio
 from awscrt.auth import AwsCredentialsProvider, AwsSignedBodyValue
@@ -31,6 +30,7 @@ from phfs_fuse.store.answers import error_code, error_of, reading
 from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Properties
 from phfs_fuse.store.calls import BotoCalls, StoreClock
 from phfs_fuse.store.crt_http import Consumer, Endpoint, HttpClient, Unreadable, build_request, sign, told
+from phfs_fuse.store.documents import list_of_parts, told_etag, told_upload_id
 from phfs_fuse.store.headers import (
     copy_headers,
     etag_of,
@@ -101,11 +101,14 @@ class _Signed:
         payload_hash: str = NO_BODY,
         consumer: Consumer | None = None,
         moved_bytes: int = 0,
+        copied_bytes: int = 0,
     ) -> Mapping[str, str]:
         """A request about an object. Returns the headers of a good answer, names in lower case. `moved_bytes`: in the
-        answer, or in the store. Raises: what the answer means otherwise."""
+        answer; `copied_bytes`: within the store. Raises: what the answer means otherwise."""
         path = self._endpoint.path + quote(key, safe=_UNRESERVED)
-        return await self._send(op, key, method, path, headers, query, body, payload_hash, consumer, moved_bytes)
+        return await self._send(
+            op, key, method, path, headers, query, body, payload_hash, consumer, moved_bytes, copied_bytes
+        )
 
     async def ask_bucket(
         self, op: str, subject: str, query: Mapping[str, str], consumer: Consumer
@@ -126,6 +129,7 @@ class _Signed:
         payload_hash: str,
         consumer: Consumer | None,
         moved_bytes: int = 0,
+        copied_bytes: int = 0,
     ) -> Mapping[str, str]:
         target = f"{path}?{urlencode(query, quote_via=quote)}" if query else path
         provider = await self._credentials.provider()
@@ -133,7 +137,10 @@ class _Signed:
             request = build_request(method, self._endpoint, target, headers, body)
             await sign(request, provider, self._endpoint.region, payload_hash)
         metrics.STORE_REQUESTS.add(1, op)
-        exchange = await self._http.send(op, subject, request, consumer, moved_bytes=moved_bytes + len(body or b""))
+        moved_bytes += len(body or b"")
+        exchange = await self._http.send(
+            op, subject, request, consumer, moved_bytes=moved_bytes, copied_bytes=copied_bytes
+        )
         self._clock.heard(exchange.headers)
         if not exchange.is_good:
             raise error_of(op, subject, error_code(exchange.error_body), exchange.status)
@@ -232,14 +239,11 @@ class CrtCalls(BotoCalls):
     ) -> ObjectInfo:
         if (crt := await self._signed()) is None:
             return await super().copy(source, source_etag, key, size, metadata, properties)
-        headers = copy_headers(key, metadata, properties)
-        headers["x-amz-copy-source"] = f"/{self.config.bucket}/{quote(source, safe=_UNRESERVED)}"
-        if source_etag is not None:
-            headers["x-amz-copy-source-if-match"] = quoted(source_etag)
+        headers = copy_headers(key, metadata, properties) | self._source(source, source_etag)
         answer = _Whole()
         async with self._control:
-            found = await crt.send("copy", "PUT", key, headers, consumer=answer, moved_bytes=size)
-        return stored_info(key, size, metadata, {**found, "etag": _copied_etag(key, bytes(answer.body))})
+            found = await crt.send("copy", "PUT", key, headers, consumer=answer, copied_bytes=size)
+        return stored_info(key, size, metadata, {**found, "etag": told_etag("copy", key, bytes(answer.body))})
 
     async def delete(self, key: ObjectKey, expect: Expect | None) -> None:
         if expect is not None or (crt := await self._signed()) is None:
@@ -259,9 +263,7 @@ class CrtCalls(BotoCalls):
         big = body_length(body) >= SMALL_BYTES_MAX and all(map(str.isascii, headers.values()))
         if big or (crt := await self._signed()) is None:
             return await super().put(key, body, metadata, expect, properties)
-        if expect is not None:
-            name, value = ("If-None-Match", "*") if expect.etag is None else ("If-Match", quoted(expect.etag))
-            headers[name] = value
+        headers |= _condition(expect)
         async with self._writes:
             data, payload_hash = await self._payload(crt, body)
             answer = await crt.send("put", "PUT", key, headers, body=data, payload_hash=payload_hash)
@@ -276,7 +278,7 @@ class CrtCalls(BotoCalls):
         answer = _Whole()
         async with self._control:
             await crt.send("create multipart", "POST", key, headers, query={"uploads": ""}, consumer=answer)
-        return _upload_id(key, bytes(answer.body))
+        return told_upload_id(key, bytes(answer.body))
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
         if body_length(body) >= SMALL_BYTES_MAX or (crt := await self._signed()) is None:
@@ -285,7 +287,53 @@ class CrtCalls(BotoCalls):
         async with self._writes:
             data, payload_hash = await self._payload(crt, body)
             answer = await crt.send("upload part", "PUT", key, {}, query=query, body=data, payload_hash=payload_hash)
-        return Part(part_no, etag_of(answer.get("etag"), "upload part", key))
+        return Part(part_no, etag_of(answer.get("etag"), "upload part", key), len(data))
+
+    async def upload_part_copy(
+        self,
+        key: ObjectKey,
+        upload_id: str,
+        part_no: int,
+        source: ObjectKey,
+        source_etag: ETag | None,
+        start: int,
+        end: int,
+    ) -> Part:
+        if (crt := await self._signed()) is None:
+            return await super().upload_part_copy(key, upload_id, part_no, source, source_etag, start, end)
+        headers = self._source(source, source_etag) | {"x-amz-copy-source-range": f"bytes={start}-{end - 1}"}
+        query = {"partNumber": str(part_no), "uploadId": upload_id}
+        answer = _Whole()
+        async with self._control:
+            await crt.send("copy part", "PUT", key, headers, query=query, consumer=answer, copied_bytes=end - start)
+        etag = told_etag("copy part", key, bytes(answer.body))
+        return Part(part_no, etag_of(etag, "copy part", key), end - start)
+
+    async def complete_multipart(
+        self, key: ObjectKey, upload_id: str, parts: Sequence[Part], expect: Expect | None
+    ) -> ETag:
+        if (crt := await self._signed()) is None:
+            return await super().complete_multipart(key, upload_id, parts, expect)
+        body, answer = list_of_parts(parts), _Whole()
+        async with self._control:
+            await crt.send(
+                "complete multipart",
+                "POST",
+                key,
+                _condition(expect),
+                query={"uploadId": upload_id},
+                body=body,
+                payload_hash=crt.payload_hash(body),
+                consumer=answer,
+                copied_bytes=sum(part.length for part in parts),
+            )
+        etag = told_etag("complete multipart", key, bytes(answer.body))
+        return etag_of(etag, "complete multipart", key)
+
+    def _source(self, source: ObjectKey, etag: ETag | None) -> dict[str, str]:
+        """Headers that name the source of a copy, and its version."""
+        headers = {"x-amz-copy-source": f"/{self.config.bucket}/{quote(source, safe=_UNRESERVED)}"}
+        return headers if etag is None else headers | {"x-amz-copy-source-if-match": quoted(etag)}
 
     async def _payload(self, crt: _Signed, body: Body) -> tuple[bytes, str]:
         """The bytes to send and their hash for the signature."""
@@ -321,6 +369,12 @@ class CrtStore(S3Store):
         super().__init__(config, CrtCalls(config), owner, notes)
 
 
+def _condition(expect: Expect | None) -> dict[str, str]:
+    if expect is None:
+        return {}
+    return {"If-None-Match": "*"} if expect.etag is None else {"If-Match": quoted(expect.etag)}
+
+
 def _read_and_hash(crt: _Signed, body: Body) -> tuple[bytes, str]:
     data = read_body(body)
     return data, crt.payload_hash(data)
@@ -344,22 +398,3 @@ def _endpoint(clients: Clients, bucket: str) -> Endpoint | None:
         region=clients.region,
         ca_bundle=clients.authorities,
     )
-
-
-def _copied_etag(key: ObjectKey, body: bytes) -> str:
-    """Raises: what the answer means. A copy that fails after the first byte of the answer is a 200 with an error.
-    Source: S3 API reference, CopyObject."""
-    with reading("copy", key):
-        root = ElementTree.fromstring(body)
-    if root.tag.rpartition("}")[2] == "Error":
-        raise error_of("copy", key, error_code(body), 500)
-    return root.findtext("{*}ETag") or ""
-
-
-def _upload_id(key: ObjectKey, body: bytes) -> str:
-    """Raises: BadAnswer."""
-    with reading("create multipart", key):
-        found = ElementTree.fromstring(body).findtext("{*}UploadId")
-    if not found:
-        raise BadAnswer("create multipart", key, "an answer without UploadId")
-    return found

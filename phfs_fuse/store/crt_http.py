@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 ERROR_BODY_BYTES_MAX: Final = 64 * KIB
 HEADERS_CHARS_MAX: Final = 64 * KIB
 CLOSE_SECONDS: Final = 5.0
+KEEPALIVE_SECONDS: Final = 15
+KEEPALIVE_PROBES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,9 @@ class HttpClient:
         self._bootstrap = ClientBootstrap(group, DefaultHostResolver(group))
         self._socket = SocketOptions()
         self._socket.connect_timeout_ms = int(config.connect_seconds * 1000)
+        self._socket.keep_alive = True  # a store that is gone is found out while it should be copying
+        self._socket.keep_alive_timeout_secs = self._socket.keep_alive_interval_secs = KEEPALIVE_SECONDS
+        self._socket.keep_alive_max_probes = KEEPALIVE_PROBES
         self._tls = _tls_options(endpoint) if endpoint.is_tls else None
 
     async def send(
@@ -173,16 +178,20 @@ class HttpClient:
         consumer: Consumer | None = None,
         *,
         moved_bytes: int = 0,
+        copied_bytes: int = 0,
     ) -> Exchange:
-        """The answer, whole. `moved_bytes` is how much is sent, answered or copied: the deadline follows from it.
+        """The answer, whole. The deadline follows from how much is sent and answered (`moved_bytes`) and how much the
+        store copies before it answers.
         Raises: StoreUnavailable, StoreTimeout, BadAnswer, or what `consumer` raised."""
         connection = await self._connection(op, subject)
         exchange = Exchange(consumer, connection.close)
-        deadline = trio.current_time() + self._config.total_seconds(moved_bytes)
+        deadline = trio.current_time() + self._config.total_seconds(moved_bytes + copied_bytes)
+        silent_seconds = self._config.silent_seconds(copied_bytes)
         try:
             stream = connection.request(request, on_response=exchange.on_response, on_body=exchange.on_body)
             stream.activate()
-            await self._completion(op, subject, stream.completion_future, exchange, connection, deadline)
+            future = stream.completion_future
+            await self._completion(op, subject, future, exchange, connection, deadline, silent_seconds)
         except PhfsError:
             raise
         except Exception as exc:
@@ -237,17 +246,18 @@ class HttpClient:
         exchange: Exchange,
         connection: HttpClientConnection,
         deadline: float,
+        silent_seconds: float,
     ) -> None:
         """Wait for the end of an exchange; end it when nothing moves, at its deadline, or when cancelled."""
         done = _done(future)
         try:
             while not done.is_set():
                 seen = exchange.progress
-                silent_at = trio.current_time() + self._config.read_seconds
+                silent_at = trio.current_time() + silent_seconds
                 with trio.move_on_at(min(silent_at, deadline)):
                     await done.wait()
                 if not done.is_set() and exchange.progress == seen and trio.current_time() >= silent_at:
-                    raise StoreTimeout(op, subject, f"nothing came for {self._config.read_seconds:g} s")
+                    raise StoreTimeout(op, subject, f"nothing came for {silent_seconds:g} s")
                 if not done.is_set() and trio.current_time() >= deadline:
                     raise StoreTimeout(op, subject, "the answer comes too slowly to end in time")
         finally:

@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 DEFAULT_REGION: Final = "us-east-1"
 PAGE: Final = "PhfsListing"  # name of the parsed page in the answer of list_objects_v2
 HEADERS: Final = "PhfsHeaders"  # parameter of a call by boto3: headers to be sent as they are
+SILENCE: Final = "PhfsSilence"  # likewise: seconds without a byte, in place of the configured ones
 
 _NO_CREDENTIALS: Final = "no usable credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile"
 _NO_TRUST: Final = "TLS failed; name the authority of the store's certificate with --ca-bundle"
@@ -251,14 +252,16 @@ def _client(maker: boto3.session.Session, config: StoreConfig, style: str) -> S3
     client = maker.client("s3", region_name=region, endpoint_url=config.endpoint_url, config=settings)
     client.meta.events.register("before-parse.s3.ListObjectsV2", _parse_listing)
     client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
-    client.meta.events.register("provide-client-params.s3", _take_headers)
+    client.meta.events.register("provide-client-params.s3", _take_own)
     client.meta.events.register("before-call.s3", _send_headers)
     return client
 
 
-def _take_headers(params: dict[str, Any], context: dict[str, Any], **_: object) -> None:
+def _take_own(params: dict[str, Any], context: dict[str, Any], **_: object) -> None:
     """botocore's parameters say less than headers can: what an answer told goes into the request as it was."""
     context[HEADERS] = params.pop(HEADERS, {})
+    if (seconds := params.pop(SILENCE, None)) is not None:
+        context["read_timeout"] = seconds  # before botocore 1.44 without effect
 
 
 def _send_headers(params: dict[str, Any], context: dict[str, Any], **_: object) -> None:

@@ -449,7 +449,7 @@ class FakeStore:
     def _store_part(self, op: str, key: ObjectKey, upload_id: str, part_no: int, data: bytes) -> Part:
         upload = self._upload(op, key, upload_id)
         upload.parts[part_no], upload.touched_ns = data, self._clock()
-        return Part(part_no, md5_etag(data))
+        return Part(part_no, md5_etag(data), len(data))
 
     def _uploaded(self, key: ObjectKey, upload: OpenUpload, part: Part) -> bytes:
         data = upload.parts.get(part.part_no)

@@ -87,7 +87,7 @@ store.trials
 store.calls store.crt_http store.events
 store.access store.paging
 store.session store.transfer store.conditions store.diagnosis store.limits
-store.listing store.retry tasks
+store.documents store.listing store.retry tasks
 store.headers store.answers
 store.base
 attrs dirty
