@@ -7,7 +7,6 @@ goes on until its thread ends.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -22,9 +21,10 @@ from phfs_fuse.errors import InvalidArgument, PhfsError, StoreTimeout
 from phfs_fuse.store.access import Access
 from phfs_fuse.store.answers import NO_SUCH_KEY, error_of, reading
 from phfs_fuse.store.base import Body, Expect, FileRange, Listing, ObjectInfo, Part, Properties, Upload
+from phfs_fuse.store.checksums import Algorithm, Checksums, check_stored, checksum_headers
+from phfs_fuse.store.clock import StoreClock
 from phfs_fuse.store.headers import (
     copy_headers,
-    date_ns,
     etag_of,
     info_of,
     object_headers,
@@ -53,26 +53,6 @@ def answer_headers(answer: Mapping[str, Any]) -> Mapping[str, str]:
     return headers
 
 
-class StoreClock:
-    """The store's time, by the `Date` of its answers. Owns its distance from the time since this machine started."""
-
-    def __init__(self) -> None:
-        self._date = ""
-        self._ahead_ns: int | None = None
-
-    def heard(self, headers: Mapping[str, str]) -> None:
-        """Headers of an answer that has just come; names in lower case."""
-        date = headers.get("date", "")
-        if date != self._date:
-            self._date = date
-            if (at_ns := date_ns(date)) is not None:
-                self._ahead_ns = at_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-
-    def now_ns(self) -> int | None:
-        """Late by the second that a `Date` leaves out, and by the way of its answer. None: nothing was heard."""
-        return None if self._ahead_ns is None else self._ahead_ns + time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-
-
 class BotoCalls:
     """Opened by its first call."""
 
@@ -84,6 +64,7 @@ class BotoCalls:
         self._writes = trio.CapacityLimiter(config.writes_max)
         self._control = trio.CapacityLimiter(CONTROL_MAX)
         self.clock = StoreClock()
+        self._checksums = Checksums()
 
     async def clients(self) -> Clients:
         return await self.access.clients()
@@ -187,20 +168,21 @@ class BotoCalls:
         """`expect` is sent as a condition and nothing else is done about it."""
         headers = object_headers(key, metadata, properties) | tag_header(properties)
         s3 = (await self.clients()).plain
-        answer = await self._run(
-            "put",
-            key,
-            lambda: s3.put_object(
+
+        def put(algorithm: Algorithm | None) -> Mapping[str, str]:
+            answer = s3.put_object(
                 Bucket=self._bucket,
                 Key=key,
                 Body=_payload(body),
                 ContentLength=body_length(body),
                 **_condition(expect),
-                **_sent("put", key, headers),
-            ),
-            self._writes,
-        )
-        return stored_info(key, body_length(body), metadata, answer_headers(answer))
+                **_sent("put", key, headers | checksum_headers(algorithm, body)),
+            )
+            check_stored("put", key, body, answer_headers(answer))
+            return answer_headers(answer)
+
+        answer = await self._storing("put", key, put)
+        return stored_info(key, body_length(body), metadata, answer)
 
     async def copy(
         self,
@@ -273,20 +255,22 @@ class BotoCalls:
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part:
         s3 = (await self.clients()).plain
-        answer = await self._run(
-            "upload part",
-            key,
-            lambda: s3.upload_part(
+
+        def upload(algorithm: Algorithm | None) -> Mapping[str, str]:
+            answer = s3.upload_part(
                 Bucket=self._bucket,
                 Key=key,
                 UploadId=upload_id,
                 PartNumber=part_no,
                 Body=_payload(body),
                 ContentLength=body_length(body),
-            ),
-            self._writes,
-        )
-        return Part(part_no, etag_of(answer.get("ETag"), "upload part", key), body_length(body))
+                **_sent("upload part", key, checksum_headers(algorithm, body)),
+            )
+            check_stored("upload part", key, body, answer_headers(answer))
+            return answer_headers(answer)
+
+        answer = await self._storing("upload part", key, upload)
+        return Part(part_no, etag_of(answer.get("etag"), "upload part", key), body_length(body))
 
     async def upload_part_copy(
         self,
@@ -383,6 +367,12 @@ class BotoCalls:
         pages = s3.get_paginator("list_parts").paginate(Bucket=self._bucket, Key=key, UploadId=upload_id)
         parts = (part for page in pages for part in page.get("Parts", ()))
         return max((whole_seconds(part["LastModified"]) for part in parts), default=None)
+
+    async def _storing(self, op: str, key: ObjectKey, call: Callable[[Algorithm | None], T]) -> T:
+        """What `call`, which sends a body, returns on a thread; see `Checksums.sending`."""
+        return await self._checksums.sending(
+            op, lambda algorithm: self._run(op, key, lambda: call(algorithm), self._writes)
+        )
 
     def _patience(self, copied_bytes: int) -> dict[str, Any]:
         """For a call by boto3 that has the store copy so much before it answers."""

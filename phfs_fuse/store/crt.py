@@ -1,5 +1,5 @@
-"""What comes in great numbers, by awscrt: HEAD, listings, copies, deletes, small bodies. Owns the HTTP client and the
-credentials.
+"""Calls that come in great numbers, by awscrt: HEAD, listings, copies, deletes, small bodies. Owns the access to the
+bucket that signs them (`store.signed`).
 
 Measured side by side (MinIO, two shared cores, one process, CPU per request): HEAD 0.13 against 2.1 ms with
 boto3, PUT of 4 KiB 0.27 against 2.1 ms, GET of 4 KiB 0.15 against 2.0 ms, of 1 MiB 1.6 against 2.9 ms, of 8 MiB
@@ -10,26 +10,22 @@ whole parts in memory and knows no cancellation.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
-from urllib.parse import quote, urlencode, urlsplit
+from typing import Final, NamedTuple
+from urllib.parse import quote
 
 import trio
-from awscrt.auth import AwsCredentialsProvider, AwsSignedBodyValue
-from botocore.utils import get_environ_proxies
 
 from phfs_fuse import metrics
 from phfs_fuse.config import StoreConfig
 from phfs_fuse.errors import BadAnswer
-from phfs_fuse.store.answers import error_code, error_of, reading
 from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Properties
-from phfs_fuse.store.calls import BotoCalls, StoreClock
-from phfs_fuse.store.crt_http import Consumer, Endpoint, HttpClient, Unreadable, build_request, sign, told
+from phfs_fuse.store.calls import BotoCalls
+from phfs_fuse.store.checksums import Algorithm, check_stored, checksum_headers
+from phfs_fuse.store.crt_http import Unreadable
 from phfs_fuse.store.documents import list_of_parts, told_etag, told_upload_id
 from phfs_fuse.store.headers import (
     copy_headers,
@@ -42,7 +38,8 @@ from phfs_fuse.store.headers import (
 )
 from phfs_fuse.store.listing import PAGE_BYTES_MAX, parse_listing
 from phfs_fuse.store.s3 import S3Store
-from phfs_fuse.store.session import Clients, translated
+from phfs_fuse.store.session import Clients
+from phfs_fuse.store.signed import UNRESERVED, Signed, endpoint_of
 from phfs_fuse.store.transfer import Receiver, body_length, read_body
 from phfs_fuse.types import KIB, MIB, ETag, ObjectKey
 
@@ -50,110 +47,11 @@ log = logging.getLogger(__name__)
 
 SMALL_BYTES_MAX: Final = 2 * MIB  # measured: from here boto3 needs less CPU
 INLINE_BYTES_MAX: Final = 128 * KIB  # read and hashed in less time than a thread takes to start
-CREDENTIALS_SECONDS: Final = 30.0  # how long they are taken for fresh; botocore renews minutes ahead
-UNSIGNED: Final[str] = AwsSignedBodyValue.UNSIGNED_PAYLOAD
-NO_BODY: Final[str] = AwsSignedBodyValue.EMPTY_SHA256
-_UNRESERVED: Final = "/-_.~"
 _LIST_QUERY: Final = {
     "Delimiter": "delimiter",
     "ContinuationToken": "continuation-token",
     "StartAfter": "start-after",
 }
-
-
-class Credentials:
-    """Those of the boto3 session, in the form that signing takes."""
-
-    def __init__(self, clients: Clients) -> None:
-        self._clients = clients
-        self._provider: AwsCredentialsProvider | None = None
-        self._stale_at = 0.0
-
-    async def provider(self) -> AwsCredentialsProvider:
-        now = time.monotonic()
-        if self._provider is None or now >= self._stale_at:
-            frozen = await trio.to_thread.run_sync(self._clients.credentials)
-            self._provider = AwsCredentialsProvider.new_static(
-                frozen.access_key, frozen.secret_key, frozen.token or None
-            )
-            self._stale_at = now + CREDENTIALS_SECONDS
-        return self._provider
-
-
-class _Signed:
-    """Signed requests to one bucket."""
-
-    def __init__(self, clients: Clients, endpoint: Endpoint, config: StoreConfig, clock: StoreClock) -> None:
-        self.clients, self._clock = clients, clock
-        self._endpoint = endpoint
-        self._credentials = Credentials(clients)
-        self._http = HttpClient(endpoint, config)
-
-    async def send(
-        self,
-        op: str,
-        method: str,
-        key: ObjectKey,
-        headers: Mapping[str, str],
-        *,
-        query: Mapping[str, str] | None = None,
-        body: bytes | None = None,
-        payload_hash: str = NO_BODY,
-        consumer: Consumer | None = None,
-        moved_bytes: int = 0,
-        copied_bytes: int = 0,
-    ) -> Mapping[str, str]:
-        """A request about an object. Returns the headers of a good answer, names in lower case. `moved_bytes`: in the
-        answer; `copied_bytes`: within the store. Raises: what the answer means otherwise."""
-        path = self._endpoint.path + quote(key, safe=_UNRESERVED)
-        return await self._send(
-            op, key, method, path, headers, query, body, payload_hash, consumer, moved_bytes, copied_bytes
-        )
-
-    async def ask_bucket(
-        self, op: str, subject: str, query: Mapping[str, str], consumer: Consumer
-    ) -> Mapping[str, str]:
-        """A GET about the bucket; as `send`."""
-        path = self._endpoint.path.rstrip("/") or "/"
-        return await self._send(op, subject, "GET", path, {}, query, None, NO_BODY, consumer)
-
-    async def _send(
-        self,
-        op: str,
-        subject: str,
-        method: str,
-        path: str,
-        headers: Mapping[str, str],
-        query: Mapping[str, str] | None,
-        body: bytes | None,
-        payload_hash: str,
-        consumer: Consumer | None,
-        moved_bytes: int = 0,
-        copied_bytes: int = 0,
-    ) -> Mapping[str, str]:
-        target = f"{path}?{urlencode(query, quote_via=quote)}" if query else path
-        provider = await self._credentials.provider()
-        with told(op, subject):
-            request = build_request(method, self._endpoint, target, headers, body)
-            await sign(request, provider, self._endpoint.region, payload_hash)
-        metrics.STORE_REQUESTS.add(1, op)
-        moved_bytes += len(body or b"")
-        exchange = await self._http.send(
-            op, subject, request, consumer, moved_bytes=moved_bytes, copied_bytes=copied_bytes
-        )
-        self._clock.heard(exchange.headers)
-        if not exchange.is_good:
-            raise error_of(op, subject, error_code(exchange.error_body), exchange.status)
-        return exchange.headers
-
-    def payload_hash(self, body: bytes) -> str:
-        """Over TLS the channel protects the body; else the signature has to cover it."""
-        if self._endpoint.is_tls:
-            return UNSIGNED
-        return hashlib.sha256(body).hexdigest()
-
-    async def aclose(self) -> None:
-        await self._http.aclose()
 
 
 class _Whole:
@@ -172,13 +70,21 @@ class _Whole:
         return True
 
 
+class _Payload(NamedTuple):
+    """The bytes to send, their hash for the signature, and the checksum that the store wants."""
+
+    data: bytes
+    payload_hash: str
+    checksum: Mapping[str, str]
+
+
 class CrtCalls(BotoCalls):
     """As `BotoCalls`, with the many requests by awscrt."""
 
     def __init__(self, config: StoreConfig) -> None:
         super().__init__(config)
         self._crt_lock = trio.Lock()
-        self._crt: _Signed | None = None
+        self._crt: Signed | None = None
         self._boto_only: Clients | None = None  # cannot be used by awscrt
 
     async def aclose(self) -> None:
@@ -263,11 +169,8 @@ class CrtCalls(BotoCalls):
         big = body_length(body) >= SMALL_BYTES_MAX and all(map(str.isascii, headers.values()))
         if big or (crt := await self._signed()) is None:
             return await super().put(key, body, metadata, expect, properties)
-        headers |= _condition(expect)
-        async with self._writes:
-            data, payload_hash = await self._payload(crt, body)
-            answer = await crt.send("put", "PUT", key, headers, body=data, payload_hash=payload_hash)
-        return stored_info(key, len(data), metadata, answer)
+        answer = await self._storing_crt(crt, "put", key, headers | _condition(expect), None, body)
+        return stored_info(key, body_length(body), metadata, answer)
 
     async def create_multipart(
         self, key: ObjectKey, metadata: Mapping[str, str], properties: Properties | None = None
@@ -284,10 +187,8 @@ class CrtCalls(BotoCalls):
         if body_length(body) >= SMALL_BYTES_MAX or (crt := await self._signed()) is None:
             return await super().upload_part(key, upload_id, part_no, body)
         query = {"partNumber": str(part_no), "uploadId": upload_id}
-        async with self._writes:
-            data, payload_hash = await self._payload(crt, body)
-            answer = await crt.send("upload part", "PUT", key, {}, query=query, body=data, payload_hash=payload_hash)
-        return Part(part_no, etag_of(answer.get("etag"), "upload part", key), len(data))
+        answer = await self._storing_crt(crt, "upload part", key, {}, query, body)
+        return Part(part_no, etag_of(answer.get("etag"), "upload part", key), body_length(body))
 
     async def upload_part_copy(
         self,
@@ -332,17 +233,38 @@ class CrtCalls(BotoCalls):
 
     def _source(self, source: ObjectKey, etag: ETag | None) -> dict[str, str]:
         """Headers that name the source of a copy, and its version."""
-        headers = {"x-amz-copy-source": f"/{self.config.bucket}/{quote(source, safe=_UNRESERVED)}"}
+        headers = {"x-amz-copy-source": f"/{self.config.bucket}/{quote(source, safe=UNRESERVED)}"}
         return headers if etag is None else headers | {"x-amz-copy-source-if-match": quoted(etag)}
 
-    async def _payload(self, crt: _Signed, body: Body) -> tuple[bytes, str]:
-        """The bytes to send and their hash for the signature."""
-        if body_length(body) <= INLINE_BYTES_MAX:
-            return _read_and_hash(crt, body)
-        metrics.HOPS.add(1, "store")
-        return await trio.to_thread.run_sync(_read_and_hash, crt, body)
+    async def _storing_crt(
+        self,
+        crt: Signed,
+        op: str,
+        key: ObjectKey,
+        headers: Mapping[str, str],
+        query: Mapping[str, str] | None,
+        body: Body,
+    ) -> Mapping[str, str]:
+        """Headers of the answer to a PUT of `body`."""
 
-    async def _signed(self) -> _Signed | None:
+        async def send(algorithm: Algorithm | None) -> Mapping[str, str]:
+            async with self._writes:
+                data, hashed, sums = await self._payload(crt, body, algorithm)
+                answer = await crt.send(
+                    op, "PUT", key, {**headers, **sums}, query=query, body=data, payload_hash=hashed
+                )
+            check_stored(op, key, data, answer)
+            return answer
+
+        return await self._checksums.sending(op, send)
+
+    async def _payload(self, crt: Signed, body: Body, algorithm: Algorithm | None) -> _Payload:
+        if body_length(body) <= INLINE_BYTES_MAX:
+            return _read_and_hash(crt, body, algorithm)
+        metrics.HOPS.add(1, "store")
+        return await trio.to_thread.run_sync(_read_and_hash, crt, body, algorithm)
+
+    async def _signed(self) -> Signed | None:
         """None where boto3 has to do it all."""
         clients = await self.clients()
         if self._crt is not None and self._crt.clients is clients:
@@ -355,8 +277,8 @@ class CrtCalls(BotoCalls):
         return self._crt
 
     async def _open_crt(self, clients: Clients) -> None:
-        endpoint = await trio.to_thread.run_sync(_endpoint, clients, self.config.bucket)
-        before, self._crt = self._crt, _Signed(clients, endpoint, self.config, self.clock) if endpoint else None
+        endpoint = await trio.to_thread.run_sync(endpoint_of, clients, self.config.bucket)
+        before, self._crt = self._crt, Signed(clients, endpoint, self.config, self.clock) if endpoint else None
         self._boto_only = None if endpoint else clients
         if before is not None:
             await before.aclose()
@@ -375,26 +297,6 @@ def _condition(expect: Expect | None) -> dict[str, str]:
     return {"If-None-Match": "*"} if expect.etag is None else {"If-Match": quoted(expect.etag)}
 
 
-def _read_and_hash(crt: _Signed, body: Body) -> tuple[bytes, str]:
+def _read_and_hash(crt: Signed, body: Body, algorithm: Algorithm | None) -> _Payload:
     data = read_body(body)
-    return data, crt.payload_hash(data)
-
-
-def _endpoint(clients: Clients, bucket: str) -> Endpoint | None:
-    """The place to which botocore would send requests for objects of `bucket`; None if only botocore can: through a
-    proxy. Blocks."""
-    with reading("connect", bucket), translated("connect", bucket):
-        url = clients.plain.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"})
-        parts = urlsplit(url)
-        if parts.hostname is None or parts.scheme in get_environ_proxies(url):
-            log.info("boto3 does all requests: there is a proxy")
-            return None
-    is_tls = parts.scheme == "https"
-    return Endpoint(
-        is_tls=is_tls,
-        host=parts.hostname,
-        port=parts.port or (443 if is_tls else 80),
-        path=parts.path.removesuffix("k"),
-        region=clients.region,
-        ca_bundle=clients.authorities,
-    )
+    return _Payload(data, crt.payload_hash(data), checksum_headers(algorithm, data))

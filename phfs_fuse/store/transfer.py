@@ -85,7 +85,7 @@ class FileBody(io.RawIOBase):
         return self._body.length
 
 
-def _chunks(body: Body) -> Iterator[bytes]:
+def chunks(body: Body) -> Iterator[bytes]:
     if isinstance(body, bytes):
         yield body
         return
@@ -97,7 +97,7 @@ def _chunks(body: Body) -> Iterator[bytes]:
 def md5_etag(body: Body) -> ETag:
     """The ETag that most stores give to `body` put in one request."""
     digest = hashlib.md5(usedforsecurity=False)
-    for chunk in _chunks(body):
+    for chunk in chunks(body):
         digest.update(chunk)
     return ETag(digest.hexdigest())
 

@@ -84,10 +84,11 @@ store.crt
 store.s3
 store.guard
 store.trials
-store.calls store.crt_http store.events
-store.access store.paging
+store.calls store.signed store.events
+store.crt_http
+store.access store.checksums store.paging
 store.session store.transfer store.conditions store.diagnosis store.limits
-store.documents store.listing store.retry tasks
+store.clock store.documents store.listing store.retry tasks
 store.headers store.answers
 store.base
 attrs dirty
