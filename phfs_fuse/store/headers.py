@@ -73,7 +73,12 @@ def size_of(text: str | None, op: str, key: str) -> int:
 def http_date_ns(text: str | None) -> int:
     """Nanoseconds since the epoch of a `Date` or `Last-Modified`; now if it is missing or cannot be read."""
     found = date_ns(text or "")
-    return time.time_ns() // SECOND_NS * SECOND_NS if found is None else found
+    return this_second_ns() if found is None else found
+
+
+def this_second_ns() -> int:
+    """Default of a time that the store does not tell."""
+    return time.time_ns() // SECOND_NS * SECOND_NS
 
 
 @lru_cache(64)  # many answers come within one second

@@ -19,7 +19,15 @@ from xml.etree.ElementTree import Element
 from phfs_fuse.errors import BadAnswer
 from phfs_fuse.store.answers import reading
 from phfs_fuse.store.base import NO_HEADERS, Listing, ObjectInfo
-from phfs_fuse.store.headers import STORAGE_CLASS, etag_of, placed, size_of, user_metadata, whole_seconds
+from phfs_fuse.store.headers import (
+    STORAGE_CLASS,
+    etag_of,
+    placed,
+    size_of,
+    this_second_ns,
+    user_metadata,
+    whole_seconds,
+)
 from phfs_fuse.types import MIB, ETag, ObjectKey
 
 PAGE_BYTES_MAX: Final = 16 * MIB
@@ -78,12 +86,16 @@ def _object(element: Element, decode: Callable[[str], str]) -> ObjectInfo:
         key=ObjectKey(decode(fields["Key"])),
         etag=etag_of(etag, "list", fields["Key"]) if (etag := fields.get("ETag", "").strip('"')) else ETag(""),
         size=size_of(fields["Size"], "list", fields["Key"]),
-        modified_ns=_iso_ns(fields["LastModified"]),
+        modified_ns=this_second_ns() if (at_ns := _iso_ns(fields.get("LastModified", ""))) is None else at_ns,
         metadata=user_metadata(told) if "UserMetadata" in fields else {} if "Internal" in fields else None,
         headers=placed(told) or NO_HEADERS,
     )
 
 
 @lru_cache(64)  # objects that were stored together are listed together
-def _iso_ns(text: str) -> int:
-    return whole_seconds(datetime.fromisoformat(text))
+def _iso_ns(text: str) -> int | None:
+    """None if it is no time."""
+    try:
+        return whole_seconds(datetime.fromisoformat(text))
+    except (ValueError, OverflowError):
+        return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from phfs_fuse.errors import (
@@ -210,9 +212,23 @@ def test_pages_that_are_none(body: bytes) -> None:
         parse_listing("p/", body)
 
 
-@pytest.mark.parametrize(
-    "fields", ["<Size>x</Size>", "<Size>-1</Size>", "<Size>1</Size><LastModified>now</LastModified>"]
-)
+@pytest.mark.parametrize("fields", ["<Size>x</Size>", "<Size>-1</Size>", "<Size>1</Size><ETag>&#10;</ETag>"])
 def test_one_object_of_which_a_page_says_nonsense(fields: str) -> None:
     listing = parse_listing("", page(f"<Contents><Key>a</Key>{fields}</Contents>{CONTENTS.format('')}"))
     assert (list(listing.unreadable), len(listing.objects)) == (["a"], 1)
+
+
+@pytest.mark.parametrize("text", ["now", "", "2024-13-01T00:00:00Z", "9999-12-31T23:59:59-23:59", "9" * 400])
+def test_a_time_that_cannot_be_read_is_that_of_the_answer(text: str) -> None:
+    """As with a HEAD; the entry stays, and shows no time out of range."""
+    fields = f"<Key>a</Key><Size>1</Size><ETag>e</ETag><LastModified>{text}</LastModified>"
+    listing = parse_listing("", page(f"<Contents>{fields}</Contents>{CONTENTS.format('')}"))
+    odd, _ = listing.objects
+    assert (odd.key, odd.size, odd.etag, listing.unreadable) == ("a", 1, "e", ())
+    if text != "9999-12-31T23:59:59-23:59":  # a time, if a clamped one
+        assert abs(odd.modified_ns - time.time_ns()) < 60 * 10**9
+
+
+def test_an_entry_without_a_time() -> None:
+    (odd,) = parse_listing("", page("<Contents><Key>a</Key><Size>1</Size></Contents>")).objects
+    assert abs(odd.modified_ns - time.time_ns()) < 60 * 10**9
