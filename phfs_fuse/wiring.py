@@ -26,7 +26,7 @@ from phfs_fuse.claims import Claims
 from phfs_fuse.config import MountConfig
 from phfs_fuse.defaults import Defaults
 from phfs_fuse.demand import Demand
-from phfs_fuse.errors import NotDrained, NotFound, PhfsError, store_startup_error
+from phfs_fuse.errors import LocalStateError, NotDrained, NotFound, PhfsError, store_startup_error
 from phfs_fuse.events import Events
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.journal import Journal
@@ -175,6 +175,9 @@ class Mount:
                     self.namespace.set_marker(root, await self.store.head(self.inodes.key(root)))
         except PhfsError as exc:
             raise store_startup_error(exc, config.url, config.endpoint_text) from exc
+        except OSError as exc:  # trial objects are noted before they are stored
+            directory = self.config.writeback.directory
+            raise LocalStateError(f"state directory {directory}: {exc.strerror or exc}") from exc
 
     def resume(self) -> None:
         """Put the tree back as the kernel knows it, before `recover`."""

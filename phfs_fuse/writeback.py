@@ -164,7 +164,7 @@ class Writeback:
     async def _prepare(self) -> None:
         """While the first change has its quiet time."""
         if self._config.on_conflict is not OnConflict.OVERWRITE:
-            with suppress(PhfsError):  # who has to write will ask again
+            with suppress(PhfsError, OSError):  # who has to write will ask again
                 await self._store.prepare()
 
     def _next_look(self) -> float:

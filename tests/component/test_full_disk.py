@@ -13,19 +13,22 @@ import shutil
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import trio
 from trio.testing import MockClock
 
 from phfs_fuse import logspace
-from phfs_fuse.config import ExclusiveCreate
+from phfs_fuse.config import ExclusiveCreate, StoreConfig
+from phfs_fuse.errors import LocalStateError
 from phfs_fuse.journal import Journal
 from phfs_fuse.nodes import Node
 from phfs_fuse.recovery import Recovery
 from phfs_fuse.types import KIB, MIB, ObjectKey
 from phfs_fuse.vfs import Change
-from phfs_fuse.wiring import EPOCH_INODES
+from phfs_fuse.wiring import EPOCH_INODES, Mount
 from tests.support.disks import BALLAST, fill, free, small_disk
 from tests.support.fake_store import FakeStore
 from tests.support.world import PREFIX, World, made, running
@@ -309,3 +312,15 @@ def test_a_file_system_that_gives_no_blocks_ahead_is_used_as_it_is(
         journal.put_upload("id", ObjectKey("key"))
     assert journal.uploads() == [("id", "key")]
     journal.close()
+
+
+async def test_a_trial_of_the_store_that_cannot_be_noted_is_told_in_one_line(tmp_path: Path) -> None:
+    class Full(FakeStore):
+        async def check_bucket(self, *, create: bool = False) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = SimpleNamespace(store=StoreConfig(bucket="b"), writeback=SimpleNamespace(directory=tmp_path))
+    mount = cast(Mount, SimpleNamespace(config=config, store=Full()))
+    with pytest.raises(LocalStateError) as told:
+        await Mount.check(mount)
+    assert str(told.value) == f"state directory {tmp_path}: No space left on device"
