@@ -14,7 +14,7 @@ from phfs_fuse.errors import NoAttribute, NotSupported, StaleVersion
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.nodes import Node
 from phfs_fuse.openfiles import OpenFiles
-from phfs_fuse.storable import Storable, has_more
+from phfs_fuse.storable import Storable, may_be_refused
 from phfs_fuse.types import time_ns
 from phfs_fuse.writable import Writable
 
@@ -62,7 +62,7 @@ class FileAttrs:
         self._writable.require()
         node = self._inodes.get(ino)
         self._inodes.require_no_record(node)
-        if node.is_dir or has_more(node):
+        if node.is_dir or (may_be_refused(node) and change.size != 0):  # an empty file is written anew
             await self._require_kept(node, self._wanted(node, change))
         if node.detached and not node.opens:
             if change.is_late:
@@ -110,7 +110,7 @@ class FileAttrs:
         )
 
     async def _require_kept(self, node: Node, attrs: Attrs) -> None:
-        """Raises: NoSpace if the store cannot keep `attrs` with the object, or marker, of `node`."""
+        """Raises: NoSpace, NotSupported if the store cannot keep `attrs` with the object, or marker, of `node`."""
         if attrs == node.attrs or node.detached:
             return
         self._storable.require_attrs(node, attrs)
@@ -154,6 +154,7 @@ class FileAttrs:
         node = self._inodes.get(ino)
         self._inodes.require_no_record(node)
         self.getxattr(ino, name)
+        self._storable.require_unsealed(node)
         self._set_xattrs(node, {k: v for k, v in (node.xattrs or {}).items() if k != name})
 
     def _set_xattrs(self, node: Node, found: dict[bytes, bytes]) -> None:

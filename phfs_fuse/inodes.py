@@ -137,7 +137,7 @@ class Inodes:
         self.detach(node)
         self.attach(parent, name, new, segment)
         new.size, new.base, new.seq = node.size, node.base, node.seq
-        new.inherited, new.others_bytes = node.inherited, node.others_bytes
+        new.inherited, new.others_bytes, new.is_sealed = node.inherited, node.others_bytes, node.is_sealed
         new.atime_ns, new.checked_at, new.doubted_at = node.atime_ns, node.checked_at, node.doubted_at
         return new
 

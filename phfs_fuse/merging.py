@@ -108,7 +108,7 @@ class Merging:
         attrs = self._attrs(segment, name, info)
         if stat.S_IFMT(attrs.mode) != stat.S_IFMT(node.mode):
             return False
-        node.others_bytes = _others_bytes(info)
+        node.others_bytes, node.is_sealed = _others_bytes(info), info.is_sealed
         if attrs != node.attrs:
             node.set_attrs(attrs)
             node.ctime_ns = info.modified_ns
@@ -125,7 +125,7 @@ class Merging:
         attrs = self._attrs(segment, name, info)
         node = self._inodes.new(attrs, ctime_ns=info.modified_ns)
         node.size = info.size if attrs.link is None else len(attrs.link)
-        node.others_bytes = _others_bytes(info)
+        node.others_bytes, node.is_sealed = _others_bytes(info), info.is_sealed
         self._attach(parent, name, node, segment, question)
         node.base = Base(info.key, info.etag, info.size)
         return node

@@ -440,6 +440,8 @@ class Names:
     ) -> None:
         """`info` is what the store has under the new name on our behalf."""
         moved = [source, *self._inodes.descendants(source)]
+        for node in moved:
+            self._storable.require_unsealed(node)
         self._writable.require_room(len(moved) * ROWS_BYTES)
         old = [self._inodes.key(node) for node in moved]
         new_prefix = keys.changed(self._inodes.key(target_dir), keys.new_segment(to_name))

@@ -107,6 +107,7 @@ class Node:
     others_bytes: Few[int] = Few(
         0
     )  # of user metadata that is none of these and stays with the object; see `store.limits`
+    is_sealed: Few[bool] = Few(False)  # the store needs its owner's key for the object (SSE-C)
     staged: Few[Staged | None] = Few(None)
     inherited: Few[Properties | None] = Few(None)  # of a base whose bytes have all been fetched
     writers: Few[int] = Few(0)  # of `opens`, open for writing

@@ -233,9 +233,9 @@ class OpenFiles:
             self._quotas.require(self._inodes.key(node), size - node.size)
 
     def _require_attrs(self, node: Node, *, anew: bool) -> None:
-        """Raises: NoSpace. What others gave to the object does not stay with bytes that are written anew."""
+        """Raises: NoSpace, NotSupported. What others gave to the object does not stay with new bytes."""
         if anew and node.base is not None and node.base.size:
-            node.others_bytes = 0
+            node.others_bytes, node.is_sealed = 0, False
         self._storable.require_room(node)
 
     def put(self, node: Node, offset: int, data: bytes) -> None:

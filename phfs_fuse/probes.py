@@ -18,6 +18,7 @@ from phfs_fuse.errors import (
     ClockOff,
     CredentialsRefused,
     IllegalName,
+    InvalidArgument,
     NotFound,
     PhfsError,
     StoreUnavailable,
@@ -63,7 +64,7 @@ class Probes:
             if listed is None:
                 return None
             log.info("shown without its attributes: %s", exc)
-            return replace(listed, metadata={})
+            return replace(listed, metadata={}, is_sealed=isinstance(exc, InvalidArgument))
 
     async def there(self, keys: Sequence[str]) -> list[str]:
         """Those of `keys` that are objects."""

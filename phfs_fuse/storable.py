@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs, to_metadata
-from phfs_fuse.errors import IllegalName, NameTooLong, NoSpace, PhfsError, TooLarge
+from phfs_fuse.errors import IllegalName, NameTooLong, NoSpace, NotSupported, PhfsError, TooLarge
 from phfs_fuse.inodes import Inodes
 from phfs_fuse.nodes import Node
 from phfs_fuse.store.base import ObjectStore
 from phfs_fuse.store.limits import metadata_bytes
 
 
-def has_more(node: Node) -> bool:
-    """Whether its object has more metadata than mode, owner and times, which always fit."""
-    return node.xattrs is not None or node.link is not None or node.others_bytes > 0
+def may_be_refused(node: Node) -> bool:
+    """Whether its object is sealed, or has more metadata than mode, owner and times, which always fit."""
+    return node.xattrs is not None or node.link is not None or node.others_bytes > 0 or node.is_sealed
 
 
 class Storable:
@@ -30,8 +30,16 @@ class Storable:
             return exc
         return None
 
+    def require_unsealed(self, node: Node) -> None:
+        """Raises: NotSupported if only the owner of the key of `node`'s object can have the store copy or read it."""
+        if node.is_sealed:
+            reason = "the object is encrypted by a key that its owner has (SSE-C); write it anew, or remove it"
+            raise NotSupported("change", self._inodes.path(node), reason)
+
     def require_attrs(self, node: Node, attrs: Attrs) -> None:
-        """Raises: NoSpace if the object of `node` has no room for `attrs`. Mode, owner and times alone always fit."""
+        """Raises: NotSupported for a sealed object, NoSpace if the object of `node` has no room for `attrs`. Mode,
+        owner and times alone always fit."""
+        self.require_unsealed(node)
         if attrs.xattrs is None and attrs.link is None and not node.others_bytes:
             return
         size = metadata_bytes(to_metadata(attrs)) + node.others_bytes
@@ -42,7 +50,7 @@ class Storable:
 
     def require_room(self, node: Node) -> None:
         """As `require_attrs`, for those that `node` has: they are sent again with each change of its bytes."""
-        if has_more(node):
+        if may_be_refused(node):
             self.require_attrs(node, node.attrs)
 
     async def require_marker(self, node: Node) -> None:

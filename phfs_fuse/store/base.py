@@ -37,6 +37,7 @@ class ObjectInfo:
     headers: Mapping[str, str] = field(
         default_factory=lambda: NO_HEADERS
     )  # of the answer, those of `Properties`; a listing tells few
+    is_sealed: bool = False  # nobody without its owner's key can read, copy or ask for it (SSE-C)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

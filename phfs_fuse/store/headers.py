@@ -21,6 +21,7 @@ from phfs_fuse.types import SIZE_BYTES_MAX, ETag, ObjectKey, decimal, time_ns
 META_PREFIX: Final = "x-amz-meta-"
 STORAGE_CLASS: Final = "x-amz-storage-class"
 ENCRYPTION: Final = "x-amz-server-side-encryption"
+CUSTOMER_KEY: Final = f"{ENCRYPTION}-customer-algorithm"  # of SSE-C
 PLACED: Final = (STORAGE_CLASS, ENCRYPTION, f"{ENCRYPTION}-aws-kms-key-id", f"{ENCRYPTION}-bucket-key-enabled")
 """Where and how the bytes are kept: no copy takes that along. Source: S3 API reference, CopyObject."""
 CONTENT: Final = (

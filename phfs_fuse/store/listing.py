@@ -20,6 +20,7 @@ from phfs_fuse.errors import BadAnswer
 from phfs_fuse.store.answers import reading
 from phfs_fuse.store.base import NO_HEADERS, Listing, ObjectInfo
 from phfs_fuse.store.headers import (
+    CUSTOMER_KEY,
     STORAGE_CLASS,
     etag_of,
     placed,
@@ -89,6 +90,7 @@ def _object(element: Element, decode: Callable[[str], str]) -> ObjectInfo:
         modified_ns=this_second_ns() if (at_ns := _iso_ns(fields.get("LastModified", ""))) is None else at_ns,
         metadata=user_metadata(told) if "UserMetadata" in fields else {} if "Internal" in fields else None,
         headers=placed(told) or NO_HEADERS,
+        is_sealed=CUSTOMER_KEY in told,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from phfs_fuse.errors import (
     PhfsError,
     StoreUnavailable,
 )
+from phfs_fuse.fileattrs import Change
 from phfs_fuse.nodes import NEVER
 from phfs_fuse.store.base import Listing, ObjectInfo
 from phfs_fuse.types import ObjectKey
@@ -116,6 +118,66 @@ async def test_an_object_of_which_head_fails_has_defaults(
     assert sorted(await world.names()) == ["a", "bad", "bad-folder", "z"]
     assert (await world.node("bad")).mode == 0o100644
     assert (await world.node("a")).mode == 0o100600
+
+
+@pytest.mark.parametrize("listed", [False, True])
+async def test_an_object_that_needs_a_key_of_its_owner_is_not_changed(
+    world: World, store: OddStore, listed: bool, autojump_clock: MockClock
+) -> None:
+    """The store could neither copy nor read it (SSE-C): what cannot follow is refused at the call."""
+    for name in ("d/bad", "d/fine"):
+        store.seed(PREFIX + name, b"x", {"mode": "0100600"})
+    store.refuses = {"d/bad": InvalidArgument("head", "d/bad", "InvalidRequest")}
+    folder = await world.node("d")
+    if listed:
+        await world.names(folder.ino)
+    bad, before = await world.node("d/bad"), store.objects[ObjectKey(PREFIX + "d/bad")]
+    for change in (Change(mode=0o640), Change(uid=5), Change(mtime_ns=5), Change(size=4)):
+        with pytest.raises(NotSupported):
+            await world.vfs.setattr(bad.ino, change)
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND):
+        with pytest.raises(NotSupported):
+            world.vfs.open(bad.ino, flags)
+    for parent, name in ((folder.ino, b"bad"), (1, b"d")):
+        with pytest.raises(NotSupported):
+            await world.vfs.rename(parent, name, 1, b"e", 0)
+    with pytest.raises(NotSupported):
+        await world.vfs.setxattr(bad.ino, b"user.a", b"b")
+    assert (bad.mode, bad.dirty) == (0o100644, None)
+    await world.settle()
+    assert store.objects[ObjectKey(PREFIX + "d/bad")] == before
+    await world.vfs.setattr((await world.node("d/fine")).ino, Change(mode=0o640))
+    await world.settle()
+    assert store.objects[ObjectKey(PREFIX + "d/fine")].metadata["mode"] == "0100640"
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+async def test_an_object_that_needs_a_key_of_its_owner_is_written_anew(
+    world: World, store: OddStore, truncate: bool, autojump_clock: MockClock
+) -> None:
+    store.seed(PREFIX + "bad", b"x")
+    store.refuses = {"bad": InvalidArgument("head", "bad", "InvalidRequest")}
+    bad = await world.node("bad")
+    if truncate:
+        await world.vfs.setattr(bad.ino, Change(size=0, mtime_ns=5))
+    fh = world.vfs.open(bad.ino, os.O_WRONLY | os.O_TRUNC * (not truncate))
+    await world.vfs.write(fh, 0, b"new")
+    world.vfs.release(fh)
+    await world.vfs.setattr(bad.ino, Change(mode=0o640))
+    store.refuses = {}
+    await world.settle()
+    assert content(world, "bad") == b"new"
+    assert store.objects[ObjectKey(PREFIX + "bad")].metadata["mode"] == "0100640"
+
+
+async def test_an_object_that_needs_a_key_of_its_owner_is_removed(
+    world: World, store: OddStore, autojump_clock: MockClock
+) -> None:
+    store.seed(PREFIX + "bad", b"x")
+    store.refuses = {"bad": InvalidArgument("head", "bad", "InvalidRequest")}
+    await world.vfs.unlink(1, b"bad")
+    await world.settle()
+    assert "bad" not in keys(world)
 
 
 async def test_a_store_that_refuses_all_is_no_bad_entry(world: World, store: OddStore) -> None:

@@ -232,3 +232,12 @@ def test_a_time_that_cannot_be_read_is_that_of_the_answer(text: str) -> None:
 def test_an_entry_without_a_time() -> None:
     (odd,) = parse_listing("", page("<Contents><Key>a</Key><Size>1</Size></Contents>")).objects
     assert abs(odd.modified_ns - time.time_ns()) < 60 * 10**9
+
+
+def test_an_object_that_needs_a_key_of_its_owner() -> None:
+    """MinIO names the algorithm of SSE-C in its listings, AWS nothing of it."""
+    told = "<X-Amz-Server-Side-Encryption-Customer-Algorithm>AES256</X-Amz-Server-Side-Encryption-Customer-Algorithm>"
+    plain, sealed = parse_listing(
+        "", page(CONTENTS.format("") + CONTENTS.format(f"<UserMetadata>{told}</UserMetadata>"))
+    ).objects
+    assert (plain.is_sealed, sealed.is_sealed) == (False, True)
