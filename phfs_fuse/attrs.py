@@ -18,6 +18,7 @@ from phfs_fuse.types import ID_MAX, decimal, time_ns
 TYPES: Final = frozenset(
     (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 )
+USER_XATTR: Final = b"user."  # begins the names of extended attributes that are kept
 GEESEFS_TARGET: Final = "--symlink-target"
 CHECKSUM: Final = "md5chksum"  # of the bytes, as rclone stores it with what it uploads in parts
 STORED: Final = frozenset(("mode", "uid", "gid", "mtime"))  # names of `to_metadata` that no file goes without
@@ -65,7 +66,7 @@ def to_metadata(attrs: Attrs) -> dict[str, str]:
 def others(metadata: Mapping[str, str], *, same_bytes: bool) -> dict[str, str]:
     """User metadata that is no attribute of ours. A checksum goes with the bytes that it was of."""
     ours = STORED | {"rdev", GEESEFS_TARGET} | (set() if same_bytes else {CHECKSUM})
-    return {name: value for name, value in metadata.items() if name not in ours and not _is_xattr(name)}
+    return {name: value for name, value in metadata.items() if name not in ours and _xattr_name(name) is None}
 
 
 def parse_mode(text: str) -> int | None:
@@ -100,23 +101,24 @@ def _parse_id(text: str | None, default: int) -> int:
     return default if number is None else number
 
 
-def _is_xattr(name: str) -> bool:
-    return name.startswith(XATTR) and _hex(name.removeprefix(XATTR)) is not None
-
-
-def _hex(text: str) -> bytes | None:
+def _xattr_name(name: str) -> bytes | None:
+    """Of the user.* attribute that the metadata `name` holds; None: it holds none. Others (security.*, trusted.*) are
+    never shown: whoever may write the object would choose what the kernel takes them for."""
+    if not name.startswith(XATTR):
+        return None
     try:
-        return bytes.fromhex(text)
+        found = bytes.fromhex(name.removeprefix(XATTR))
     except ValueError:
         return None
+    return found if found.startswith(USER_XATTR) and b"\0" not in found else None
 
 
 def _parse_xattrs(metadata: Mapping[str, str]) -> dict[bytes, bytes] | None:
     found: dict[bytes, bytes] = {}
     for name, value in metadata.items():
-        if name.startswith(XATTR):
+        if (shown := _xattr_name(name)) is not None:
             try:
-                found[bytes.fromhex(name[len(XATTR) :])] = _unb64(value)
+                found[shown] = _unb64(value)
             except ValueError:
                 continue  # not ours
     return found or None

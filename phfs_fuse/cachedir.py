@@ -15,6 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
+from phfs_fuse.dirs import make_private
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.types import ETag, ObjectKey
 
@@ -51,12 +52,12 @@ class CacheDirectory:
         self._path = str(path)
         self._trash_count = 0
         try:
-            os.makedirs(self._path, mode=0o700, exist_ok=True)
+            make_private(path)
             self._lock_fd = os.open(f"{self._path}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 self._lock()
                 self._check_format()
-                os.makedirs(f"{self._path}/{TRASH}", mode=0o700, exist_ok=True)
+                make_private(path / TRASH)
             except BaseException:
                 os.close(self._lock_fd)
                 raise
@@ -100,7 +101,7 @@ class CacheDirectory:
         try:
             return os.open(self.path_of(name), flags, 0o600)
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(self.path_of(name)), mode=0o700, exist_ok=True)
+            make_private(Path(self.path_of(name)).parent)
             return os.open(self.path_of(name), flags, 0o600)
 
     def move_in(self, source: str, name: str) -> None:
@@ -108,7 +109,7 @@ class CacheDirectory:
         try:
             os.rename(source, self.path_of(name))
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(self.path_of(name)), mode=0o700, exist_ok=True)
+            make_private(Path(self.path_of(name)).parent)
             os.rename(source, self.path_of(name))
 
     def move(self, name: str, new_name: str) -> None:

@@ -6,7 +6,7 @@ import stat
 import time
 from dataclasses import dataclass, replace
 
-from phfs_fuse.attrs import Attrs
+from phfs_fuse.attrs import USER_XATTR, Attrs
 from phfs_fuse.changes import Changes
 from phfs_fuse.config import PosixAttrs, TreeConfig
 from phfs_fuse.defaults import Defaults
@@ -143,7 +143,7 @@ class FileAttrs:
         self._writable.require()
         node = self._inodes.get(ino)
         self._inodes.require_no_record(node)
-        if not name.startswith(b"user."):
+        if not name.startswith(USER_XATTR):
             raise NotSupported("setxattr", name.decode(errors="replace"), "only user.* is kept")
         found = {**(node.xattrs or {}), name: value}
         await self._require_kept(node, replace(node.attrs, xattrs=found))

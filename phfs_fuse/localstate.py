@@ -11,6 +11,7 @@ import os
 import time
 from pathlib import Path
 
+from phfs_fuse.dirs import make_private
 from phfs_fuse.errors import LocalStateError
 
 
@@ -21,7 +22,7 @@ class StateLock:
         """Makes the directory if need be. Raises: LocalStateError (in use, not writable)."""
         path = directory / name
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(directory)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as exc:
             raise LocalStateError(

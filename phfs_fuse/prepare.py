@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from phfs_fuse.config import MountConfig
+from phfs_fuse.dirs import make_private
 from phfs_fuse.errors import LocalStateError, MountpointError
 from phfs_fuse.mountpoint import mount_table, require_free
 from phfs_fuse.settings import Resolved, dump_config
@@ -84,7 +85,7 @@ def _require_fuse() -> None:
 
 def _require_writable(directory: Path) -> None:
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(directory)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(PROBE_BYTES))  # finds a full disk too
     except OSError as exc:

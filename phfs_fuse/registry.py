@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from phfs_fuse import jsontext
-from phfs_fuse.dirs import runtime_dir
+from phfs_fuse.dirs import make_private, runtime_dir
 from phfs_fuse.waiting import ended
 
 
@@ -42,7 +42,7 @@ def path_of(mountpoint: str) -> Path:
 def write(record: MountRecord) -> None:
     """Announce a mount. Atomic; replaces the trace of an earlier mount on the same mount point."""
     path = path_of(record.mountpoint)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(path.parent)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
         json.dump(asdict(record), file)

@@ -18,6 +18,7 @@ from typing import Final
 
 import trio
 
+from phfs_fuse.dirs import make_private
 from phfs_fuse.types import KIB, MIB
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Reserve:
 
     def __init__(self, directory: Path) -> None:
         """Makes the directory if need be. Raises: OSError."""
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(directory)
         self._directory = directory
         self._path = directory / NAME
         found = os.statvfs(directory)

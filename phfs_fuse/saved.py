@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from phfs_fuse import jsontext
+from phfs_fuse.dirs import make_private
 from phfs_fuse.localstate import unused_stamp
 
 NAME: Final = "saved"
@@ -92,7 +93,7 @@ class Saved:
         """Move `data`, and the log of its ranges beside it, here; None: it is not there. Raises: OSError."""
         if not data.exists():
             return None
-        self.directory.mkdir(mode=0o700, exist_ok=True)
+        make_private(self.directory)
         target = self.directory / f"{unused_stamp(self.directory)}-{data.name}"
         _write(target.with_suffix(".json"), note)
         for suffix in _SUFFIXES[1:]:

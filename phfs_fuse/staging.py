@@ -22,6 +22,7 @@ from typing import Final
 from cachetools import LRUCache
 
 from phfs_fuse import saved
+from phfs_fuse.dirs import make_private
 from phfs_fuse.extents import Extents
 from phfs_fuse.localfile import write_all
 from phfs_fuse.saved import Saved
@@ -228,7 +229,7 @@ class StagingArea:
     ) -> None:
         self._directory = directory
         self.saved = Saved(directory.with_name(saved.NAME), saved_bytes_max)
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(directory)
         self._next = first_id
         self._files = _Files(files_max)
         self.held_bytes = 0  # of all layers: the dirty bytes

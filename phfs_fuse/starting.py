@@ -19,6 +19,7 @@ from typing import BinaryIO, Final, Protocol
 
 from phfs_fuse import fusemount, jsontext, registry
 from phfs_fuse.config import MountConfig
+from phfs_fuse.dirs import make_private
 from phfs_fuse.errors import LocalStateError, StartupError, startup_error
 from phfs_fuse.fusemount import UNMOUNT_SECONDS
 from phfs_fuse.mountpoint import mount_table, require_free
@@ -184,7 +185,7 @@ def _execute_keeper(
 @contextlib.contextmanager
 def _open_log(path: Path) -> Iterator[int]:
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(path.parent)
         if path.exists() and path.stat().st_size > LOG_BYTES_MAX:
             path.replace(path.with_suffix(".1"))
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,15 @@ InlineMax = Annotated[
     int,
     _option("inline-max", "Limit of inline volumes that are mounted at a time; 0: none is.", metavar="N", min=0),
 ]
+InlineEndpoints = Annotated[
+    str,
+    _option(
+        "inline-endpoints",
+        "Endpoints that inline volumes may use, with commas: URLs, networks, `store` for that of --secrets-dir, "
+        "`aws` for none. Empty: any but link-local ones.",
+        metavar="LIST",
+    ),
+]
 SecretsDir = Annotated[
     str,
     _option(
@@ -125,6 +134,7 @@ def node(
     handover_socket: HandoverSocket = "",
     drain_timeout: DrainTimeout = "60s",
     inline_max: InlineMax = INLINE_MAX,
+    inline_endpoints: InlineEndpoints = "",
     secrets_dir: SecretsDir = "",
     metrics_address: MetricsAddress = "",
     pod_uid: PodUid = "",
@@ -154,6 +164,9 @@ def node(
         log_format=log_format,
     )
     default_path = config.kubelet_dir / "plugins" / config.driver_name / "csi.sock"
+    from phfs_csi.endpoints import parse_endpoints
+
+    listed = _parsed("--inline-endpoints", parse_endpoints, inline_endpoints)
     outer = Outer(
         endpoint=endpoint,
         driver_name=config.driver_name,
@@ -165,7 +178,7 @@ def node(
 
     keys = IdKeysFile(Path(id_keys)) if id_keys else IdKeysFile(config.state_dir / "id-keys", make=True)
     service = _controller_service(secrets_dir, keys) if controller else None
-    _serve(outer, _open_node(config, secrets_dir), service)
+    _serve(outer, _open_node(config, secrets_dir, listed), service)
 
 
 @app.command("controller")
@@ -217,17 +230,20 @@ def probe(endpoint: Endpoint = ENDPOINT) -> None:
 # --- composition
 
 
-def _open_node(config: NodeConfig, secrets_dir: str) -> Node:
+def _open_node(config: NodeConfig, secrets_dir: str, endpoints: Sequence[str]) -> Node:
     from phfs_csi.catalog import quota_now
+    from phfs_csi.endpoints import Endpoints
     from phfs_csi.node import open_node
     from phfs_csi.requests import Requests
     from phfs_csi.secretsdir import SecretsDirectory
 
+    defaults = SecretsDirectory(secrets_dir).read
     requests = Requests(
         kubelet_dir=config.kubelet_dir,
-        defaults=SecretsDirectory(secrets_dir).read,
+        defaults=defaults,
         quota_now=quota_now,
         drain_seconds=config.drain_seconds,
+        endpoints=Endpoints(endpoints, defaults),
     )
     return open_node(config, requests)
 

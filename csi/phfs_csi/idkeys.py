@@ -21,6 +21,7 @@ from typing import Final
 
 from phfs_csi.errors import FailedPrecondition
 from phfs_csi.volumeid import VolumeId
+from phfs_fuse.dirs import make_private
 
 FILE_BYTES_MAX: Final = 64 << 10
 KEY_CHARS_MIN: Final = 32
@@ -82,6 +83,6 @@ class IdKeysFile:
 
 
 def _new(path: Path) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(path.parent)
     with suppress(FileExistsError), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32) + "\n")

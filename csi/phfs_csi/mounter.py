@@ -26,6 +26,7 @@ from phfs_csi.records import VolumeRecord
 from phfs_csi.shares import Shares
 from phfs_fuse import client, fusemount, prepare, starting
 from phfs_fuse.config import MountConfig
+from phfs_fuse.dirs import make_private
 from phfs_fuse.errors import LocalStateError, StartupError, StoreStartupError
 from phfs_fuse.holding import HolderLink
 from phfs_fuse.localstate import keeper_of
@@ -151,7 +152,7 @@ class PhfsMounter:
         config, environ = self._configs.with_credentials(record)
         try:
             for directory in (config.writeback.directory, config.cache.directory):
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private(directory)
             starting.start_held(
                 config,
                 prepare.write_config(config),

@@ -29,6 +29,7 @@ from typing import Any, Final
 from phfs_csi.errors import Aborted, Internal, InvalidArgument, ResourceExhausted
 from phfs_csi.params import AccessMode, Credentials
 from phfs_fuse import jsontext
+from phfs_fuse.dirs import make_private
 from phfs_fuse.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Records:
         with self._changed:
             self._volumes.clear()
             self._targets.clear()
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self._directory)
         for path in sorted(self._directory.glob("*/volume.json")):
             self._load(path)
 
@@ -223,7 +224,7 @@ def _write(path: Path, text: str) -> None:
     """Atomic, also towards a power cut; mode 0600. Raises: CsiError."""
     draft = path.with_name(f".{path.name}.new")
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(path.parent)
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

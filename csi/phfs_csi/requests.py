@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Protocol
 
 from phfs_csi.attributes import Given, has_controls, parse_volume
+from phfs_csi.endpoints import Endpoints
 from phfs_csi.errors import FailedPrecondition, InvalidArgument, OutOfRange
 from phfs_csi.params import DRAIN_SECONDS, AccessMode, PublishParams, StageParams, VolumeParams
 from phfs_csi.proto import csi_pb2
@@ -37,6 +38,7 @@ class Requests:
     defaults: Callable[[], Mapping[str, str]] = dict  # the plugin's secret for volumes that bring none
     quota_now: Callable[[VolumeParams], int | None] = lambda volume: None  # of a provisioned volume, may have grown
     drain_seconds: float = DRAIN_SECONDS
+    endpoints: Endpoints = field(default_factory=Endpoints)  # of inline volumes
 
     def stage(self, request: csi_pb2.NodeStageVolumeRequest) -> StageParams:
         volume_id = volume_id_of(request)
@@ -98,12 +100,14 @@ class Requests:
         return self._path("staging_target_path", request.staging_target_path)
 
     def _inline(self, volume_id: str, request: csi_pb2.NodePublishVolumeRequest) -> VolumeParams:
-        """Whoever may start a pod writes these: they get nothing of the plugin's own."""
+        """Whoever may start a pod writes these: they get nothing of the plugin's own. Raises: PermissionDenied for an
+        endpoint that they may not use."""
         flags = request.volume_capability.mount.mount_flags
         given = Given(attributes=request.volume_context, secrets=request.secrets, mount_flags=flags)
         volume = parse_volume(volume_id, given, drain_seconds=self.drain_seconds)
         if not volume.credentials.access_key:
             raise InvalidArgument("an inline volume needs nodePublishSecretRef with an access key and a secret key")
+        self.endpoints.require(volume.settings.get("endpoint-url", ""))
         return volume
 
     def _with_quota(self, volume: VolumeParams) -> VolumeParams:

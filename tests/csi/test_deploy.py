@@ -43,6 +43,7 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "registrar": ("--set", "node.registrar.enabled=true"),
     "microk8s": ("--set", "kubeletDir=/var/snap/microk8s/common/var/lib/kubelet"),
     "no secret": ("--set", "storeSecret=", "--set", "storageClass.default=true"),
+    "no inline": ("--set", "inline.enabled=false,idKeys.secret=,inline.endpoints=null"),
     "all": (
         *("--set", "imagePullSecrets[0].name=pull,node.podAnnotations.a=b,controller.podAnnotations.a=b"),
         *("--set", "node.serviceAccountAnnotations.a=b,controller.serviceAccountAnnotations.a=b"),
@@ -363,6 +364,20 @@ def test_no_secret_is_open_and_leases_by_name_alone() -> None:
     assert not {"*", "secrets"} & {word for rule in everywhere for word in (*rule["verbs"], *rule["resources"])}
     open_rules = [rule for rule in local["rules"] if "resourceNames" not in rule]
     assert open_rules == [{"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"]}]
+
+
+def node_flags(found: Sequence[Object]) -> set[str]:
+    return {flag for box in daemon(found)["containers"] if box["name"] == "plugin" for flag in box["args"]}
+
+
+def test_inline_volumes_use_the_store_of_the_plugin_and_can_be_turned_off() -> None:
+    assert {"--inline-endpoints=store", "--inline-max=64"} <= node_flags(base())
+    [driver] = of_kind(base(), "CSIDriver")
+    assert driver["spec"]["volumeLifecycleModes"] == ["Persistent", "Ephemeral"]
+    without = chart(*VARIANTS["no inline"])
+    assert "--inline-max=0" in node_flags(without)
+    [driver] = of_kind(without, "CSIDriver")
+    assert driver["spec"]["volumeLifecycleModes"] == ["Persistent"]
 
 
 def test_leases_are_named_as_the_sidecars_name_them() -> None:

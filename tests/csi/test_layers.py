@@ -40,7 +40,7 @@ requests
 busy catalog
 idkeys
 template volumeid kube secretsdir
-attributes
+attributes endpoints
 rclone
 holder
 succession

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phfs_csi.errors import CsiError, FailedPrecondition, InvalidArgument
+from phfs_csi.errors import CsiError, FailedPrecondition, InvalidArgument, PermissionDenied
 from phfs_csi.params import AccessMode
 from phfs_csi.proto import csi_pb2
 from phfs_csi.requests import EPHEMERAL, Requests
@@ -103,6 +103,16 @@ def test_publish_of_an_inline_volume(requests: Requests, kubelet: Path) -> None:
 def test_an_inline_volume_never_gets_the_credentials_of_the_plugin(requests: Requests, kubelet: Path) -> None:
     with pytest.raises(InvalidArgument, match="nodePublishSecretRef"):
         requests.publish(publish_request(kubelet / "t", volume_context={EPHEMERAL: "true", "bucket": "b-1"}))
+
+
+def test_an_inline_volume_connects_to_no_link_local_address(requests: Requests, kubelet: Path) -> None:
+    url = "http://169.254.169.254"
+    context = {EPHEMERAL: "true", "bucket": "b-1"}
+    for attributes in ({"endpoint": url}, {"s3-endpoint": url, "remote": "s3", "remotePath": "b-1"}):
+        named = {**context, **attributes} if "endpoint" in attributes else {EPHEMERAL: "true", **attributes}
+        with pytest.raises(PermissionDenied, match="inline volumes may use"):
+            requests.publish(publish_request(kubelet / "t", volume_context=named, secrets=OWN))
+    assert requests.stage(stage_request(kubelet / "s", volume_context={"bucket": "b-1", "endpoint": url}))
 
 
 def test_a_volume_that_is_not_staged_cannot_be_published(requests: Requests, kubelet: Path) -> None:

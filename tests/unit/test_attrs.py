@@ -6,10 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phfs_fuse.attrs import Attrs, from_metadata, parse_mode, parse_seconds, to_metadata
+from phfs_fuse.attrs import Attrs, from_metadata, others, parse_mode, parse_seconds, to_metadata
 
 FILE = Attrs(mode=0o100644, uid=1, gid=2, mtime_ns=7)
 FOLDER = Attrs(mode=0o040755, uid=1, gid=2, mtime_ns=7)
+
+USER_NAMES = st.binary(min_size=1, max_size=9).filter(lambda name: 0 not in name).map(lambda name: b"user." + name)
+
+
+@pytest.mark.parametrize(
+    "name", [b"security.capability", b"trusted.x", b"system.posix_acl_access", b"user.a\0b", b""]
+)
+def test_only_user_attributes_are_shown_and_others_stay_as_they_are(name: bytes) -> None:
+    metadata = {f"xattr-{name.hex()}": "AAAA", f"xattr-{b'user.a'.hex()}": "AAAA"}
+    assert from_metadata(metadata, 99, FILE).xattrs == {b"user.a": b"\0\0\0"}
+    assert others(metadata, same_bytes=True) == {f"xattr-{name.hex()}": "AAAA"}
 
 
 @given(
@@ -20,9 +31,7 @@ FOLDER = Attrs(mode=0o040755, uid=1, gid=2, mtime_ns=7)
         gid=st.integers(0, 2**32 - 2),
         mtime_ns=st.integers(-(10**18), 4 * 10**18),
         rdev=st.integers(0, 2**31),
-        xattrs=st.one_of(
-            st.none(), st.dictionaries(st.binary(min_size=1, max_size=9), st.binary(max_size=9), min_size=1)
-        ),
+        xattrs=st.one_of(st.none(), st.dictionaries(USER_NAMES, st.binary(max_size=9), min_size=1)),
     )
 )
 def test_attributes_come_back(attrs: Attrs) -> None:
