@@ -421,8 +421,11 @@ class Changes:
         wanted = node.own_attrs or node.body is not None or not (node.kids or node.unseen)
         is_stored = node.marker is not None or (not wanted and self._may_have_marker(node))
         if wanted == is_stored and not (wanted and changed):
-            if not wanted and node.dirty is not None and not node.dirty.uploading:
-                self.files.clean(node)
+            if not wanted and node.dirty is not None:
+                if not node.dirty.uploading:
+                    self.files.clean(node)
+                elif changed:  # its row says by which name it is found after a restart
+                    self.files.save(node)
             return
         self._transaction.keep(node)
         dirty = node.dirty or self.files.begin(node, node.marker)

@@ -484,6 +484,27 @@ async def test_restart_finds_everything(tmp_path: Path, autojump_clock: MockCloc
     assert not list((tmp_path / "staging").iterdir())
 
 
+async def test_a_folder_that_is_moved_during_a_request_for_its_marker_is_moved_after_a_restart(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    store = FakeStore()
+    faults = FaultStore(store)
+    async with running(made(faults, tmp_path)) as one:
+        await one.vfs.mkdir(1, b"d", 0o755, 0, 0)
+        gate = faults.hold("put", when=lambda key: key.endswith("d/"))
+        await gate.entered.wait()
+        await one.write("d/f", b"bytes")
+        await one.vfs.rename(1, b"d", 1, b"e", 0)
+        one.journal.close()
+    async with running(made(store, tmp_path)) as two:
+        two.changes.recover(Recovery(two.journal, two.area, two.inodes, two.defaults.directory).nodes())
+        assert await two.names() == ["e"]
+        assert await two.read("e/f") == b"bytes"
+        with trio.fail_after(600):
+            await two.settle()
+        assert keys(two) == ["e/f"]
+
+
 async def test_listing_during_changes(world: World, autojump_clock: MockClock) -> None:
     for number in range(2500):
         await world.store.put(ObjectKey(f"{PREFIX}f{number:04d}"), b"", {}, expect=Expect(None))
