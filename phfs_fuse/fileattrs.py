@@ -62,7 +62,7 @@ class FileAttrs:
         self._writable.require()
         node = self._inodes.get(ino)
         self._inodes.require_no_record(node)
-        if node.is_dir or (may_be_refused(node) and change.size != 0):  # an empty file is written anew
+        if node.is_dir or may_be_refused(node):
             await self._require_kept(node, self._wanted(node, change))
         if node.detached and not node.opens:
             if change.is_late:

@@ -440,7 +440,7 @@ class Names:
     ) -> None:
         """`info` is what the store has under the new name on our behalf."""
         moved = [source, *self._inodes.descendants(source)]
-        for node in moved:
+        for node in moved if target is None else [*moved, target]:
             self._storable.require_unsealed(node)
         self._writable.require_room(len(moved) * ROWS_BYTES)
         old = [self._inodes.key(node) for node in moved]

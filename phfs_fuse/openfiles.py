@@ -235,7 +235,7 @@ class OpenFiles:
     def _require_attrs(self, node: Node, *, anew: bool) -> None:
         """Raises: NoSpace, NotSupported. What others gave to the object does not stay with new bytes."""
         if anew and node.base is not None and node.base.size:
-            node.others_bytes, node.is_sealed = 0, False
+            node.others_bytes = 0
         self._storable.require_room(node)
 
     def put(self, node: Node, offset: int, data: bytes) -> None:

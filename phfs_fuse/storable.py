@@ -31,9 +31,10 @@ class Storable:
         return None
 
     def require_unsealed(self, node: Node) -> None:
-        """Raises: NotSupported if only the owner of the key of `node`'s object can have the store copy or read it."""
+        """Raises: NotSupported if only the owner of the key of `node`'s object can have the store copy or read it.
+        MinIO does not even replace it, if it has a certain version."""
         if node.is_sealed:
-            reason = "the object is encrypted by a key that its owner has (SSE-C); write it anew, or remove it"
+            reason = "the object is encrypted by a key that its owner has (SSE-C); it can only be removed"
             raise NotSupported("change", self._inodes.path(node), reason)
 
     def require_attrs(self, node: Node, attrs: Attrs) -> None:

@@ -103,7 +103,13 @@ class Guard:
             return None
 
     async def etag_now(self, key: ObjectKey) -> ETag | None:
-        found = await self._found(key)
+        try:
+            found = await self._found(key)
+        except InvalidArgument:  # about an object that needs a key of its owner (SSE-C): a listing tells its version
+            page, _ = await self._calls.list_page(key, 1, {}, metadata=False)
+            found = next((info for info in page.objects if info.key == key), None)
+            if found is None:
+                raise
         return found.etag if found else None
 
     async def confirm(self, op: str, key: ObjectKey, expect: Expect | None) -> None:

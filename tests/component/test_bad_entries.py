@@ -132,15 +132,18 @@ async def test_an_object_that_needs_a_key_of_its_owner_is_not_changed(
     if listed:
         await world.names(folder.ino)
     bad, before = await world.node("d/bad"), store.objects[ObjectKey(PREFIX + "d/bad")]
-    for change in (Change(mode=0o640), Change(uid=5), Change(mtime_ns=5), Change(size=4)):
+    for change in (Change(mode=0o640), Change(uid=5), Change(mtime_ns=5), Change(size=4), Change(size=0)):
         with pytest.raises(NotSupported):
             await world.vfs.setattr(bad.ino, change)
-    for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND):
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND, os.O_WRONLY | os.O_TRUNC):
         with pytest.raises(NotSupported):
             world.vfs.open(bad.ino, flags)
     for parent, name in ((folder.ino, b"bad"), (1, b"d")):
         with pytest.raises(NotSupported):
             await world.vfs.rename(parent, name, 1, b"e", 0)
+    await world.node("d/fine")
+    with pytest.raises(NotSupported):
+        await world.vfs.rename(folder.ino, b"fine", folder.ino, b"bad", 0)
     with pytest.raises(NotSupported):
         await world.vfs.setxattr(bad.ino, b"user.a", b"b")
     assert (bad.mode, bad.dirty) == (0o100644, None)
@@ -149,25 +152,6 @@ async def test_an_object_that_needs_a_key_of_its_owner_is_not_changed(
     await world.vfs.setattr((await world.node("d/fine")).ino, Change(mode=0o640))
     await world.settle()
     assert store.objects[ObjectKey(PREFIX + "d/fine")].metadata["mode"] == "0100640"
-
-
-@pytest.mark.parametrize("truncate", [False, True])
-async def test_an_object_that_needs_a_key_of_its_owner_is_written_anew(
-    world: World, store: OddStore, truncate: bool, autojump_clock: MockClock
-) -> None:
-    store.seed(PREFIX + "bad", b"x")
-    store.refuses = {"bad": InvalidArgument("head", "bad", "InvalidRequest")}
-    bad = await world.node("bad")
-    if truncate:
-        await world.vfs.setattr(bad.ino, Change(size=0, mtime_ns=5))
-    fh = world.vfs.open(bad.ino, os.O_WRONLY | os.O_TRUNC * (not truncate))
-    await world.vfs.write(fh, 0, b"new")
-    world.vfs.release(fh)
-    await world.vfs.setattr(bad.ino, Change(mode=0o640))
-    store.refuses = {}
-    await world.settle()
-    assert content(world, "bad") == b"new"
-    assert store.objects[ObjectKey(PREFIX + "bad")].metadata["mode"] == "0100640"
 
 
 async def test_an_object_that_needs_a_key_of_its_owner_is_removed(

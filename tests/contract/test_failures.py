@@ -301,3 +301,20 @@ async def test_a_read_function_sees_a_whole_object(kind: type[S3Store], front: P
     async with opened(kind, front.endpoint_url) as place:
         front.script = lambda _: Answer(200, {"ETag": '"e"'}, SMALL)
         assert await read(place.store, place.key("x"), 0, 10) == SMALL
+
+
+async def test_an_object_whose_head_is_refused_is_deleted(kind: type[S3Store], front: Proxy) -> None:
+    """One that needs a key of its owner (SSE-C): which version is there, a listing tells."""
+    refused = Answer(400, {"Content-Type": "application/xml"}, b"<Error><Code>InvalidRequest</Code></Error>")
+    async with through(kind, front) as place:
+        await place.store.prepare()
+        for name in ("x", "y", "z"):
+            etag = (await place.put(name, name.encode())).etag
+            front.script = lambda request: (
+                refused if request.method in ("HEAD", "GET") and "/p/" in request.path else Forward()
+            )
+            with pytest.raises(VersionChanged):
+                await place.store.delete(place.key(name), expect=Expect(OTHER))
+            await place.store.delete(place.key(name), expect=Expect(etag))
+            front.script = lambda _: Forward()
+        assert await place.names() == []
