@@ -144,6 +144,12 @@ def node(
         bool, typer.Option("--controller", envvar="PHFS_CSI_CONTROLLER", help="Serve the Controller service too.")
     ] = False,
     id_keys: IdKeysPath = "",
+    any_target: Annotated[
+        bool,
+        typer.Option(
+            "--any-target", envvar="PHFS_CSI_ANY_TARGET", help="Take any path below --kubelet-dir, for csi-sanity."
+        ),
+    ] = False,
 ) -> None:
     """Serve a node: Identity and Node, and register with the kubelet."""
     _set_up_logs(log_level, log_format)
@@ -178,7 +184,7 @@ def node(
 
     keys = IdKeysFile(Path(id_keys)) if id_keys else IdKeysFile(config.state_dir / "id-keys", make=True)
     service = _controller_service(secrets_dir, keys) if controller else None
-    _serve(outer, _open_node(config, secrets_dir, listed), service)
+    _serve(outer, _open_node(config, secrets_dir, listed, any_target=any_target), service)
 
 
 @app.command("controller")
@@ -230,7 +236,7 @@ def probe(endpoint: Endpoint = ENDPOINT) -> None:
 # --- composition
 
 
-def _open_node(config: NodeConfig, secrets_dir: str, endpoints: Sequence[str]) -> Node:
+def _open_node(config: NodeConfig, secrets_dir: str, endpoints: Sequence[str], *, any_target: bool) -> Node:
     from phfs_csi.catalog import quota_now
     from phfs_csi.endpoints import Endpoints
     from phfs_csi.node import open_node
@@ -243,6 +249,7 @@ def _open_node(config: NodeConfig, secrets_dir: str, endpoints: Sequence[str]) -
         defaults=defaults,
         quota_now=quota_now,
         drain_seconds=config.drain_seconds,
+        any_target=any_target,
         endpoints=Endpoints(endpoints, defaults),
     )
     return open_node(config, requests)

@@ -6,6 +6,7 @@ Paths are looked at with readlink alone, which asks no file system that the kern
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from phfs_fuse.types import ID_MAX, decimal
 EPHEMERAL: Final = "csi.storage.k8s.io/ephemeral"
 ID_CHARS_MAX: Final = 1024
 PATH_BYTES_MAX: Final = 4096
+TARGETS: Final = "pods/*/volumes/kubernetes.io~csi/*/mount"  # Source: kubelet, csi_mounter.go
+STAGING: Final = "plugins"
+_TARGET: Final = re.compile(re.escape(TARGETS).replace(r"\*", "[^/]+"))
 _BOOLEAN: Final = "read-only"
 
 
@@ -38,11 +42,12 @@ class Requests:
     defaults: Callable[[], Mapping[str, str]] = dict  # the plugin's secret for volumes that bring none
     quota_now: Callable[[VolumeParams], int | None] = lambda volume: None  # of a provisioned volume, may have grown
     drain_seconds: float = DRAIN_SECONDS
+    any_target: bool = True  # False: only where a kubelet mounts volumes
     endpoints: Endpoints = field(default_factory=Endpoints)  # of inline volumes
 
     def stage(self, request: csi_pb2.NodeStageVolumeRequest) -> StageParams:
         volume_id = volume_id_of(request)
-        path = self._path("staging_target_path", request.staging_target_path)
+        path = self._staging_path(request.staging_target_path)
         mode = access_mode(request.volume_capability)
         given = Given(
             attributes=request.volume_context,
@@ -60,12 +65,12 @@ class Requests:
         )
 
     def unstage(self, request: csi_pb2.NodeUnstageVolumeRequest) -> tuple[str, Path]:
-        return volume_id_of(request), self._path("staging_target_path", request.staging_target_path)
+        return volume_id_of(request), self._staging_path(request.staging_target_path)
 
     def publish(self, request: csi_pb2.NodePublishVolumeRequest) -> PublishParams:
         """Raises: FailedPrecondition for a volume that is neither staged nor an inline one."""
         volume_id = volume_id_of(request)
-        target = self._path("target_path", request.target_path)
+        target = self._target_path(request.target_path)
         mode = access_mode(request.volume_capability)
         inline = self._inline(volume_id, request) if is_inline(request) else None
         staging = None if inline else self._staging(request)
@@ -80,7 +85,7 @@ class Requests:
         )
 
     def unpublish(self, request: csi_pb2.NodeUnpublishVolumeRequest) -> tuple[str, Path]:
-        return volume_id_of(request), self._path("target_path", request.target_path)
+        return volume_id_of(request), self._target_path(request.target_path)
 
     def stats(self, request: csi_pb2.NodeGetVolumeStatsRequest) -> tuple[str, Path]:
         """The path is only for looking up what is mounted: it may be any."""
@@ -97,7 +102,7 @@ class Requests:
     def _staging(self, request: csi_pb2.NodePublishVolumeRequest) -> Path:
         if not request.staging_target_path:
             raise FailedPrecondition("staging_target_path is missing: the volume is to be staged first")
-        return self._path("staging_target_path", request.staging_target_path)
+        return self._staging_path(request.staging_target_path)
 
     def _inline(self, volume_id: str, request: csi_pb2.NodePublishVolumeRequest) -> VolumeParams:
         """Whoever may start a pod writes these: they get nothing of the plugin's own. Raises: PermissionDenied for an
@@ -117,6 +122,19 @@ class Requests:
             return volume
         others = {name: text for name, text in volume.settings.items() if name != "quota"}
         return replace(volume, settings={**others, "quota": str(quota_bytes)} if quota_bytes else others)
+
+    def _target_path(self, text: str) -> Path:
+        """Of a pod's volume, an inline one too."""
+        path = self._path("target_path", text)
+        if not self.any_target and not _TARGET.fullmatch(str(path.relative_to(self.kubelet_dir))):
+            raise InvalidArgument(f"target_path: not {self.kubelet_dir}/{TARGETS}")
+        return path
+
+    def _staging_path(self, text: str) -> Path:
+        path = self._path("staging_target_path", text)
+        if not self.any_target and not path.is_relative_to(self.kubelet_dir / STAGING):
+            raise InvalidArgument(f"staging_target_path: not below {self.kubelet_dir / STAGING}")
+        return path
 
     def _path(self, name: str, text: str) -> Path:
         """A path strictly below the kubelet's directory that goes through no symbolic link of its own."""

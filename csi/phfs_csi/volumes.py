@@ -6,6 +6,7 @@ records before it is done.
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import Final
 
 from phfs_csi.config import INLINE_MAX
 from phfs_csi.drains import Drains
-from phfs_csi.errors import AlreadyExists, CsiError, FailedPrecondition, ResourceExhausted
+from phfs_csi.errors import AlreadyExists, CsiError, FailedPrecondition, Internal, ResourceExhausted
 from phfs_csi.mounter import Mounter, State
 from phfs_csi.params import AccessMode, PublishParams, StageParams, VolumeParams
 from phfs_csi.records import Records, TargetRecord, VolumeRecord
@@ -68,6 +69,9 @@ class Volumes:
                     raise FailedPrecondition(f"{target}: is published, but not for {volume_id}")
             if inline is not None:
                 self._end(inline, seconds)
+            if inline is None and found is None:
+                _remove_unmounted(target)
+                return
             self._mounter.unbind(target)
             if found is not None:
                 self._records.remove_target(found[0], target)
@@ -243,6 +247,18 @@ class Volumes:
         self._forget(replace(record, is_ended=True))
         log.info("unmounted volume=%s path=%s", record.volume_id, record.path)
         self.changed.set()
+
+
+def _remove_unmounted(target: Path) -> None:
+    """Nothing was published there, as far as the records know. Raises: FailedPrecondition, Internal."""
+    try:
+        target.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:
+            raise FailedPrecondition(f"{target}: what is mounted here this plugin has not published") from exc
+        raise Internal(f"{target}: not removed: {exc.strerror}") from exc
 
 
 def _record(

@@ -380,6 +380,28 @@ def test_inline_volumes_use_the_store_of_the_plugin_and_can_be_turned_off() -> N
     assert driver["spec"]["volumeLifecycleModes"] == ["Persistent"]
 
 
+def test_a_digest_takes_the_place_of_the_tag() -> None:
+    digest = "sha256:" + "0" * 64
+    found = chart("--set", f"image.repository=example.org/phfs,image.digest={digest}")
+    assert {box["image"] for box in containers(found) if box["name"] in OURS} == {f"example.org/phfs@{digest}"}
+
+
+def test_others_reach_the_metrics_alone() -> None:
+    [policy] = of_kind(base(), "NetworkPolicy")
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    [rule] = policy["spec"]["ingress"]
+    assert rule == {"ports": [{"port": 9808, "endPort": 9811}]}
+    [limited] = of_kind(chart("--set-json", 'networkPolicy.egress=[{"ports":[{"port":9000}]}]'), "NetworkPolicy")
+    assert limited["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert of_kind(chart("--set", "networkPolicy.create=false"), "NetworkPolicy") == []
+
+
+def test_every_directory_in_memory_or_on_the_node_s_disk_has_a_limit() -> None:
+    volumes = [volume for pod in pods(base()) for volume in pod["volumes"] if "emptyDir" in volume]
+    assert volumes
+    assert all("sizeLimit" in volume["emptyDir"] for volume in volumes)
+
+
 def test_leases_are_named_as_the_sidecars_name_them() -> None:
     """Source: csi-lib-utils, leaderelection: all but letters, digits and dashes becomes a dash."""
     [driver] = of_kind(base(), "CSIDriver")

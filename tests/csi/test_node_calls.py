@@ -286,6 +286,19 @@ def test_inline_volumes_can_be_turned_off(tmp_path: Path, mounter: FakeMounter) 
         assert kubelet.stage() is OK
 
 
+def test_an_unpublish_takes_off_what_the_records_know_alone(kubelet: Caller, mounter: FakeMounter) -> None:
+    unbound: list[Path] = []
+    mounter.unbind = unbound.append  # type: ignore[method-assign]
+    (kubelet.kubelet / "other").mkdir()
+    assert kubelet.unpublish("other") is OK
+    assert not (kubelet.kubelet / "other").exists()  # empty, and nothing is mounted there
+    (kubelet.kubelet / "full" / "x").mkdir(parents=True)
+    assert kubelet.unpublish("full") is StatusCode.INTERNAL
+    assert unbound == []
+    assert [kubelet.stage(), kubelet.publish(), kubelet.unpublish()] == [OK] * 3
+    assert unbound == [kubelet.kubelet / "pod"]
+
+
 def test_what_is_not_there(kubelet: Caller) -> None:
     assert kubelet.unpublish() is OK
     assert kubelet.unstage() is OK

@@ -115,6 +115,48 @@ def test_an_inline_volume_connects_to_no_link_local_address(requests: Requests, 
     assert requests.stage(stage_request(kubelet / "s", volume_context={"bucket": "b-1", "endpoint": url}))
 
 
+STAGED = "plugins/kubernetes.io/csi/phfs/1/globalmount"
+PUBLISHED = "pods/uid/volumes/kubernetes.io~csi/vol/mount"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "t",
+        "pods/uid/volumes/kubernetes.io~csi/vol",
+        "pods/uid/volumes/kubernetes.io~csi/vol/mount/x",
+        "pods/uid/volumes/kubernetes.io~csi/a/b/mount",
+        "pods/uid/volumes/kubernetes.io~secret/vol/mount",
+        "pods/a/uid/volumes/kubernetes.io~csi/vol/mount",
+        "pods/uid/etc-hosts",
+        STAGED,
+    ],
+)
+def test_targets_are_where_a_kubelet_mounts_volumes(kubelet: Path, target: str) -> None:
+    strict = Requests(kubelet_dir=kubelet, any_target=False)
+    inline = {"volume_context": {EPHEMERAL: "true", "bucket": "b-1"}, "secrets": OWN}
+    assert strict.publish(publish_request(kubelet / PUBLISHED, staging_target_path=str(kubelet / STAGED)))
+    assert strict.publish(publish_request(kubelet / PUBLISHED, **inline))
+    assert strict.stage(stage_request(kubelet / STAGED))
+    unpublish = csi_pb2.NodeUnpublishVolumeRequest(volume_id="vol", target_path=str(kubelet / target))
+    for call in (
+        lambda: strict.publish(publish_request(kubelet / target, staging_target_path=str(kubelet / STAGED))),
+        lambda: strict.publish(publish_request(kubelet / target, **inline)),
+        lambda: strict.unpublish(unpublish),
+    ):
+        with pytest.raises(InvalidArgument, match="target_path"):
+            call()
+
+
+@pytest.mark.parametrize("path", ["s", "pods/uid/volumes/kubernetes.io~csi/vol/mount"])
+def test_volumes_are_staged_below_the_plugins_of_a_kubelet(kubelet: Path, path: str) -> None:
+    strict = Requests(kubelet_dir=kubelet, any_target=False)
+    unstage = csi_pb2.NodeUnstageVolumeRequest(volume_id="vol", staging_target_path=str(kubelet / path))
+    for call in (lambda: strict.stage(stage_request(kubelet / path)), lambda: strict.unstage(unstage)):
+        with pytest.raises(InvalidArgument, match="staging_target_path"):
+            call()
+
+
 def test_a_volume_that_is_not_staged_cannot_be_published(requests: Requests, kubelet: Path) -> None:
     with pytest.raises(FailedPrecondition):
         requests.publish(publish_request(kubelet / "t"))

@@ -55,7 +55,7 @@ def binary() -> Path:
 
 @pytest.fixture
 def plugin() -> Iterator[Plugin]:
-    with a_plugin("--controller") as found:
+    with a_plugin("--controller", "--any-target") as found:
         yield found
 
 
