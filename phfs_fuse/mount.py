@@ -21,6 +21,7 @@ import trio
 from phfs_fuse import logs
 from phfs_fuse.answers import Answers
 from phfs_fuse.config import MountConfig
+from phfs_fuse.confinement import confine
 from phfs_fuse.control import ControlServer
 from phfs_fuse.errors import MountpointError, StartupError
 from phfs_fuse.journal import Journal
@@ -83,10 +84,12 @@ def first_startup_error(group: BaseException) -> StartupError:
 
 
 def prepare_process() -> None:
-    """As many open files as allowed: staging, cache and connections each hold some. Less work for the collector."""
+    """As many open files as allowed: staging, cache and connections each hold some. Less work for the collector.
+    Confined."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    confine()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 

@@ -101,7 +101,7 @@ options
 values
 saved
 registry mountpoint localstate localfile holding reserve statfsino eager
-dirs logs waiting jsontext
+dirs logs waiting jsontext confinement
 metrics
 config
 errors
