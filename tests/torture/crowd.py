@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 
 from phfs_fuse.types import MIB
 from tests.torture.content import GUEST, NAME, SHARED, digest, first_files, owner_of, writer_of, written
-from tests.torture.writer import AWAY_SECONDS, again, entries, get, moved
+from tests.torture.writer import AWAY_SECONDS, PASSING, again, entries, get, moved
 
 BURST_MAX = 150
 TREE_FILES_MAX = 700
@@ -194,7 +194,16 @@ class Crowd:
         before = {name: self.files[name] for name in self.flat()}
         with again(os.scandir, self.root) as stream:
             names, until = [], self.random.randrange(len(before) + 1)
-            for entry in stream:
+            while True:
+                try:
+                    entry = next(stream, None)
+                except OSError as exc:  # it goes on where it was in a new listing at the earliest
+                    if exc.errno not in PASSING:
+                        raise
+                    again(entries, self.root)
+                    return self.list_while_changing()
+                if entry is None:
+                    break
                 names.append(entry.name)
                 if len(names) == until:
                     for _ in range(3):
