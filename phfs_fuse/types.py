@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final, NewType
 
 Ino = NewType("Ino", int)  # identity of one file (one version line of it) within one mount
@@ -33,6 +34,23 @@ SIZE_BYTES_MAX: Final = 1 << 60  # of any object; leaves room for the cache's ch
 TIME_NS_MIN: Final = -(1 << 63)  # the year 1677
 TIME_NS_MAX: Final = (1 << 63) - 1  # the year 2262
 ID_MAX: Final = (1 << 32) - 2  # of users, groups and devices; one more means "none"
+Buffer = bytes | bytearray | memoryview  # what a read gives
+
+
+Name = tuple[int, bytes]
+"""Inode number of the directory, name in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """A change of names that the thread `pid` asks for; numbers and names as the kernel gave them."""
+
+    pid: int
+    op: str
+    parent: int
+    name: bytes
+    to_parent: int = 0
+    to_name: bytes = b""
 
 
 def time_ns(ns: int) -> int:

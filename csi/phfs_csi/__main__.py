@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from phfs_csi.config import DRIVER_NAME, INLINE_MAX, NodeConfig
-from phfs_fuse import __version__, logs, values
-from phfs_fuse.entry import guarded, program
+from phfs_fuse import __version__
+from phfs_fuse.cli.program import guarded, program
+from phfs_fuse.config import values
 from phfs_fuse.errors import ConfigError, LocalStateError, StartupError
+from phfs_fuse.host import logs
 
 if TYPE_CHECKING:  # gRPC is loaded by the roles that need it, the holder stays small
-    from phfs_csi.idkeys import IdKeysFile
-    from phfs_csi.server import AddService, Node
+    from phfs_csi.provision.id_keys import IdKeysFile
+    from phfs_csi.rpc.server import AddService, Node
 
 log = logging.getLogger(__name__)
 app = program("phfs-csi", "CSI plugin of phfs: mounts prefixes of a bucket into pods.")
@@ -170,7 +172,7 @@ def node(
         log_format=log_format,
     )
     default_path = config.kubelet_dir / "plugins" / config.driver_name / "csi.sock"
-    from phfs_csi.endpoints import parse_endpoints
+    from phfs_csi.request.endpoints import parse_endpoints
 
     listed = _parsed("--inline-endpoints", parse_endpoints, inline_endpoints)
     outer = Outer(
@@ -180,7 +182,7 @@ def node(
         registration_dir=registration_dir if register else "",
         kubelet_path=kubelet_registration_path or str(default_path),
     )
-    from phfs_csi.idkeys import IdKeysFile
+    from phfs_csi.provision.id_keys import IdKeysFile
 
     keys = IdKeysFile(Path(id_keys)) if id_keys else IdKeysFile(config.state_dir / "id-keys", make=True)
     service = _controller_service(secrets_dir, keys) if controller else None
@@ -200,7 +202,7 @@ def controller(
     """Serve dynamic provisioning: Identity and Controller, beside the stock provisioner and resizer."""
     _set_up_logs(log_level, log_format)
     outer = Outer(endpoint=endpoint, driver_name=_driver(driver_name), metrics_address=metrics_address)
-    from phfs_csi.idkeys import IdKeysFile
+    from phfs_csi.provision.id_keys import IdKeysFile
 
     keys = IdKeysFile(Path(id_keys) if id_keys else None)
     _serve(outer, None, _controller_service(secrets_dir, keys))
@@ -211,7 +213,7 @@ def hold(
     socket: SocketPath, pod_uid: PodUid = "", log_level: LogLevel = "info", log_format: LogFormat = "text"
 ) -> None:
     """Hold the connections of the node's mounts, so that the plugin may be restarted."""
-    from phfs_csi import holder
+    from phfs_csi.handover import holder
 
     _set_up_logs(log_level, log_format)
     holder.hold(socket, pod_uid)
@@ -237,11 +239,11 @@ def probe(endpoint: Endpoint = ENDPOINT) -> None:
 
 
 def _open_node(config: NodeConfig, secrets_dir: str, endpoints: Sequence[str], *, any_target: bool) -> Node:
-    from phfs_csi.catalog import quota_now
-    from phfs_csi.endpoints import Endpoints
-    from phfs_csi.node import open_node
-    from phfs_csi.requests import Requests
-    from phfs_csi.secretsdir import SecretsDirectory
+    from phfs_csi.provision.catalog import quota_now
+    from phfs_csi.request.endpoints import Endpoints
+    from phfs_csi.request.node_requests import Requests
+    from phfs_csi.request.secrets_dir import SecretsDirectory
+    from phfs_csi.wiring import open_node
 
     defaults = SecretsDirectory(secrets_dir).read
     requests = Requests(
@@ -257,9 +259,10 @@ def _open_node(config: NodeConfig, secrets_dir: str, endpoints: Sequence[str], *
 
 def _serve(outer: Outer, node: Node | None, controller: AddService | None = None) -> None:
     """Serve until SIGTERM or SIGINT."""
-    from phfs_csi import identity, metrics, server
+    from phfs_csi import metrics
     from phfs_csi.proto import csi_pb2_grpc
-    from phfs_csi.registration import Registration
+    from phfs_csi.rpc import identity, server
+    from phfs_csi.rpc.registration import Registration
 
     counted = metrics.Metrics(node)
     registration = (
@@ -294,9 +297,9 @@ def _serve(outer: Outer, node: Node | None, controller: AddService | None = None
 
 
 def _controller_service(secrets_dir: str, keys: IdKeysFile) -> AddService:
-    from phfs_csi.controller import ControllerService
     from phfs_csi.proto import csi_pb2_grpc
-    from phfs_csi.secretsdir import SecretsDirectory
+    from phfs_csi.request.secrets_dir import SecretsDirectory
+    from phfs_csi.rpc.controller import ControllerService
 
     service = ControllerService(SecretsDirectory(secrets_dir).read, keys=keys.read)
     return lambda to: csi_pb2_grpc.add_ControllerServicer_to_server(service, to)

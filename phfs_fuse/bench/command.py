@@ -20,7 +20,6 @@ import botocore.exceptions as bexc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from phfs_fuse import logs
 from phfs_fuse.bench import plot, processes, report
 from phfs_fuse.bench.figures import Figures
 from phfs_fuse.bench.run import Plan, Runner, Step, steps, work_folder
@@ -29,6 +28,7 @@ from phfs_fuse.bench.store import Store
 from phfs_fuse.bench.systems import REFERENCE, System, choose
 from phfs_fuse.bench.workloads import WORKLOADS, Workload, missing_program, title
 from phfs_fuse.errors import StoreStartupError, UsageError
+from phfs_fuse.host import logs
 
 BUCKET: Final = "phfs-bench"  # of a store that is started here
 

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from phfs_fuse.bench.systems import System, Target
 from phfs_fuse.bench.usage import Watch
 from phfs_fuse.errors import StartupError, UsageError
-from phfs_fuse.mountpoint import mount_table
+from phfs_fuse.host.mount_table import mount_table
 
 READY_SECONDS: Final = 60.0
 END_SECONDS: Final = 10.0

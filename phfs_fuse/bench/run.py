@@ -23,7 +23,7 @@ from phfs_fuse.bench.systems import REFERENCE, System, Target
 from phfs_fuse.bench.trial import Sources, Trial, drop_page_cache
 from phfs_fuse.bench.usage import Usage
 from phfs_fuse.bench.workloads import Workload
-from phfs_fuse.mountpoint import mount_table
+from phfs_fuse.host.mount_table import mount_table
 
 COUNTING: Final = -1  # the repetition that counts requests and is not timed
 KEPT_BYTES_MAX: Final = 64 * MIB

@@ -1,11 +1,18 @@
-"""Object stores: the seam (`base`) and what stands behind it."""
+"""S3: the seam and what stands behind it; the only user of boto3 and awscrt, with `cli/demo` and `bench`.
+
+The other wings know `base` alone (and `retry`). Errors leave as `PhfsError`s: codes are translated once
+(`error_codes`), and what cannot be read becomes a `BadAnswer`. One try of a call is in `boto` and `crt`; retries and
+conditions stand above them.
+
+Begin with `base`, then `s3`.
+"""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.store.base import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -13,9 +20,9 @@ log = logging.getLogger(__name__)
 
 def warm() -> None:
     """Load all that a store needs, so that forks of this process have it. No I/O but the disk's, no thread."""
-    from phfs_fuse.store import crt, s3, session  # noqa: F401
+    from phfs_fuse.store import clients, crt, s3  # noqa: F401
 
-    session.warm()
+    clients.warm()
 
 
 def open_store(config: StoreConfig, owner: str = "", notes: Path | None = None) -> ObjectStore:

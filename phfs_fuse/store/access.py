@@ -15,9 +15,9 @@ from typing import Final, TypeVar
 import trio
 from botocore.session import Session
 
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import ClockOff, CredentialsRefused, PhfsError, WrongRegion
-from phfs_fuse.store.session import Clients, open_clients
+from phfs_fuse.store.clients import Clients, open_clients
 
 log = logging.getLogger(__name__)
 

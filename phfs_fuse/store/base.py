@@ -10,6 +10,7 @@ the store is in the way `NotADirectory`, `IsADirectory`, `NoSpace`, `QuotaExceed
 
 from __future__ import annotations
 
+import mimetypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -23,6 +24,22 @@ NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 Sink = Callable[[int, bytes | memoryview], None]
 """Takes (offset in the object, chunk): called in ascending order without gaps, on a thread of the store."""
+
+
+META_PREFIX: Final = "x-amz-meta-"
+_TYPES: Final = mimetypes.MimeTypes()  # the built-in table: the same on every machine
+
+
+def metadata_bytes(metadata: Mapping[str, str]) -> int:
+    """The size of user metadata as MinIO counts it, which is the strictest way: with the prefix of each name."""
+    return sum(len(META_PREFIX) + len(name.encode()) + len(value.encode()) for name, value in metadata.items())
+
+
+def content_type(key: str) -> str:
+    """What browsers and consoles shall take the object for; by its name, as rclone does it."""
+    if key.endswith("/"):
+        return "application/x-directory"
+    return _TYPES.guess_type(f"/{key}")[0] or "application/octet-stream"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +269,7 @@ class ObjectStore(Protocol):
         self, key: ObjectKey, metadata: Mapping[str, str], properties: Properties | None = None
     ) -> str:
         """Begin an upload; returns its id. One try: each try may begin an upload of its own, also one without an
-        answer. Whoever begins one notes that first (`multiparts`)."""
+        answer. Whoever begins one notes that first (`writeback.multipart_uploads`)."""
 
     async def upload_part(self, key: ObjectKey, upload_id: str, part_no: int, body: Body) -> Part: ...
 

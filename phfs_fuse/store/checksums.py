@@ -24,7 +24,7 @@ from awscrt import checksums as crt
 
 from phfs_fuse.errors import BadAnswer, InvalidArgument, NotSupported
 from phfs_fuse.store.base import Body
-from phfs_fuse.store.transfer import chunks, md5_etag
+from phfs_fuse.store.bodies import chunks, md5_etag
 
 log = logging.getLogger(__name__)
 

@@ -20,27 +20,19 @@ from urllib.parse import quote
 import trio
 
 from phfs_fuse import metrics
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import BadAnswer
 from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Properties
-from phfs_fuse.store.calls import BotoCalls
+from phfs_fuse.store.bodies import Receiver, body_length, read_body
+from phfs_fuse.store.boto import BotoCalls
 from phfs_fuse.store.checksums import Algorithm, check_stored, checksum_headers
+from phfs_fuse.store.clients import Clients
 from phfs_fuse.store.crt_http import Unreadable
 from phfs_fuse.store.documents import list_of_parts, told_etag, told_upload_id
-from phfs_fuse.store.headers import (
-    copy_headers,
-    etag_of,
-    info_of,
-    object_headers,
-    quoted,
-    stored_info,
-    tag_header,
-)
-from phfs_fuse.store.listing import PAGE_BYTES_MAX, parse_listing
+from phfs_fuse.store.headers import copy_headers, etag_of, info_of, object_headers, quoted, stored_info, tag_header
+from phfs_fuse.store.listing_xml import PAGE_BYTES_MAX, parse_listing
 from phfs_fuse.store.s3 import S3Store
-from phfs_fuse.store.session import Clients
 from phfs_fuse.store.signed import UNRESERVED, Signed, endpoint_of
-from phfs_fuse.store.transfer import Receiver, body_length, read_body
 from phfs_fuse.types import KIB, MIB, ETag, ObjectKey
 
 log = logging.getLogger(__name__)

@@ -30,9 +30,9 @@ from awscrt.io import (
     TlsVersion,
 )
 
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import BadAnswer, PhfsError, StoreTimeout, StoreUnavailable
-from phfs_fuse.store.answers import reading
+from phfs_fuse.store.error_codes import reading
 from phfs_fuse.types import KIB
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 from phfs_fuse.errors import BadAnswer
-from phfs_fuse.store.answers import error_code, error_of, reading
 from phfs_fuse.store.base import Part
+from phfs_fuse.store.error_codes import error_code, error_of, reading
 from phfs_fuse.store.headers import quoted
 
 

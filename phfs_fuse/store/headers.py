@@ -5,7 +5,6 @@ A number that is no number or out of range makes the whole answer a `BadAnswer`,
 
 from __future__ import annotations
 
-import mimetypes
 import re
 import time
 from collections.abc import Mapping
@@ -15,10 +14,9 @@ from functools import lru_cache
 from typing import Final
 
 from phfs_fuse.errors import BadAnswer
-from phfs_fuse.store.base import ObjectInfo, Properties
+from phfs_fuse.store.base import META_PREFIX, ObjectInfo, Properties, content_type
 from phfs_fuse.types import SIZE_BYTES_MAX, ETag, ObjectKey, decimal, time_ns
 
-META_PREFIX: Final = "x-amz-meta-"
 STORAGE_CLASS: Final = "x-amz-storage-class"
 ENCRYPTION: Final = "x-amz-server-side-encryption"
 CUSTOMER_KEY: Final = f"{ENCRYPTION}-customer-algorithm"  # of SSE-C
@@ -40,14 +38,6 @@ _ETAG: Final = re.compile(r"[!#-~\x80-\xff]{1,1024}")  # Source: RFC 9110, 8.8.3
 TAG_COUNT: Final = "x-amz-tagging-count"
 _TOLD: Final = (*CONTENT, *PLACED, TAG_COUNT)
 _DIRECTIVE: Final = "x-amz-metadata-directive"
-_TYPES: Final = mimetypes.MimeTypes()  # the built-in table: the same on every machine
-
-
-def content_type(key: str) -> str:
-    """What browsers and consoles shall take the object for; by its name, as rclone does it."""
-    if key.endswith("/"):
-        return "application/x-directory"
-    return _TYPES.guess_type(f"/{key}")[0] or "application/octet-stream"
 
 
 def quoted(etag: ETag) -> str:

@@ -8,7 +8,7 @@ Source: Amazon S3 user guide, "Multipart upload limits", "Object metadata"; MinI
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple, Protocol
 
 import trio
@@ -16,7 +16,6 @@ import trio
 from phfs_fuse.errors import IllegalName, NameTooLong, NotFound, PhfsError
 from phfs_fuse.keys import MINIO_FOLDER
 from phfs_fuse.store.base import NAME_REFUSED, Limits
-from phfs_fuse.store.headers import META_PREFIX
 from phfs_fuse.types import NAME_BYTES_MAX, S3_OBJECT_BYTES_MAX, SEGMENT_BYTES_SURE, ObjectKey
 
 AWS: Final = Limits(object_bytes_max=S3_OBJECT_BYTES_MAX)
@@ -25,11 +24,6 @@ USUAL: Final = Limits(object_bytes_max=5 << 40)  # of all others: the largest th
 TRIAL_SECONDS: Final = 5.0  # a program waits to make a name; without an answer the limits of most stores count
 MARKER_BYTES_MAX: Final = NAME_BYTES_MAX - len(MINIO_FOLDER)  # MinIO keeps the object `x/` in the folder `x__XLDIR__`
 _DOTS: Final = re.compile(r"(?:^|[/\\])\s*\.\.?\s*(?:[/\\]|$)")  # MinIO strips blanks, and takes `\` for `/`
-
-
-def metadata_bytes(metadata: Mapping[str, str]) -> int:
-    """The size of user metadata as MinIO counts it, which is the strictest way: with the prefix of each name."""
-    return sum(len(META_PREFIX) + len(name.encode()) + len(value.encode()) for name, value in metadata.items())
 
 
 class Segment(NamedTuple):

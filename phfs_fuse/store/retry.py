@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 import trio
 
 from phfs_fuse.errors import StoreUnavailable
-from phfs_fuse.store.answers import OutOfRange
+from phfs_fuse.store.error_codes import OutOfRange
 
 log = logging.getLogger(__name__)
 

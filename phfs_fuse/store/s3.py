@@ -1,5 +1,5 @@
 """The object store over S3: checks, retries, conditions. Owns whether the store lists metadata; the single tries are
-those of `store.calls`, what a write rests on is `store.guard`'s.
+those of `store.boto`, what a write rests on is `store.conditional`'s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 import trio
 
 from phfs_fuse import metrics
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import (
     AccessDenied,
     BadAnswer,
@@ -27,7 +27,6 @@ from phfs_fuse.errors import (
     StoreUnavailable,
     VersionChanged,
 )
-from phfs_fuse.store.answers import NO_SUCH_UPLOAD, check_key, check_metadata, check_text
 from phfs_fuse.store.base import (
     LOOK_SECONDS,
     NAME_REFUSED,
@@ -43,15 +42,16 @@ from phfs_fuse.store.base import (
     Sink,
     Upload,
 )
-from phfs_fuse.store.calls import XML_ILLEGAL, BotoCalls
+from phfs_fuse.store.bodies import Receiver, body_length, holds, multipart_etag
+from phfs_fuse.store.boto import XML_ILLEGAL, BotoCalls
+from phfs_fuse.store.conditional import Guard, ProbeName
 from phfs_fuse.store.conditions import NONE_KEPT
 from phfs_fuse.store.diagnosis import diagnose
-from phfs_fuse.store.events import EventStream
-from phfs_fuse.store.guard import Guard, ProbeName
+from phfs_fuse.store.error_codes import NO_SUCH_UPLOAD, check_key, check_metadata, check_text
 from phfs_fuse.store.headers import TAG_COUNT, placed
 from phfs_fuse.store.limits import AWS, USUAL, NameLimits
+from phfs_fuse.store.notifications import EventStream
 from phfs_fuse.store.paging import next_page, place_in_walk
-from phfs_fuse.store.transfer import Receiver, body_length, holds, multipart_etag
 from phfs_fuse.store.trials import TrialObjects
 from phfs_fuse.tasks import gather
 from phfs_fuse.types import ETag, ObjectKey

@@ -14,11 +14,11 @@ from awscrt.auth import AwsCredentialsProvider, AwsSignedBodyValue
 from botocore.utils import get_environ_proxies
 
 from phfs_fuse import metrics
-from phfs_fuse.config import StoreConfig
-from phfs_fuse.store.answers import error_code, error_of, reading
+from phfs_fuse.config.model import StoreConfig
+from phfs_fuse.store.clients import Clients, translated
 from phfs_fuse.store.clock import StoreClock
 from phfs_fuse.store.crt_http import Consumer, Endpoint, HttpClient, build_request, sign, told
-from phfs_fuse.store.session import Clients, translated
+from phfs_fuse.store.error_codes import error_code, error_of, reading
 from phfs_fuse.types import ObjectKey
 
 log = logging.getLogger(__name__)

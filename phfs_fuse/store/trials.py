@@ -14,11 +14,11 @@ from typing import Final
 
 import trio
 
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.keys import TRIAL
 from phfs_fuse.store.base import NOT_THERE
-from phfs_fuse.store.calls import BotoCalls
+from phfs_fuse.store.boto import BotoCalls
 from phfs_fuse.store.retry import retrying
 from phfs_fuse.types import ObjectKey
 

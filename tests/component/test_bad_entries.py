@@ -21,10 +21,10 @@ from phfs_fuse.errors import (
     PhfsError,
     StoreUnavailable,
 )
-from phfs_fuse.fileattrs import Change
-from phfs_fuse.nodes import NEVER
 from phfs_fuse.store.base import Listing, ObjectInfo
+from phfs_fuse.tree.node import NEVER
 from phfs_fuse.types import ObjectKey
+from phfs_fuse.vfs.attributes import Change
 from tests.support.fake_store import FakeStore
 from tests.support.world import PREFIX, World, content, keys, made, running
 

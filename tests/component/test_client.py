@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse import client, registry
-from phfs_fuse.client import Progress
 from phfs_fuse.errors import MountpointError, NotDrained, StoreStartupError
-from phfs_fuse.mountpoint import mount_table
-from phfs_fuse.registry import MountRecord
+from phfs_fuse.host import registry
+from phfs_fuse.host.mount_table import mount_table
+from phfs_fuse.host.registry import MountRecord
+from phfs_fuse.launch import client
+from phfs_fuse.launch.client import Progress
 
 
 class Mount:

@@ -14,9 +14,9 @@ import pytest
 import trio
 from trio.testing import MockClock as Clock
 
-from phfs_fuse import control
-from phfs_fuse.control import ControlServer
 from phfs_fuse.errors import AccessDenied, ConfigError, LocalStateError, MountpointError, NotFound
+from phfs_fuse.worker import control_socket
+from phfs_fuse.worker.control_socket import ControlServer
 
 
 class Mount:
@@ -244,7 +244,7 @@ async def test_a_wrong_request_gets_an_answer_and_the_next_is_heard(
 
 @pytest.mark.parametrize(
     "line",
-    [b"status", b"[1]", b"\xff\xfe", b"[" * 60_000, b"x" * (control.LINE_BYTES_MAX + 2)],
+    [b"status", b"[1]", b"\xff\xfe", b"[" * 60_000, b"x" * (control_socket.LINE_BYTES_MAX + 2)],
     ids=["word", "list", "binary", "deep", "long"],
 )
 async def test_what_is_no_request_ends_the_conversation_with_an_answer(
@@ -262,7 +262,7 @@ async def test_a_request_that_never_ends_is_given_up(client: Client, autojump_cl
     await client.stream.send_all(b'{"op": ')
     start = trio.current_time()
     assert await client.receive() is None
-    assert trio.current_time() - start == pytest.approx(control.LINE_SECONDS, abs=1)
+    assert trio.current_time() - start == pytest.approx(control_socket.LINE_SECONDS, abs=1)
 
 
 async def test_work_for_a_client_that_left_is_cancelled(client: Client, mount: Mount) -> None:
@@ -273,7 +273,7 @@ async def test_work_for_a_client_that_left_is_cancelled(client: Client, mount: M
 
 
 async def test_connections_are_limited(client: Client, tmp_path: Path) -> None:
-    others = [await connect(tmp_path / "control.sock") for _ in range(control.CONNECTIONS_MAX)]
+    others = [await connect(tmp_path / "control.sock") for _ in range(control_socket.CONNECTIONS_MAX)]
     for other in others[:-1]:
         assert await other.ask(op="ping") == {"done": {}}
     assert "connections" in (await others[-1].receive())["error"]
@@ -283,7 +283,7 @@ async def test_connections_are_limited(client: Client, tmp_path: Path) -> None:
 
 
 async def test_strangers_are_refused(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stranger = control._PEER.pack(1, os.geteuid() + 1, 0)
+    stranger = control_socket._PEER.pack(1, os.geteuid() + 1, 0)
     monkeypatch.setattr(trio.SocketStream, "getsockopt", lambda *_arguments: stranger)
     other = await connect(tmp_path / "control.sock")
     async with other.stream:

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import trio
 
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import BadAnswer, PhfsError, StoreTimeout, StoreUnavailable
 from phfs_fuse.store.crt_http import Endpoint, HttpClient, build_request
 from phfs_fuse.types import MIB

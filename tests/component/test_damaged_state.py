@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from phfs_fuse.errors import LocalStateError
-from phfs_fuse.kernelstate import KernelState
-from phfs_fuse.recovery import Recovery
+from phfs_fuse.pending.recovery import Recovery
+from phfs_fuse.tree.kernel_log import KernelState
 from tests.support.fake_store import FakeStore
 from tests.support.world import World, made
 

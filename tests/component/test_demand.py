@@ -12,9 +12,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from phfs_fuse.demand import MANY, MANY_SECONDS, Demand
+from phfs_fuse.pending.foreground_load import MANY, MANY_SECONDS, Demand
+from phfs_fuse.pending.queue import HOLD_SECONDS
 from phfs_fuse.types import MIB
-from phfs_fuse.uploadqueue import HOLD_SECONDS
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, keys, made, running

@@ -12,9 +12,9 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from phfs_fuse.errors import NotFound, StaleVersion
-from phfs_fuse.events import Name, StreamState
-from phfs_fuse.fileattrs import Change
+from phfs_fuse.namespace.remote_changes import Name, StreamState
 from phfs_fuse.types import Fh
+from phfs_fuse.vfs.attributes import Change
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, made, running

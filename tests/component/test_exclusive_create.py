@@ -12,11 +12,11 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from phfs_fuse.config import ExclusiveCreate
+from phfs_fuse.config.model import ExclusiveCreate
 from phfs_fuse.errors import Exists, NotFound, StoreUnavailable
-from phfs_fuse.names import RENAME_NOREPLACE
-from phfs_fuse.nodes import Node
 from phfs_fuse.store.base import ObjectInfo
+from phfs_fuse.tree.node import Node
+from phfs_fuse.vfs.directories import RENAME_NOREPLACE
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, made, running

@@ -8,8 +8,8 @@ import struct
 import subprocess
 import sys
 
-from phfs_fuse.expiry import FUSE_EXPIRE_ONLY, Expiry, can_expire
-from phfs_fuse.waiting import readable
+from phfs_fuse.host.processes import readable
+from phfs_fuse.keeper.kernel_notify import FUSE_EXPIRE_ONLY, Expiry, can_expire
 
 SECONDS = 30.0
 
@@ -48,7 +48,7 @@ def test_one_that_waits_holds_nothing_but_the_connection() -> None:
     code = """if True:
         import os, sys, time
         from pathlib import Path
-        from phfs_fuse.expiry import Expiry
+        from phfs_fuse.keeper.kernel_notify import Expiry
         kernel, device = os.pipe()
         os.set_blocking(device, False)
         try:

@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from phfs_fuse.nodes import Node
+from phfs_fuse.tree.node import Node
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, made, running

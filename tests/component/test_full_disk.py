@@ -20,15 +20,15 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from phfs_fuse import logspace
-from phfs_fuse.config import ExclusiveCreate, StoreConfig
+from phfs_fuse.config.model import ExclusiveCreate, StoreConfig
 from phfs_fuse.errors import LocalStateError
-from phfs_fuse.journal import Journal
-from phfs_fuse.nodes import Node
-from phfs_fuse.recovery import Recovery
+from phfs_fuse.pending.recovery import Recovery
+from phfs_fuse.state import log_space
+from phfs_fuse.state.journal import Journal
+from phfs_fuse.tree.node import Node
 from phfs_fuse.types import KIB, MIB, ObjectKey
-from phfs_fuse.vfs import Change
-from phfs_fuse.wiring import EPOCH_INODES, Mount
+from phfs_fuse.vfs.vfs import Change
+from phfs_fuse.worker.wiring import EPOCH_INODES, Mount
 from tests.support.disks import BALLAST, fill, free, small_disk
 from tests.support.fake_store import FakeStore
 from tests.support.world import PREFIX, World, made, running
@@ -306,7 +306,7 @@ def test_a_file_system_that_gives_no_blocks_ahead_is_used_as_it_is(
     def refuse(fd: int, mode: int, offset: int, length: int) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
-    monkeypatch.setattr(logspace, "fallocate", refuse)
+    monkeypatch.setattr(log_space, "fallocate", refuse)
     journal = Journal(tmp_path, "volume")
     with journal.batch(64 * MIB):
         journal.put_upload("id", ObjectKey("key"))

@@ -11,9 +11,9 @@ import pytest
 from trio.testing import MockClock
 
 from phfs_fuse.errors import Exists, IllegalName, NameTooLong, NoSpace, PhfsError, TooLarge
-from phfs_fuse.fileattrs import Change
 from phfs_fuse.store.base import Limits
 from phfs_fuse.types import ObjectKey
+from phfs_fuse.vfs.attributes import Change
 from tests.support.fake_store import FakeStore
 from tests.support.world import PREFIX, World, content, keys, made, running
 

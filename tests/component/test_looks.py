@@ -13,7 +13,7 @@ from trio.testing import MockClock
 from phfs_fuse.errors import PhfsError, StoreUnavailable
 from phfs_fuse.store.base import LOOK_SECONDS, Expect, ObjectStore
 from phfs_fuse.types import ETag, ObjectKey
-from phfs_fuse.upload import LOOKS_MAX, LOOKS_MIN, Looks
+from phfs_fuse.writeback.uploader import LOOKS_MAX, LOOKS_MIN, Looks
 
 ABSENT = Expect(None)
 KEYS = [ObjectKey(f"new/{number:04}") for number in range(3 * LOOKS_MAX)]

@@ -12,9 +12,9 @@ import trio
 from trio.testing import MockClock
 
 from phfs_fuse.errors import StaleVersion
-from phfs_fuse.recovery import Recovery
+from phfs_fuse.pending.recovery import Recovery
 from phfs_fuse.types import ObjectKey
-from phfs_fuse.vfs import Change
+from phfs_fuse.vfs.vfs import Change
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, made, running

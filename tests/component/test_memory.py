@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from phfs_fuse import memory
 from phfs_fuse.attrs import Attrs, to_metadata
-from phfs_fuse.inodes import Inodes
-from phfs_fuse.memory import FORGOTTEN_MIN, Memory
-from phfs_fuse.nodes import Base, Node
+from phfs_fuse.tree.inodes import Inodes
+from phfs_fuse.tree.node import Base, Node
 from phfs_fuse.types import ETag, ObjectKey
+from phfs_fuse.worker import memory
+from phfs_fuse.worker.memory import FORGOTTEN_MIN, Memory
 from tests.support.fake_store import FakeStore
 from tests.support.world import PREFIX, World, made
 

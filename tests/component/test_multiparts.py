@@ -12,19 +12,20 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from phfs_fuse import metrics, multiparts
+from phfs_fuse import metrics
 from phfs_fuse.errors import AccessDenied, StoreUnavailable
-from phfs_fuse.journal import Journal
-from phfs_fuse.journalrows import Intent
+from phfs_fuse.state.journal import Journal
+from phfs_fuse.state.schema import Intent
 from phfs_fuse.store import base
 from phfs_fuse.types import MIB, ObjectKey
+from phfs_fuse.writeback import multipart_uploads
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, made, running
 
 KEY = ObjectKey(PREFIX + "big")
 BIG = b"x" * 8 * MIB
-HOUR = multiparts.IDLE_NS / multiparts.SECOND_NS
+HOUR = multipart_uploads.IDLE_NS / multipart_uploads.SECOND_NS
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ async def test_one_that_was_begun_without_an_answer_is_aborted_after_an_hour(
         assert upload_id in store.uploads
         await trio.sleep(120)
         assert not store.uploads
-        assert world.writeback.multiparts.left() == multiparts.Left(0, 0, [])
+        assert world.writeback.multiparts.left() == multipart_uploads.Left(0, 0, [])
         assert world.journal.intents() == []
 
 
@@ -167,7 +168,7 @@ async def test_two_looks_at_a_time(
             await trio.sleep(60)
             assert not store.uploads
             slow.open.set()
-        assert found.left() == multiparts.Left(0, 0, [])
+        assert found.left() == multipart_uploads.Left(0, 0, [])
         assert metrics.LEFT_UPLOADS.values["kept"] == before
 
 
@@ -182,7 +183,7 @@ async def test_what_others_do_beside_it_stays(
         await world.settle()
         (ours,) = store.uploads.keys() - {before}
         active = await other_client(store)
-        await trio.sleep(multiparts.BEGIN_NS / 1e9 + 60)
+        await trio.sleep(multipart_uploads.BEGIN_NS / 1e9 + 60)
         later = await other_client(store)
         for _ in range(8):
             await store.upload_part(KEY, active, 1, b"part")
@@ -215,7 +216,7 @@ async def test_what_may_be_of_another_client_is_kept_and_shown(
         for upload_id in there:
             await store.abort_multipart(KEY, upload_id)
         await trio.sleep(2 * HOUR)
-        assert world.writeback.multiparts.left() == multiparts.Left(0, 0, [])
+        assert world.writeback.multiparts.left() == multipart_uploads.Left(0, 0, [])
         assert world.journal.intents() == []
 
 
@@ -226,7 +227,7 @@ async def test_requests_that_did_not_reach_a_store_that_is_away_are_forgotten(
         await world.write("big", BIG)
         faults.down = True
         await trio.sleep(2 * HOUR)
-        assert len(world.journal.intents()) <= multiparts.BEGIN_TRIES
+        assert len(world.journal.intents()) <= multipart_uploads.BEGIN_TRIES
         faults.down = False
         await world.settle()
         assert stored(store, "big") == BIG

@@ -13,10 +13,11 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from phfs_fuse import gone, questions
 from phfs_fuse.errors import NotFound
-from phfs_fuse.fileattrs import Change
-from phfs_fuse.nodes import Node
+from phfs_fuse.pending import tombstones
+from phfs_fuse.tree import questions
+from phfs_fuse.tree.node import Node
+from phfs_fuse.vfs.attributes import Change
 from tests.support.fault_store import FaultStore
 from tests.support.habits import HabitStore
 from tests.support.world import PREFIX, World, made, running
@@ -135,8 +136,8 @@ async def test_what_ended_long_before_a_page_came_is_remembered_for_it(
     world: World, store: HabitStore, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More is removed than is remembered of removals otherwise."""
-    monkeypatch.setattr(gone, "DONE_MAX", 2)
-    monkeypatch.setattr(gone, "DONE_STEP", 1)
+    monkeypatch.setattr(tombstones, "DONE_MAX", 2)
+    monkeypatch.setattr(tombstones, "DONE_STEP", 1)
     world.changes.gone._done_max = 2
     folder = await world.node("d")
     reader = Reader(world, folder)

@@ -11,10 +11,10 @@ import trio
 from trio.testing import MockClock
 
 from phfs_fuse.errors import PhfsError
-from phfs_fuse.inodes import Inodes
-from phfs_fuse.kernelstate import PAGES, SIZE, KernelState, Known
-from phfs_fuse.nodes import Node, Pages
-from phfs_fuse.resume import restore
+from phfs_fuse.tree.inodes import Inodes
+from phfs_fuse.tree.kernel_log import PAGES, SIZE, KernelState, Known
+from phfs_fuse.tree.node import Node, Pages
+from phfs_fuse.tree.resume import restore
 from phfs_fuse.types import Fh
 from tests.support.fake_store import FakeStore
 from tests.support.world import PREFIX, World, made, running

@@ -12,14 +12,14 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from phfs_fuse.config import QuotaConfig
+from phfs_fuse.config.model import QuotaConfig
 from phfs_fuse.errors import ConfigError, Exists, NoSpace, PhfsError, QuotaExceeded, StoreUnavailable
-from phfs_fuse.openfiles import DIRECT
-from phfs_fuse.quota import TIGHT_BYTES, Room
-from phfs_fuse.quotakeeper import QuotaKeeper
-from phfs_fuse.recovery import Recovery
+from phfs_fuse.pending.recovery import Recovery
+from phfs_fuse.quota.counter import QuotaKeeper
+from phfs_fuse.quota.limits import TIGHT_BYTES, Room
 from phfs_fuse.types import ObjectKey
-from phfs_fuse.vfs import Change
+from phfs_fuse.vfs.files import DIRECT
+from phfs_fuse.vfs.vfs import Change
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, made, running
@@ -161,7 +161,7 @@ def keeper(world: World, config: QuotaConfig | None = None, store: FaultStore | 
     return QuotaKeeper(
         quotas=world.quotas,
         store=store or world.store,
-        changes=world.changes,
+        known_sizes=world.changes.known_sizes,
         journal=world.journal,
         config=config or QuotaConfig(),
         prefix=PREFIX,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from phfs_fuse.errors import ReadOnly
-from phfs_fuse.fileattrs import Change
+from phfs_fuse.vfs.attributes import Change
 from tests.support.fake_store import FakeStore
 from tests.support.world import World, made, running
 

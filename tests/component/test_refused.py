@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from phfs_fuse.config import OnConflict
+from phfs_fuse.config.model import OnConflict
 from phfs_fuse.errors import (
     AccessDenied,
     CredentialsRefused,
@@ -22,10 +22,10 @@ from phfs_fuse.errors import (
     PhfsError,
     StoreUnavailable,
 )
-from phfs_fuse.recovery import Recovery
-from phfs_fuse.refusal import Operation
+from phfs_fuse.pending.recovery import Recovery
+from phfs_fuse.state.refusal import Operation
 from phfs_fuse.types import ObjectKey
-from phfs_fuse.vfs import Change
+from phfs_fuse.vfs.vfs import Change
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, made, running

@@ -14,13 +14,13 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from phfs_fuse.database import Database
-from phfs_fuse.journal import Journal
-from phfs_fuse.journalrows import ENDED, TABLES, Act
-from phfs_fuse.nodes import Node
-from phfs_fuse.staging import Layer
-from phfs_fuse.types import ObjectKey
-from phfs_fuse.vfs import Change
+from phfs_fuse.state.database import Database
+from phfs_fuse.state.journal import Journal
+from phfs_fuse.state.schema import ENDED, TABLES
+from phfs_fuse.state.staging import Layer
+from phfs_fuse.tree.node import Node
+from phfs_fuse.types import Act, ObjectKey
+from phfs_fuse.vfs.vfs import Change
 from tests.support.fake_store import FakeStore
 from tests.support.world import PREFIX, World, content, made, running
 

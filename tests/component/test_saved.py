@@ -12,8 +12,8 @@ import trio
 from trio.testing import MockClock
 
 from phfs_fuse.errors import AccessDenied, NoSpace, PhfsError
-from phfs_fuse.recovery import Recovery
-from phfs_fuse.saved import Entry
+from phfs_fuse.host.saved_files import Entry
+from phfs_fuse.pending.recovery import Recovery
 from phfs_fuse.types import KIB
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore

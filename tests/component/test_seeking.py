@@ -11,9 +11,9 @@ import trio
 from trio.testing import MockClock
 
 from phfs_fuse.errors import PhfsError
-from phfs_fuse.inodes import Inodes
-from phfs_fuse.kernelstate import KernelState
-from phfs_fuse.nodes import Node
+from phfs_fuse.tree.inodes import Inodes
+from phfs_fuse.tree.kernel_log import KernelState
+from phfs_fuse.tree.node import Node
 from phfs_fuse.types import Fh
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phfs_fuse.errors import LocalStateError
-from phfs_fuse.journal import Journal
-from phfs_fuse.journalrows import LayerRow, PresentRow
-from phfs_fuse.staging import Layer, Staged, StagingArea
+from phfs_fuse.state.journal import Journal
+from phfs_fuse.state.schema import LayerRow, PresentRow
+from phfs_fuse.state.staging import Layer, Staged, StagingArea
 from phfs_fuse.types import ETag, Ino, ObjectKey
 
 BASE = bytes(range(1, 201))

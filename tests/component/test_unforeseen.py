@@ -10,11 +10,11 @@ import trio
 from trio.testing import MockClock
 
 from phfs_fuse import metrics
-from phfs_fuse.config import QuotaConfig
-from phfs_fuse.events import StreamState
-from phfs_fuse.quotakeeper import QuotaKeeper
+from phfs_fuse.config.model import QuotaConfig
+from phfs_fuse.namespace.remote_changes import StreamState
+from phfs_fuse.quota.counter import QuotaKeeper
 from phfs_fuse.types import ObjectKey
-from phfs_fuse.vfs import Change
+from phfs_fuse.vfs.vfs import Change
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, made, running
@@ -78,7 +78,7 @@ async def test_a_quota_is_counted_later(tmp_path: Path, autojump_clock: MockCloc
     store = FaultStore(FakeStore())
     world = made(store, tmp_path)
     keeper = QuotaKeeper(
-        quotas=world.quotas, store=store, changes=world.changes, journal=world.journal,
+        quotas=world.quotas, store=store, known_sizes=world.changes.known_sizes, journal=world.journal,
         config=QuotaConfig(limits={"": 1000}), prefix=PREFIX,
     )  # fmt: skip
     keeper.begin(resumed=False)

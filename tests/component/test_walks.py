@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from phfs_fuse.errors import NotFound
-from phfs_fuse.nodes import Node
+from phfs_fuse.tree.node import Node
 from tests.support.fake_store import FakeStore
 from tests.support.world import PREFIX, World, made, running
 

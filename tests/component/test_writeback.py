@@ -18,10 +18,10 @@ from trio.testing import MockClock
 
 from phfs_fuse.attrs import parse_seconds
 from phfs_fuse.errors import Exists, IllegalName, NotEmpty, NotFound, PhfsError, StoreUnavailable
-from phfs_fuse.recovery import Recovery
+from phfs_fuse.pending.recovery import Recovery
 from phfs_fuse.store.base import Expect
 from phfs_fuse.types import MIB, ObjectKey
-from phfs_fuse.vfs import Change
+from phfs_fuse.vfs.vfs import Change
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
 from tests.support.world import PREFIX, World, content, keys, made, running

@@ -12,7 +12,7 @@ import botocore.loaders
 import pytest
 import trio
 
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.store.base import ObjectStore
 from phfs_fuse.store.crt import CrtStore
 from phfs_fuse.store.s3 import S3Store

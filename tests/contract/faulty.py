@@ -6,7 +6,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.store.s3 import S3Store
 from phfs_fuse.types import MIB, ETag
 from tests.contract.conftest import BUCKET

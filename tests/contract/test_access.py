@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import AccessDenied, BucketNotFound, InvalidArgument, NotFound
 from phfs_fuse.store.base import Expect
 from phfs_fuse.store.s3 import S3Store

@@ -95,7 +95,7 @@ async def test_an_empty_page_says_nothing_of_what_follows(kind: type[S3Store], n
 
 @pytest.mark.parametrize("size", [1000, 3 * MIB], ids=["small", "big"])
 async def test_a_dripping_body(kind: type[S3Store], size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phfs_fuse.config.SLOWEST_BYTES_PER_SECOND", 10 * MIB)
+    monkeypatch.setattr("phfs_fuse.config.model.SLOWEST_BYTES_PER_SECOND", 10 * MIB)
     headers = {"ETag": '"e"', "Content-Range": f"bytes 0-{size - 1}/{size}"}
     with proxy() as front:
         front.script = lambda _: Answer(206, headers, b"x" * size, drip=0.2)

@@ -7,7 +7,7 @@ from typing import Any
 import boto3
 import pytest
 
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import NotADirectory
 from phfs_fuse.store.s3 import S3Store
 from tests.support.servers import ACCESS_KEY, SECRET_KEY, Server

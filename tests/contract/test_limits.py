@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phfs_fuse.errors import IllegalName, NameTooLong, NotFound, PhfsError
-from phfs_fuse.store.limits import metadata_bytes
+from phfs_fuse.store.base import metadata_bytes
 from phfs_fuse.types import KEY_BYTES_MAX
 from tests.contract.place import Place
 

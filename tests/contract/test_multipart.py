@@ -11,15 +11,15 @@ import pytest
 import trio
 
 from phfs_fuse import extents
-from phfs_fuse.config import WritebackConfig
+from phfs_fuse.config.model import WritebackConfig
 from phfs_fuse.errors import InvalidArgument, NotFound, StoreUnavailable, VersionChanged
-from phfs_fuse.journal import Journal
-from phfs_fuse.multiparts import SECOND_NS, Multiparts
-from phfs_fuse.nodes import Base
+from phfs_fuse.state.journal import Journal
 from phfs_fuse.store import base
 from phfs_fuse.store.base import Expect, FileRange, ObjectInfo, Part
+from phfs_fuse.tree.node import Base
 from phfs_fuse.types import MIB, S3_PART_BYTES_MIN, ETag
-from phfs_fuse.upload import Snapshot, Uploader
+from phfs_fuse.writeback.multipart_uploads import SECOND_NS, Multiparts
+from phfs_fuse.writeback.uploader import Snapshot, Uploader
 from tests.contract.place import Place
 
 OTHER = ETag("0123456789abcdef0123456789abcdef")

@@ -10,14 +10,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from phfs_fuse.errors import (
-    BadAnswer,
-    IllegalName,
-    InvalidArgument,
-    NameTooLong,
-    NotFound,
-    VersionChanged,
-)
+from phfs_fuse.errors import BadAnswer, IllegalName, InvalidArgument, NameTooLong, NotFound, VersionChanged
 from phfs_fuse.store.base import LOOK_SECONDS, Expect, FileRange, Properties
 from phfs_fuse.types import KIB, MIB, ETag
 from tests.contract.place import Place

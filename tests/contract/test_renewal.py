@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import AccessDenied, StoreUnavailable
 from phfs_fuse.store import access
 from phfs_fuse.store.base import Expect

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import AccessDenied, StoreUnavailable
-from phfs_fuse.store.calls import BotoCalls
+from phfs_fuse.store.boto import BotoCalls
 from phfs_fuse.store.crt import CrtCalls
 from phfs_fuse.store.limits import Segment
 from phfs_fuse.store.s3 import S3Store

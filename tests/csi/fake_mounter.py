@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from phfs_csi.mounter import State, Usage
-from phfs_csi.records import VolumeRecord
+from phfs_csi.node.mounter import State, Usage
+from phfs_csi.node.records import VolumeRecord
 
 
 class FakeMounter:

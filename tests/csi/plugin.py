@@ -21,9 +21,9 @@ from typing import Any
 import grpc
 
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc
-from phfs_fuse.localstate import keeper_of
-from phfs_fuse.mountpoint import mount_table
-from phfs_fuse.waiting import ended
+from phfs_fuse.host.locks import keeper_of
+from phfs_fuse.host.mount_table import mount_table
+from phfs_fuse.host.processes import ended
 from tests.support.mounts import s3_client, shared_server
 from tests.support.servers import Server
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from phfs_fuse.mountpoint import mount_table
+from phfs_fuse.host.mount_table import mount_table
 
 SECONDS = 60.0
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from phfs_csi.admission import INLINE_MAX, MAX, OF_ONE_VOLUME_MAX, THREADS, Admission, Kind
 from phfs_csi.errors import Aborted, ResourceExhausted
 from phfs_csi.proto import csi_pb2
-from phfs_csi.requests import EPHEMERAL
+from phfs_csi.request.node_requests import EPHEMERAL
+from phfs_csi.rpc.admission import INLINE_MAX, MAX, OF_ONE_VOLUME_MAX, THREADS, Admission, Kind
 
 
 def stage(volume: str) -> csi_pb2.NodeStageVolumeRequest:

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phfs_csi.attributes import ATTRIBUTES, Given, has_controls, parse_volume
 from phfs_csi.errors import InvalidArgument
-from phfs_csi.params import VolumeParams
+from phfs_csi.request.attributes import ATTRIBUTES, Given, has_controls, parse_volume
+from phfs_csi.request.params import VolumeParams
+from phfs_fuse.config.options import BY_NAME
+from phfs_fuse.config.resolve import from_options
+from phfs_fuse.config.values import volume as split_volume
 from phfs_fuse.errors import UsageError
-from phfs_fuse.options import BY_NAME
-from phfs_fuse.settings import from_options
-from phfs_fuse.values import volume as split_volume
 
 SECRET = "s3cr3t-that-nobody-may-see"
 CHART = {  # the volume attributes of PrimeHub's chart

@@ -13,14 +13,14 @@ import boto3
 import grpc
 import pytest
 
-from phfs_csi import catalog
-from phfs_csi.catalog import quota_now
-from phfs_csi.controller import ControllerService
 from phfs_csi.errors import Aborted, AlreadyExists, CsiError, DeadlineExceeded, InvalidArgument, NotFound, OutOfRange
-from phfs_csi.idkeys import IdKeys
-from phfs_csi.params import Credentials, VolumeParams
 from phfs_csi.proto import csi_pb2
-from phfs_csi.volumeid import parse_volume_id
+from phfs_csi.provision import catalog
+from phfs_csi.provision.catalog import quota_now
+from phfs_csi.provision.id_keys import IdKeys
+from phfs_csi.request.params import Credentials, VolumeParams
+from phfs_csi.request.volume_id import parse_volume_id
+from phfs_csi.rpc.controller import ControllerService
 from phfs_fuse.errors import AccessDenied, BucketNotFound
 from phfs_fuse.store.s3 import S3Store
 from tests.support import servers

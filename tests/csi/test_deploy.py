@@ -415,7 +415,7 @@ def test_leases_are_named_as_the_sidecars_name_them() -> None:
 
 
 def plugin_help(role: str) -> str:
-    pytest.importorskip("phfs_csi.server", reason="the plugin is not in this checkout")
+    pytest.importorskip("phfs_csi.rpc.server", reason="the plugin is not in this checkout")
     command = [sys.executable, "-m", "phfs_csi", role, "--help"]
     env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, env=env).stdout
@@ -447,7 +447,7 @@ def volumes_of(found: Sequence[Object]) -> Iterator[tuple[str, Object, Sequence[
 
 @pytest.mark.parametrize("name", SETS)
 def test_the_plugin_takes_the_volumes_of_the_examples(name: str) -> None:
-    attributes = pytest.importorskip("phfs_csi.attributes", reason="the plugin is not in this checkout")
+    attributes = pytest.importorskip("phfs_csi.request.attributes", reason="the plugin is not in this checkout")
     for handle, words, flags, secret in volumes_of(SETS[name]):
         filled = {key: text.replace("CHANGE-ME", "bucket") for key, text in words.items()}
         given = attributes.Given(attributes=filled, secrets=secret, mount_flags=flags)
@@ -455,7 +455,7 @@ def test_the_plugin_takes_the_volumes_of_the_examples(name: str) -> None:
 
 
 def test_a_volume_moved_from_csi_rclone_is_the_same_volume() -> None:
-    attributes = pytest.importorskip("phfs_csi.attributes", reason="the plugin is not in this checkout")
+    attributes = pytest.importorskip("phfs_csi.request.attributes", reason="the plugin is not in this checkout")
     folder = DEPLOY / "examples" / "csi-rclone"
     [(_, old, _, _)], [(_, new, _, _)] = (
         volumes_of(example(folder / name)) for name in ("existing-volume.yaml", "new-volume.yaml")
@@ -477,7 +477,7 @@ def table(title: str) -> set[str]:
 
 
 def test_every_attribute_is_documented() -> None:
-    attributes = pytest.importorskip("phfs_csi.attributes", reason="the plugin is not in this checkout")
+    attributes = pytest.importorskip("phfs_csi.request.attributes", reason="the plugin is not in this checkout")
     assert table("Attributes") == attributes.ATTRIBUTES
 
 

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-from phfs_csi import drains
-from phfs_csi.drains import Drains
 from phfs_csi.errors import FailedPrecondition
-from phfs_csi.records import Records, VolumeRecord
+from phfs_csi.node import drains
+from phfs_csi.node.drains import Drains
+from phfs_csi.node.records import Records, VolumeRecord
 from phfs_fuse.errors import LocalStateError
 
 SECONDS = 30.0

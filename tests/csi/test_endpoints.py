@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from phfs_csi.endpoints import Endpoints, parse_endpoints
 from phfs_csi.errors import PermissionDenied
+from phfs_csi.request.endpoints import Endpoints, parse_endpoints
 
 NAMES = {
     "minio.hub": ["10.0.0.7"],

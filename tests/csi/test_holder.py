@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from phfs_csi.succession import Marks
+from phfs_csi.handover.succession import Marks
 from phfs_fuse.errors import LocalStateError
-from phfs_fuse.holding import HolderLink
+from phfs_fuse.host.holder_link import HolderLink
 from tests.csi.test_mounts import eventually
 
 SECONDS = 30.0
 HOLD = """
 import logging, sys
 from pathlib import Path
-from phfs_csi import holder
+from phfs_csi.handover import holder
 logging.basicConfig(level=logging.INFO)
 holder.hold(Path(sys.argv[1]), sys.argv[2])
 """

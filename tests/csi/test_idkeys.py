@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from phfs_csi.errors import FailedPrecondition
-from phfs_csi.idkeys import IdKeysFile
-from phfs_csi.volumeid import VolumeId, parse_volume_id
+from phfs_csi.provision.id_keys import IdKeysFile
+from phfs_csi.request.volume_id import VolumeId, parse_volume_id
 
 ID = VolumeId(bucket="store", name="pvc-1")
 

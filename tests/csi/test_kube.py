@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from phfs_csi.errors import CsiError, FailedPrecondition, NotFound, PermissionDenied, Unavailable
-from phfs_csi.kube import Cluster
-from phfs_csi.secretsdir import SecretsDirectory
+from phfs_csi.provision.cluster import Cluster
+from phfs_csi.request.secrets_dir import SecretsDirectory
 
 TOKEN = "t0ken-of-the-account"
 

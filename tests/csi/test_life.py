@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import cast
 
 from phfs_csi.config import NodeConfig
-from phfs_csi.life import Life
-from phfs_csi.spawning import Spawner
-from phfs_csi.upkeep import Upkeep
+from phfs_csi.handover.lifecycle import Life
+from phfs_csi.node.forkserver_client import Spawner
+from phfs_csi.node.upkeep import Upkeep
 
 
 class FakeUpkeep:

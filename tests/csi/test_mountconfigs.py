@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from phfs_csi.config import NodeConfig
-from phfs_csi.mountconfigs import MountConfigs
-from phfs_csi.params import Credentials
-from phfs_csi.records import Records, VolumeRecord
-from phfs_csi.shares import Shares
+from phfs_csi.node.mount_configs import MountConfigs
+from phfs_csi.node.records import Records, VolumeRecord
+from phfs_csi.node.shares import Shares
+from phfs_csi.request.params import Credentials
 
 ROLE = {"AWS_ROLE_ARN": "arn:aws:iam::1:role/phfs", "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/run/secrets/token"}
 OWN = Credentials(access_key="AKIA", secret_key="s3cr3t", ca_bundle="-----BEGIN CERTIFICATE-----\n")

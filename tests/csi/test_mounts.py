@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from phfs_csi.proto import csi_pb2
-from phfs_fuse import client
 from phfs_fuse.errors import MountpointError
-from phfs_fuse.mountpoint import mount_table
-from phfs_fuse.registry import MountRecord
+from phfs_fuse.host.mount_table import mount_table
+from phfs_fuse.host.registry import MountRecord
+from phfs_fuse.launch import client
 from phfs_fuse.types import MIB
 from tests.csi.plugin import Plugin, Volume, a_plugin, capability, mounts_below, sh
 from tests.support.mounts import s3_client, shared_server

@@ -14,18 +14,18 @@ import pytest
 from grpc import StatusCode
 
 from phfs_csi.config import INLINE_MAX, NodeConfig
-from phfs_csi.drains import Drains
 from phfs_csi.errors import FailedPrecondition, Unavailable
-from phfs_csi.life import Life
+from phfs_csi.handover.lifecycle import Life
 from phfs_csi.metrics import Metrics, VolumeState
-from phfs_csi.node import CAPABILITIES, NodeService
+from phfs_csi.node.drains import Drains
+from phfs_csi.node.forkserver_client import Spawner
+from phfs_csi.node.records import Records
+from phfs_csi.node.upkeep import Upkeep
+from phfs_csi.node.volumes import Volumes
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc
-from phfs_csi.records import Records
-from phfs_csi.requests import EPHEMERAL, Requests
-from phfs_csi.server import PluginServer
-from phfs_csi.spawning import Spawner
-from phfs_csi.upkeep import Upkeep
-from phfs_csi.volumes import Volumes
+from phfs_csi.request.node_requests import EPHEMERAL, Requests
+from phfs_csi.rpc.node import CAPABILITIES, NodeService
+from phfs_csi.rpc.server import PluginServer
 from tests.csi.fake_mounter import FakeMounter, NothingLeft
 
 SECONDS = 60.0

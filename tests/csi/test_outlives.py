@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse.mountpoint import mount_table
+from phfs_fuse.host.mount_table import mount_table
 from tests.csi.plugin import Holder, Plugin, Volume, a_plugin, mounts_below, sh
 from tests.csi.test_mounts import eventually
 from tests.support.mounts import s3_client, shared_server
@@ -243,7 +243,7 @@ def test_a_successor_that_dies_while_taking_over(held: Held, bucket: str, tmp_pa
     code = """if True:
         import os, sys
         from pathlib import Path
-        from phfs_csi.handover import ask
+        from phfs_csi.handover.handover import ask
         print(ask(Path(sys.argv[1]), "crashing").released, flush=True)
         os.kill(os.getpid(), 9)
     """

@@ -22,12 +22,12 @@ from typing import Any
 import pytest
 
 grpc = pytest.importorskip("grpc", reason="grpcio is in the extra `csi`")
-pytest.importorskip("phfs_csi.node", reason="the plugin is not in this checkout")
+pytest.importorskip("phfs_csi.rpc.node", reason="the plugin is not in this checkout")
 
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc, pluginregistration_pb2, pluginregistration_pb2_grpc  # noqa: E402
 
 # isort: split
-from phfs_fuse.mountpoint import mount_table  # noqa: E402
+from phfs_fuse.host.mount_table import mount_table  # noqa: E402
 from tests.csi.pod import Pod, a_node  # noqa: E402
 from tests.csi.test_deploy import DEPLOY, VARIANTS, Object, base, chart, example, of_kind, pods  # noqa: E402
 from tests.support.mounts import s3_client, shared_server  # noqa: E402

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from phfs_csi.registration import Registration
+from phfs_csi.rpc.registration import Registration
 from tests.csi.kubelet import Kubelet, eventually
 
 

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phfs_csi.errors import CsiError, FailedPrecondition, InvalidArgument, PermissionDenied
-from phfs_csi.params import AccessMode
 from phfs_csi.proto import csi_pb2
-from phfs_csi.requests import EPHEMERAL, Requests
+from phfs_csi.request.node_requests import EPHEMERAL, Requests
+from phfs_csi.request.params import AccessMode
 
 Mode = csi_pb2.VolumeCapability.AccessMode
 OWN = {"accessKey": "AKIA", "secretKey": "s3cr3t"}

@@ -17,12 +17,13 @@ import grpc
 import pytest
 from grpc import StatusCode
 
-from phfs_csi import admission, errors
-from phfs_csi.identity import IdentityService, fuse_problem
+from phfs_csi import errors
 from phfs_csi.metrics import Metrics, VolumeState, VolumeStatus, parse_address, serving
 from phfs_csi.proto import csi_pb2, csi_pb2_grpc
-from phfs_csi.server import Node, PluginServer, not_ready
-from phfs_csi.sockets import SocketFile
+from phfs_csi.rpc import admission
+from phfs_csi.rpc.identity import IdentityService, fuse_problem
+from phfs_csi.rpc.server import Node, PluginServer, not_ready
+from phfs_csi.rpc.sockets import SocketFile
 from phfs_fuse.errors import AccessDenied, ConfigError, LocalStateError, StoreUnavailable, UsageError
 
 SECRET = "s3cr3t-that-nobody-may-see"

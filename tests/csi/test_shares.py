@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from phfs_csi.caches import keep_within, left_behind
 from phfs_csi.config import NodeConfig
-from phfs_csi.records import Records, VolumeRecord
-from phfs_csi.shares import SHARE_BYTES_MIN, Share, Shares
+from phfs_csi.node.caches import keep_within, left_behind
+from phfs_csi.node.records import Records, VolumeRecord
+from phfs_csi.node.shares import SHARE_BYTES_MIN, Share, Shares
 from phfs_fuse.types import GIB, MIB
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phfs_csi.errors import InvalidArgument
-from phfs_csi.volumeid import VolumeId, parse_volume_id
+from phfs_csi.request.volume_id import VolumeId, parse_volume_id
 
 BUCKETS = st.from_regex(r"[a-z0-9][a-z0-9.-]{2,20}", fullmatch=True)
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30)

@@ -18,7 +18,7 @@ import trio.lowlevel
 from trio.testing import MockClock
 
 from phfs_fuse.errors import NotFound, PhfsError
-from phfs_fuse.recovery import Recovery
+from phfs_fuse.pending.recovery import Recovery
 from tests.support.habits import HabitStore
 from tests.support.world import PREFIX, World, made, running
 

@@ -24,7 +24,7 @@ from phfs_fuse.bench.sizes import SIZES
 from phfs_fuse.bench.store import Store
 from phfs_fuse.bench.systems import System, Target
 from phfs_fuse.bench.trial import Sources, Trial
-from phfs_fuse.mountpoint import mount_table
+from phfs_fuse.host.mount_table import mount_table
 from tests.support.mounts import s3_client
 from tests.support.servers import Server, real_store
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse.mountpoint import mount_table
-from phfs_fuse.waiting import ended
+from phfs_fuse.host.mount_table import mount_table
+from phfs_fuse.host.processes import ended
 from tests.support.servers import Server, credentials_env, minio, minio_binary, moto, unreachable
 
 pytestmark = [pytest.mark.fuse, pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="no /dev/fuse")]
@@ -162,7 +162,7 @@ def test_wrong_credentials(commands: Commands) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="mount(8) is for root")
 @pytest.mark.skipif(shutil.which("mount.phfs", path="/sbin:/usr/sbin") is not None, reason="mount.phfs is installed")
 def test_the_helper_of_mount(commands: Commands) -> None:
-    script = "from phfs_fuse.cli import mount_helper; mount_helper()"
+    script = "from phfs_fuse.cli.main import mount_helper; mount_helper()"
     options = "rw,_netdev,allow_other,create-bucket"
     ok(commands.run(sys.executable, "-c", script, "s3://fstab/a", str(commands.mnt), "-o", options))
     assert mount_table()[str(commands.mnt)].source == "s3://fstab/a"

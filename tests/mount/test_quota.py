@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse import client
 from phfs_fuse.errors import UsageError
+from phfs_fuse.launch import client
 from phfs_fuse.types import MIB
 from tests.mount.place import MountPlace, a_mount, refused, run
 from tests.support.mounts import mounted

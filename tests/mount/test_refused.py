@@ -17,7 +17,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from phfs_fuse.waiting import ended
+from phfs_fuse.host.processes import ended
 from tests.mount.place import MountPlace, a_mount, attempt, script, within
 from tests.support.mounts import shared_server
 from tests.support.servers import minio_binary

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse.kernelstate import _FORMAT, FORMAT, _packed
+from phfs_fuse.tree.kernel_log import _FORMAT, FORMAT, _packed
 from tests.mount.place import MountPlace, a_mount, attempt, run, within
 
 pytestmark = [pytest.mark.fuse, pytest.mark.minio]

@@ -11,9 +11,9 @@ from typing import TypeVar
 import trio
 import trio.testing
 
-from phfs_fuse.blocks import BlockCache, Version
-from phfs_fuse.cachedisk import RunSync
-from phfs_fuse.config import CacheConfig
+from phfs_fuse.cache.block_cache import BlockCache, Version
+from phfs_fuse.cache.disk import RunSync
+from phfs_fuse.config.model import CacheConfig
 from phfs_fuse.extents import Extent
 from phfs_fuse.store.base import ObjectStore, Sink
 from phfs_fuse.types import KIB, ETag, ObjectKey

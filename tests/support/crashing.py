@@ -20,12 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phfs_fuse import cli, keeper, mount, multiparts, starting, wiring, workers
-from phfs_fuse.config import MountConfig, StoreConfig
-from phfs_fuse.journal import Journal
-from phfs_fuse.settings import load_config
+from phfs_fuse.cli import main as cli
+from phfs_fuse.config.model import MountConfig, StoreConfig
+from phfs_fuse.config.resolve import load_config
+from phfs_fuse.keeper import keeper, worker_process
+from phfs_fuse.launch import launcher
+from phfs_fuse.state.journal import Journal
 from phfs_fuse.store import base, open_store
 from phfs_fuse.types import MIB
+from phfs_fuse.worker import main as mount
+from phfs_fuse.worker import wiring
+from phfs_fuse.writeback import multipart_uploads
 
 CHANGES = {
     "put", "copy", "delete", "delete_many", "create_multipart", "upload_part", "upload_part_copy",
@@ -88,7 +93,9 @@ def worker() -> int:
     config = load_config(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
     step = Steps(config.writeback.directory)
     crash_at_commits(step)
-    multiparts.BEGIN_NS = multiparts.CLOCK_NS = multiparts.IDLE_NS = 2 * multiparts.SECOND_NS  # type: ignore[misc]
+    multipart_uploads.BEGIN_NS = multipart_uploads.CLOCK_NS = multipart_uploads.IDLE_NS = (
+        2 * multipart_uploads.SECOND_NS
+    )  # type: ignore[misc]
     base.COPY_BYTES_MAX = 16 * MIB  # type: ignore[misc]
     wiring.open_store = lambda config, _owner, _notes: CrashingStore(config, step)  # type: ignore[assignment, return-value]
     return mount.main()
@@ -96,7 +103,7 @@ def worker() -> int:
 
 def patient_keeper() -> int:
     """A keeper that replaces every worker, and at once."""
-    workers.RESTART_DELAYS = (0.0,) * 1000  # type: ignore[misc, assignment]
+    worker_process.RESTART_DELAYS = (0.0,) * 1000  # type: ignore[misc, assignment]
     return keeper.main(sys.argv[2:])
 
 
@@ -106,10 +113,10 @@ def command() -> None:
 
     def start(config: MountConfig, path: Path, *, foreground: bool) -> int:
         paths = ["--config", str(path.absolute())]
-        starting.start_logged(config, [*here, "--keeper", *paths], [*here, *paths])
+        launcher.start_logged(config, [*here, "--keeper", *paths], [*here, *paths])
         return 0
 
-    starting.start = start  # type: ignore[assignment]
+    launcher.start = start  # type: ignore[assignment]
     cli.main()
 
 

@@ -1,4 +1,5 @@
-"""A block cache without a cache: every read asks the store. Same calls as `phfs_fuse.blocks.BlockCache`."""
+"""A block cache without a cache: every read asks the store. Same calls as
+`phfs_fuse.cache.block_cache.BlockCache`."""
 
 from __future__ import annotations
 

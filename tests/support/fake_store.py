@@ -27,7 +27,6 @@ from phfs_fuse.errors import (
     TooLarge,
     VersionChanged,
 )
-from phfs_fuse.store.answers import check_key, check_metadata, check_text
 from phfs_fuse.store.base import (
     LOOK_SECONDS,
     Body,
@@ -40,10 +39,12 @@ from phfs_fuse.store.base import (
     Sink,
     StoreEvent,
     Upload,
+    content_type,
+    metadata_bytes,
 )
-from phfs_fuse.store.headers import content_type
-from phfs_fuse.store.limits import USUAL, longest_segments, metadata_bytes
-from phfs_fuse.store.transfer import md5_etag, multipart_etag
+from phfs_fuse.store.bodies import md5_etag, multipart_etag
+from phfs_fuse.store.error_codes import check_key, check_metadata, check_text
+from phfs_fuse.store.limits import USUAL, longest_segments
 from phfs_fuse.types import S3_PART_BYTES_MIN, ETag, ObjectKey
 
 SECOND_NS = 1_000_000_000

@@ -20,11 +20,12 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from phfs_fuse import logs
-from phfs_fuse.config import MountConfig
+from phfs_fuse.config.model import MountConfig
+from phfs_fuse.config.resolve import load_config
 from phfs_fuse.errors import MountpointError
-from phfs_fuse.session import KeeperLink, Session
-from phfs_fuse.settings import load_config
+from phfs_fuse.fuse.session import Session
+from phfs_fuse.host import logs
+from phfs_fuse.worker.keeper_link import KeeperLink
 
 NAMES = {1: b"", 2: b"text", 3: b"pid", 4: b"hang", 5: b"data"}
 SLOW_SECONDS = 2.0

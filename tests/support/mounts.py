@@ -26,11 +26,12 @@ from typing import Any
 import boto3
 from botocore.config import Config
 
-from phfs_fuse import client, registry
 from phfs_fuse.errors import StartupError
-from phfs_fuse.mountpoint import mount_table
-from phfs_fuse.registry import MountRecord
-from phfs_fuse.waiting import ended
+from phfs_fuse.host import registry
+from phfs_fuse.host.mount_table import mount_table
+from phfs_fuse.host.processes import ended
+from phfs_fuse.host.registry import MountRecord
+from phfs_fuse.launch import client
 from tests.support import disks
 from tests.support.servers import Server, real_store
 

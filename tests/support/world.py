@@ -12,30 +12,30 @@ from typing import cast
 
 import trio
 
-from phfs_fuse.aside import Aside
-from phfs_fuse.blocks import BlockCache
-from phfs_fuse.changes import Changes
-from phfs_fuse.claims import Claims
-from phfs_fuse.config import ExclusiveCreate, OnConflict, TreeConfig, WritebackConfig
-from phfs_fuse.defaults import Defaults
-from phfs_fuse.demand import Demand
+from phfs_fuse.cache.block_cache import BlockCache
+from phfs_fuse.config.model import ExclusiveCreate, OnConflict, TreeConfig, WritebackConfig
 from phfs_fuse.errors import PhfsError
-from phfs_fuse.events import Events
-from phfs_fuse.inodes import Inodes
-from phfs_fuse.journal import Journal
-from phfs_fuse.kernelstate import KernelState
-from phfs_fuse.namespace import Namespace
-from phfs_fuse.nodes import Node
-from phfs_fuse.quota import Quotas
-from phfs_fuse.settling import Settling
-from phfs_fuse.staging import StagingArea
-from phfs_fuse.storable import Storable
-from phfs_fuse.trust import Trust
+from phfs_fuse.namespace.lifetimes import Trust
+from phfs_fuse.namespace.namespace import Namespace
+from phfs_fuse.namespace.remote_changes import Events
+from phfs_fuse.pending.changes import Changes
+from phfs_fuse.pending.foreground_load import Demand
+from phfs_fuse.pending.queue import UploadQueue
+from phfs_fuse.quota.limits import Quotas
+from phfs_fuse.state.journal import Journal
+from phfs_fuse.state.staging import StagingArea
+from phfs_fuse.tree.default_attrs import Defaults
+from phfs_fuse.tree.inodes import Inodes
+from phfs_fuse.tree.kernel_log import KernelState
+from phfs_fuse.tree.node import Node
 from phfs_fuse.types import MIB, ObjectKey
-from phfs_fuse.uploadqueue import UploadQueue
-from phfs_fuse.vfs import Vfs
-from phfs_fuse.writable import Writable
-from phfs_fuse.writeback import Writeback
+from phfs_fuse.vfs.admission import Writable
+from phfs_fuse.vfs.exclusive_create import Claims
+from phfs_fuse.vfs.store_limits import Storable
+from phfs_fuse.vfs.vfs import Vfs
+from phfs_fuse.writeback.loop import Writeback
+from phfs_fuse.writeback.rescue import Aside
+from phfs_fuse.writeback.sync import Settling
 from tests.support.fake_blocks import FakeBlocks
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from phfs_fuse.waiting import ended
+from phfs_fuse.host.processes import ended
 from tests.support.mounts import TestMount, mounted
 from tests.support.proxy import Proxy
 from tests.support.servers import Server

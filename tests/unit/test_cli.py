@@ -12,18 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse import cli, client, logs, prepare, registry, starting, waiting
-from phfs_fuse.client import Progress
-from phfs_fuse.config import MountConfig
+from phfs_fuse.cli import main as cli
+from phfs_fuse.config.model import MountConfig
+from phfs_fuse.config.resolve import load_config
 from phfs_fuse.errors import MountpointError, NotDrained, StartupError, StoreStartupError
-from phfs_fuse.mountpoint import mount_table
-from phfs_fuse.registry import MountRecord
-from phfs_fuse.settings import load_config
+from phfs_fuse.host import logs, processes, registry
+from phfs_fuse.host.mount_table import mount_table
+from phfs_fuse.host.registry import MountRecord
+from phfs_fuse.launch import client, launcher, preflight
+from phfs_fuse.launch.client import Progress
 
 
 @dataclass
 class Keeper:
-    """Stands in for `phfs_fuse.starting`."""
+    """Stands in for `phfs_fuse.launch.launcher`."""
 
     started: list[MountConfig] = field(default_factory=list)
     foreground: bool | None = None
@@ -88,11 +90,11 @@ def phfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(logs, "setup", lambda *_: None)  # pytest's handlers stay
-    monkeypatch.setattr(prepare, "FUSE_DEVICE", tmp_path)
+    monkeypatch.setattr(preflight, "FUSE_DEVICE", tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     program = Phfs(monkeypatch, capsys, tmp_path)
-    monkeypatch.setattr(starting, "start", program.keeper.start)
-    monkeypatch.setattr(starting, "unmount", program.keeper.unmount)
+    monkeypatch.setattr(launcher, "start", program.keeper.start)
+    monkeypatch.setattr(launcher, "unmount", program.keeper.unmount)
     return program
 
 
@@ -187,7 +189,7 @@ def test_a_mount_point_in_use(phfs: Phfs) -> None:
 
 
 def test_no_fuse(phfs: Phfs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "FUSE_DEVICE", Path("/no/fuse"))
+    monkeypatch.setattr(preflight, "FUSE_DEVICE", Path("/no/fuse"))
     found = phfs.mount("s3://bucket")
     assert found.code == 4
     assert found.err.startswith("phfs: /no/fuse: does not exist; load the module with modprobe fuse")
@@ -299,7 +301,7 @@ def mounted(phfs: Phfs, monkeypatch: pytest.MonkeyPatch) -> Mounted:
     found = Mounted(record)
     monkeypatch.setattr(client, "sync", found.sync)
     monkeypatch.setattr(client, "umount", found.umount)
-    monkeypatch.setattr(waiting, "ended", found.ended)
+    monkeypatch.setattr(processes, "ended", found.ended)
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HELPER = "from phfs_fuse.cli import mount_helper; mount_helper()"
+HELPER = "from phfs_fuse.cli.main import mount_helper; mount_helper()"
 
 
 def run(*arguments: str, place: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -43,8 +43,30 @@ def test_the_helper_of_mount(tmp_path: Path) -> None:
     assert found.stderr == "mount.phfs: /no/such/place: does not exist; mkdir makes it\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["phfs_fuse.mount", "--help"], 0, "usage: python -m phfs_fuse.mount"),
+        (["phfs_fuse.keeper", "--help"], 0, "usage: python -m phfs_fuse.keeper"),
+        (["phfs_fuse.fusemount", "/no/such/place"], 1, "/no/such/place: "),
+        (["phfs_fuse.fusemount", "--lazy", "/no/such/place"], 1, "/no/such/place: "),
+    ],
+)
+def test_the_names_by_which_a_keeper_of_another_version_starts_its_processes(
+    tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
+    found = run("-m", *arguments, place=tmp_path)
+    assert found.returncode == code
+    assert (found.stdout or found.stderr).startswith(said)
+
+
 def test_debug_shows_where_an_unexpected_error_came_from(tmp_path: Path) -> None:
-    script = "from phfs_fuse import cli, registry; registry.records = None; cli.main()"  # a bug
+    script = """
+from phfs_fuse.cli import main
+from phfs_fuse.host import registry
+registry.records = None
+main.main()
+"""
     quiet = run("-c", script, "sync", place=tmp_path)
     assert (quiet.returncode, quiet.stderr.count("\n")) == (1, 1)
     assert quiet.stderr.startswith("phfs: unexpected TypeError: ")
@@ -55,9 +77,9 @@ def test_debug_shows_where_an_unexpected_error_came_from(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [
-        ("cli", {"boto3", "botocore", "awscrt", "trio", "pyfuse3", "moto", "rich", "tomllib"}),
-        ("keeper", {"boto3", "botocore", "awscrt", "trio", "pyfuse3", "typer", "tomllib"}),
-        ("mount, phfs_fuse.store.crt", {"typer", "rich", "tomllib"}),  # boto3 makes the sessions (ADR 2)
+        ("cli.main", {"boto3", "botocore", "awscrt", "trio", "pyfuse3", "moto", "rich", "tomllib"}),
+        ("keeper.keeper", {"boto3", "botocore", "awscrt", "trio", "pyfuse3", "typer", "tomllib"}),
+        ("worker.main, phfs_fuse.store.crt", {"typer", "rich", "tomllib"}),  # boto3 makes the sessions (ADR 2)
     ],
 )
 def test_each_process_loads_only_what_it_needs(tmp_path: Path, modules: str, heavy: set[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 import ctypes, resource, sys
-from phfs_fuse.confinement import confine
+from phfs_fuse.host.confinement import confine
 confine()
 libc = ctypes.CDLL(None)
 print(libc.prctl(39, 0, 0, 0, 0), libc.prctl(3, 0, 0, 0, 0), *resource.getrlimit(resource.RLIMIT_CORE))
@@ -29,6 +29,6 @@ def test_a_confined_process(is_open: bool) -> None:
 
 def test_workers_are_confined() -> None:
     """All processes that serve a mount or upload what one has left come by this function."""
-    code = "import inspect, phfs_fuse.mount as m; print('confine()' in inspect.getsource(m.prepare_process))"
+    code = "import inspect, phfs_fuse.worker.main as m; print('confine()' in inspect.getsource(m.prepare_process))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"

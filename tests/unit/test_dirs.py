@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse.dirs import make_private
+from phfs_fuse.config.dirs import make_private
 from phfs_fuse.errors import LocalStateError
-from phfs_fuse.localstate import StateLock
+from phfs_fuse.host.locks import StateLock
 
 
 def mode(path: Path) -> int:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from phfs_fuse.dirty import NEXT, DirtyFile, Event, State
+from phfs_fuse.tree.dirty import NEXT, DirtyFile, Event, State
 
 
 @pytest.mark.parametrize(

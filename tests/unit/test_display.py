@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from phfs_fuse import client, display, entry
-from phfs_fuse.registry import MountRecord
-from phfs_fuse.saved import Entry
+from phfs_fuse.cli import display, program
+from phfs_fuse.host.registry import MountRecord
+from phfs_fuse.host.saved_files import Entry
+from phfs_fuse.launch import client
 
 EVIL = "a\nb\x1b]0;t\x07[red]\x9b2J\udcff"
 
@@ -49,5 +50,5 @@ def test_status(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_error_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
-    entry.say(EVIL)
+    program.say(EVIL)
     assert len(printed(capsys)) == 1

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pyfuse3
 import pytest
 
-from phfs_fuse import eager
-from phfs_fuse.eager import SPIN_SECONDS, eager_requests
+from phfs_fuse.fuse import eager_requests as eager
+from phfs_fuse.fuse.eager_requests import SPIN_SECONDS, eager_requests
 
 
 class Connection:

@@ -6,8 +6,8 @@ import pytest
 
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.errors import NameTooLong
-from phfs_fuse.inodes import Inodes
-from phfs_fuse.nodes import Node
+from phfs_fuse.tree.inodes import Inodes
+from phfs_fuse.tree.node import Node
 
 FILE = Attrs(mode=0o100644, uid=0, gid=0, mtime_ns=0)
 FOLDER = Attrs(mode=0o040755, uid=0, gid=0, mtime_ns=0)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from phfs_fuse import logs
+from phfs_fuse.host import logs
 
 
 @pytest.fixture(autouse=True)

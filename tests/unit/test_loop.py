@@ -7,8 +7,9 @@ import socket
 
 import pytest
 
-from phfs_fuse import jsontext, messages
-from phfs_fuse.loop import Loop
+from phfs_fuse.config import json_text
+from phfs_fuse.keeper import messages
+from phfs_fuse.keeper.event_loop import Loop
 
 NEST = b"[" * 16_000
 
@@ -49,6 +50,6 @@ def test_a_packet_that_fails_leaves_the_next_ones() -> None:
 
 @pytest.mark.parametrize("text", [NEST, b"{" * 3, b"\xff\0", b"9" * 5000])
 def test_json_that_is_none(text: bytes) -> None:
-    for parse in (jsontext.parse, messages.decode):
+    for parse in (json_text.parse, messages.decode):
         with pytest.raises((ValueError, TypeError, KeyError)):
             parse(text)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from phfs_fuse.errors import MountpointError
-from phfs_fuse.mountpoint import covering, locate, mount_table, probe, require_free
+from phfs_fuse.host.mount_table import covering, locate, mount_table, probe, require_free
 
 TABLE = r"""
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
@@ -93,7 +93,7 @@ def test_the_answer_of_stat_comes_from_another_process(tmp_path: Path) -> None:
 def test_a_mount_point_that_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: int | None, line: str
 ) -> None:
-    monkeypatch.setattr("phfs_fuse.mountpoint.probe", lambda path: answer)
+    monkeypatch.setattr("phfs_fuse.host.mount_table.probe", lambda path: answer)
     with pytest.raises(MountpointError, match=line):
         require_free(tmp_path, mount_table(f"1 0 0:1 / {tmp_path} rw - fuse.phfs s rw"))
 

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from phfs_fuse import places as module
-from phfs_fuse.places import END, START, STEP, Places, restored
+from phfs_fuse.tree import directory_cookies as module
+from phfs_fuse.tree.directory_cookies import END, START, STEP, Places, restored
 
 GONE = frozenset[bytes]()
 

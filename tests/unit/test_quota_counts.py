@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phfs_fuse.errors import QuotaExceeded
-from phfs_fuse.quota import TIGHT_BYTES, Quotas, Room
+from phfs_fuse.quota.limits import TIGHT_BYTES, Quotas, Room
 
 
 def quotas(**limits: int) -> Quotas:

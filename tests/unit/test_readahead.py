@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phfs_fuse.cache.read_ahead import STREAMS_MAX, ReadAhead
 from phfs_fuse.extents import Extent, Extents
-from phfs_fuse.readahead import STREAMS_MAX, ReadAhead
 from phfs_fuse.types import GIB, KIB, MIB
 
 BLOCK = 128 * KIB

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse import dirs, registry
-from phfs_fuse.registry import MountRecord
+from phfs_fuse.config import dirs
+from phfs_fuse.host import registry
+from phfs_fuse.host.registry import MountRecord
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse import registry
+from phfs_fuse.cli.saved import drop, export, show
 from phfs_fuse.errors import UsageError
-from phfs_fuse.salvage import drop, export, show
-from phfs_fuse.saved import Saved
+from phfs_fuse.host import registry
+from phfs_fuse.host.saved_files import Saved
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A state directory of two volumes; the second has two entries."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(registry, "records", list)
-    monkeypatch.setattr("phfs_fuse.salvage.state_home", lambda: tmp_path / "state")
+    monkeypatch.setattr("phfs_fuse.cli.saved.state_home", lambda: tmp_path / "state")
     (tmp_path / "state/one").mkdir(parents=True)
     volume = tmp_path / "state/two"
     (volume / "staging").mkdir(parents=True)

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from phfs_fuse.config import MountConfig, OnConflict, PosixAttrs, QuotaConfig
-from phfs_fuse.errors import UsageError
-from phfs_fuse.options import COUNT, SETTINGS, SIZE, TIME, Setting
-from phfs_fuse.settings import (
+from phfs_fuse.config.model import MountConfig, OnConflict, PosixAttrs, QuotaConfig
+from phfs_fuse.config.options import COUNT, SETTINGS, SIZE, TIME, Setting
+from phfs_fuse.config.resolve import (
     Resolved,
     dump_config,
     from_aws,
@@ -25,8 +24,9 @@ from phfs_fuse.settings import (
     load_config,
     resolve,
 )
+from phfs_fuse.config.values import Raw
+from phfs_fuse.errors import UsageError
 from phfs_fuse.types import GIB, KIB, MIB
-from phfs_fuse.values import Raw
 
 MOUNTPOINT = Path("/mnt/group")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import PhfsError, StoreUnavailable, store_startup_error
-from phfs_fuse.store.answers import error_of
+from phfs_fuse.store.error_codes import error_of
 
 ENDPOINT = StoreConfig(bucket="b", endpoint_url="http://m:9000", endpoint_from="AWS_ENDPOINT_URL").endpoint_text
 assert ENDPOINT == "http://m:9000 (from AWS_ENDPOINT_URL)"

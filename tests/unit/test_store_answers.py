@@ -26,9 +26,10 @@ from phfs_fuse.errors import (
     VersionChanged,
     WrongRegion,
 )
-from phfs_fuse.store.answers import OutOfRange, check_key, check_metadata, error_of
-from phfs_fuse.store.headers import content_type, etag_of, http_date_ns, info_of, user_metadata
-from phfs_fuse.store.listing import parse_listing
+from phfs_fuse.store.base import content_type
+from phfs_fuse.store.error_codes import OutOfRange, check_key, check_metadata, error_of
+from phfs_fuse.store.headers import etag_of, http_date_ns, info_of, user_metadata
+from phfs_fuse.store.listing_xml import parse_listing
 from phfs_fuse.types import ETag, ObjectKey
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from phfs_fuse.errors import BadAnswer
 from phfs_fuse.store.base import StoreEvent
-from phfs_fuse.store.events import parse_events
+from phfs_fuse.store.notifications import parse_events
 from phfs_fuse.types import ETag, ObjectKey
 
 

@@ -12,15 +12,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from phfs_fuse.attrs import Attrs, from_metadata, to_metadata
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import BadAnswer, PhfsError
-from phfs_fuse.store.answers import error_code, error_of
 from phfs_fuse.store.base import Listing, ObjectInfo
-from phfs_fuse.store.calls import BotoCalls
-from phfs_fuse.store.events import parse_events
+from phfs_fuse.store.bodies import Receiver
+from phfs_fuse.store.boto import BotoCalls
+from phfs_fuse.store.error_codes import error_code, error_of
 from phfs_fuse.store.headers import http_date_ns, info_of, stored_info
-from phfs_fuse.store.listing import is_xml, parse_listing
-from phfs_fuse.store.transfer import Receiver
+from phfs_fuse.store.listing_xml import is_xml, parse_listing
+from phfs_fuse.store.notifications import parse_events
 from phfs_fuse.types import ID_MAX, SIZE_BYTES_MAX, TIME_NS_MAX, TIME_NS_MIN, ETag, ObjectKey
 
 KEY = ObjectKey("g/a")

@@ -8,8 +8,9 @@ from trio.testing import MockClock
 
 from phfs_fuse import keys
 from phfs_fuse.errors import IllegalName, NameTooLong, NotFound, PhfsError, StoreUnavailable
-from phfs_fuse.store.answers import error_of
-from phfs_fuse.store.limits import NameLimits, Segment, longest_segments, metadata_bytes
+from phfs_fuse.store.base import metadata_bytes
+from phfs_fuse.store.error_codes import error_of
+from phfs_fuse.store.limits import NameLimits, Segment, longest_segments
 from phfs_fuse.types import ObjectKey
 
 GBK = "数据分析报告".encode("gbk")  # 12 bytes, most of them five in a key

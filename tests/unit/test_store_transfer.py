@@ -13,14 +13,14 @@ import trio
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from trio.testing import MockClock
 
-from phfs_fuse.config import StoreConfig
+from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import AccessDenied, BadAnswer, StoreUnavailable, VersionChanged
-from phfs_fuse.store.answers import OutOfRange
 from phfs_fuse.store.base import Expect, FileRange, ObjectInfo, Part
+from phfs_fuse.store.bodies import FileBody, Receiver, holds, md5_etag, multipart_etag, read_body
+from phfs_fuse.store.clients import open_clients
 from phfs_fuse.store.conditions import Conditions, probe_conditions
+from phfs_fuse.store.error_codes import OutOfRange
 from phfs_fuse.store.retry import BACKOFF_SECONDS_MAX, backoff_seconds, retrying
-from phfs_fuse.store.session import open_clients
-from phfs_fuse.store.transfer import FileBody, Receiver, holds, md5_etag, multipart_etag, read_body
 from phfs_fuse.types import MIB, ETag, ObjectKey
 
 HELLO_MD5 = ETag("5d41402abc4b2a76b9719d911017c592")

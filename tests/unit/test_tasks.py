@@ -20,11 +20,11 @@ SOURCES = Path(phfs_fuse.__file__).parent
 # Tasks that end with the block that starts them: their failure is that of whoever waits for the block.
 PARTS_OF_A_CALL = {
     ("tasks", "one"),
-    ("control", "report"),
-    ("services", "stop"),
-    ("services", "self._end_damaged"),  # ends the worker on purpose
-    ("services", "self._announce"),  # survives in itself: without READY the keeper waits in vain
-    ("store.events", "read"),
+    ("worker.control_socket", "report"),
+    ("worker.serving", "stop"),
+    ("worker.serving", "self._end_damaged"),  # ends the worker on purpose
+    ("worker.serving", "self._announce"),  # survives in itself: without READY the keeper waits in vain
+    ("store.notifications", "read"),
 }
 
 

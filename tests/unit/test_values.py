@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from phfs_fuse import values
+from phfs_fuse.config import values
+from phfs_fuse.config.values import COUNT_MAX, SECONDS_MAX, size
 from phfs_fuse.types import SIZE_BYTES_MAX
-from phfs_fuse.values import COUNT_MAX, SECONDS_MAX, size
 
 
 @pytest.mark.parametrize(

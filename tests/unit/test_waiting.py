@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from phfs_fuse.waiting import ended
+from phfs_fuse.host.processes import ended
 
 
 def test_the_end_of_a_process_is_waited_for() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from phfs_fuse import cachefile
-from phfs_fuse.blocks import BlockCache
+from phfs_fuse.cache import file_format
+from phfs_fuse.cache.block_cache import BlockCache
 from phfs_fuse.extents import Extents
 from phfs_fuse.store.base import Sink
 from phfs_fuse.types import ETag, ObjectKey
@@ -45,7 +45,7 @@ class FullDisk:
         self.is_full = True
         self._pwrite = os.pwrite
         self._code = code
-        patch.setattr(cachefile.os, "pwrite", self.pwrite)
+        patch.setattr(file_format.os, "pwrite", self.pwrite)
 
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
         if self.is_full:

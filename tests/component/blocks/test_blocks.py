@@ -13,8 +13,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from phfs_fuse.blocks import BlockCache
-from phfs_fuse.cachedisk import on_thread
+from phfs_fuse.cache.block_cache import BlockCache
+from phfs_fuse.cache.disk import on_thread
 from phfs_fuse.errors import BadAnswer, NotFound, PhfsError, StaleVersion, StoreUnavailable, VersionChanged
 from phfs_fuse.extents import Extent
 from phfs_fuse.store.base import Sink

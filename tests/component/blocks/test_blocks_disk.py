@@ -11,9 +11,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from phfs_fuse import cachedisk, cachefile
-from phfs_fuse.blocks import BlockCache
-from phfs_fuse.config import CacheConfig
+from phfs_fuse.cache import disk as cachedisk
+from phfs_fuse.cache import file_format
+from phfs_fuse.cache.block_cache import BlockCache
+from phfs_fuse.config.model import CacheConfig
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.types import ObjectKey
 from tests.component.blocks.samples import DAMAGE, DATA, OTHER, SIZE, StepStore, files, flip, read_all
@@ -82,9 +83,9 @@ async def test_a_version_that_is_opened_again_is_not_checked_again(tmp_path: Pat
         again = store.open(cache)
         again.close()
         verified: list[int] = []
-        original = cachefile.verify
+        original = file_format.verify
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cachefile, "verify", lambda *args: (verified.append(1), original(*args))[1])
+            patch.setattr(file_format, "verify", lambda *args: (verified.append(1), original(*args))[1])
             assert await read_all(cache, store) == DATA
         assert not verified
         assert store.requests["get"] == 1

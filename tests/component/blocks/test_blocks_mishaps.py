@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from trio.testing import wait_all_tasks_blocked
 
-from phfs_fuse.blocks import BlockCache
+from phfs_fuse.cache.block_cache import BlockCache
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.extents import Extents
 from phfs_fuse.types import MIB, ObjectKey

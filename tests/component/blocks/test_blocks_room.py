@@ -10,11 +10,11 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from phfs_fuse import cachefile
-from phfs_fuse.blockfile import USE_SECONDS
-from phfs_fuse.blocks import FULL_SECONDS
+from phfs_fuse.cache import file_format
+from phfs_fuse.cache.block_cache import FULL_SECONDS
+from phfs_fuse.cache.block_file import USE_SECONDS
+from phfs_fuse.cache.version import WINDOW_PART
 from phfs_fuse.types import MIB, ObjectKey
-from phfs_fuse.version import WINDOW_PART
 from tests.component.blocks.samples import DATA, OTHER, FullDisk, files, read_all
 from tests.support.caches import KEY, RangeStore, content, running
 
@@ -133,7 +133,7 @@ async def test_a_file_system_without_holes_begins_again(
     def no_holes(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "no holes")
 
-    monkeypatch.setattr(cachefile, "drop", no_holes)
+    monkeypatch.setattr(file_format, "drop", no_holes)
     store.seed(KEY, data := content(24 * MIB))
     async with running(store, tmp_path, size_max=16 * MIB) as cache:
         kept = store.open(cache)

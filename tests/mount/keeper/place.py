@@ -19,10 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse import registry, settings
-from phfs_fuse.config import CacheConfig, KernelConfig, MountConfig, StoreConfig, TreeConfig, WritebackConfig
-from phfs_fuse.mountpoint import MountEntry, mount_table
-from phfs_fuse.waiting import ended
+from phfs_fuse.config import resolve
+from phfs_fuse.config.model import CacheConfig, KernelConfig, MountConfig, StoreConfig, TreeConfig, WritebackConfig
+from phfs_fuse.host import registry
+from phfs_fuse.host.mount_table import MountEntry, mount_table
+from phfs_fuse.host.processes import ended
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 SECONDS = 30.0
@@ -32,7 +33,7 @@ NOBODY = 65534
 START = """
 import logging, sys
 from pathlib import Path
-from phfs_fuse import settings, starting
+from phfs_fuse.config import resolve as settings; from phfs_fuse.launch import launcher as starting
 from phfs_fuse.errors import StartupError
 logging.basicConfig(format="%(message)s")
 path, foreground, *worker = sys.argv[1:]
@@ -46,14 +47,14 @@ except StartupError as exc:
 # The keeper without its waits before a restart.
 IMPATIENT = """
 import sys
-from phfs_fuse import keeper, workers
+from phfs_fuse.keeper import keeper; from phfs_fuse.keeper import worker_process as workers
 workers.RESTART_DELAYS = (0.0, 0.0)
 sys.exit(keeper.main(sys.argv[1:]))
 """
 UNMOUNT = """
 import sys
 from pathlib import Path
-from phfs_fuse import starting
+from phfs_fuse.launch import launcher as starting
 starting.unmount(Path(sys.argv[1]), lazy=sys.argv[2] == "yes")
 """
 # A mount namespace in which everybody may use /dev/fuse, as udev sets it up but not every container has it.
@@ -131,7 +132,7 @@ class Place:
         return subprocess.run(arguments, env=self.env, capture_output=True, text=True, timeout=SECONDS)
 
     def begin(self, *faults: str, foreground: bool = False) -> subprocess.Popen[str]:
-        self.config_path.write_text(settings.dump_config(self.config))
+        self.config_path.write_text(resolve.dump_config(self.config))
         worker = [sys.executable, "-m", "tests.support.memory_worker", *faults]
         return self.python(START, self.config_path, "yes" if foreground else "no", *worker, foreground=foreground)
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from phfs_fuse import settings
-from phfs_fuse.waiting import ended
+from phfs_fuse.config import resolve
+from phfs_fuse.host.processes import ended
 from tests.mount.keeper.place import IMPATIENT, SECONDS, Place, Reader, finish, until
 
 pytestmark = pytest.mark.fuse
@@ -188,7 +188,7 @@ def test_a_signal_that_comes_while_no_worker_runs_is_not_lost(place: Place) -> N
 
 
 def test_a_worker_that_always_dies_leaves_the_mount_broken_not_empty(place: Place) -> None:
-    place.config_path.write_text(settings.dump_config(place.config))
+    place.config_path.write_text(resolve.dump_config(place.config))
     worker = [sys.executable, "-m", "tests.support.memory_worker", "--no-resume"]
     keeper = place.python(IMPATIENT, f"--config={place.config_path}", "--", *worker)
     until(lambda: place.record() is not None)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from phfs_fuse.waiting import ended
+from phfs_fuse.host.processes import ended
 from tests.mount.keeper.place import NOBODY, SECONDS, Place, finish, until
 
 pytestmark = pytest.mark.fuse
