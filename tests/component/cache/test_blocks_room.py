@@ -15,7 +15,7 @@ from phfs_fuse.cache.block_cache import FULL_SECONDS
 from phfs_fuse.cache.block_file import USE_SECONDS
 from phfs_fuse.cache.version import WINDOW_PART
 from phfs_fuse.types import MIB, ObjectKey
-from tests.component.blocks.samples import DATA, OTHER, FullDisk, files, read_all
+from tests.component.cache.samples import DATA, OTHER, FullDisk, files, read_all
 from tests.support.caches import KEY, RangeStore, content, running
 
 # -- a disk that is full

@@ -13,7 +13,7 @@ from phfs_fuse.cache.block_cache import BlockCache
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.extents import Extents
 from phfs_fuse.types import MIB, ObjectKey
-from tests.component.blocks.samples import DAMAGE, Change, files, staged
+from tests.component.cache.samples import DAMAGE, Change, files, staged
 from tests.support.caches import BLOCK, RangeStore, content, running
 from tests.support.fault_store import FaultStore
 

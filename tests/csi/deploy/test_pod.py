@@ -28,8 +28,8 @@ from phfs_csi.proto import csi_pb2, csi_pb2_grpc, pluginregistration_pb2, plugin
 
 # isort: split
 from phfs_fuse.host.mount_table import mount_table  # noqa: E402
+from tests.csi.deploy.test_deploy import DEPLOY, VARIANTS, Object, base, chart, example, of_kind, pods  # noqa: E402
 from tests.csi.pod import Pod, a_node  # noqa: E402
-from tests.csi.test_deploy import DEPLOY, VARIANTS, Object, base, chart, example, of_kind, pods  # noqa: E402
 from tests.support.mounts import s3_client, shared_server  # noqa: E402
 
 pytestmark = [

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.component.blocks.samples import DATA
+from tests.component.cache.samples import DATA
 from tests.support.caches import KEY, RangeStore
 
 

@@ -29,7 +29,7 @@ from phfs_fuse.errors import UsageError
 from phfs_fuse.types import GIB, KIB, MIB
 
 MOUNTPOINT = Path("/mnt/group")
-DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "configuration.md"
 
 
 def resolved(

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from phfs_fuse.host.mount_table import mount_table
+from tests.csi.node.test_mounts import eventually
 from tests.csi.plugin import Holder, Plugin, Volume, a_plugin, mounts_below, sh
-from tests.csi.test_mounts import eventually
 from tests.support.mounts import s3_client, shared_server
 
 pytestmark = [pytest.mark.fuse, pytest.mark.minio]

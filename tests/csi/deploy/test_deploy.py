@@ -22,7 +22,7 @@ import pytest
 yaml = pytest.importorskip("yaml", reason="PyYAML is in the extra `test`")
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="it is in the extra `test`")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "csi" / "deploy"
 CHART = DEPLOY / "chart"
 BASE = DEPLOY / "base" / "phfs-csi.yaml"

@@ -17,7 +17,7 @@ from phfs_fuse.cache.block_cache import BlockCache
 from phfs_fuse.config.model import CacheConfig
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.types import ObjectKey
-from tests.component.blocks.samples import DAMAGE, DATA, OTHER, SIZE, StepStore, files, flip, read_all
+from tests.component.cache.samples import DAMAGE, DATA, OTHER, SIZE, StepStore, files, flip, read_all
 from tests.support.caches import BLOCK, KEY, RangeStore, content, running
 
 # -- the directory

@@ -9,7 +9,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from phfs_fuse.types import ETag
-from tests.component.blocks.samples import DATA, OTHER, SIZE, files, read_all
+from tests.component.cache.samples import DATA, OTHER, SIZE, files, read_all
 from tests.support.caches import BLOCK, KEY, RangeStore, running
 from tests.support.fault_store import FaultStore
 

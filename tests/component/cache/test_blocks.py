@@ -19,7 +19,7 @@ from phfs_fuse.errors import BadAnswer, NotFound, PhfsError, StaleVersion, Store
 from phfs_fuse.extents import Extent
 from phfs_fuse.store.base import Sink
 from phfs_fuse.types import KIB, MIB, ETag, ObjectKey
-from tests.component.blocks.samples import DATA, SIZE, StepStore
+from tests.component.cache.samples import DATA, SIZE, StepStore
 from tests.support.caches import BLOCK, KEY, RangeStore, content, running
 from tests.support.fault_store import FaultStore
 

@@ -13,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from phfs_fuse.extents import Extents
 from phfs_fuse.types import MIB
-from tests.component.blocks.samples import DATA, OTHER, SIZE, Change, FullDisk, files, read_all, staged
+from tests.component.cache.samples import DATA, OTHER, SIZE, Change, FullDisk, files, read_all, staged
 from tests.support.caches import BLOCK, KEY, RangeStore, content, running
 
 

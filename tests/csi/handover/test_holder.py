@@ -16,7 +16,7 @@ import pytest
 from phfs_csi.handover.succession import Marks
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.host.holder_link import HolderLink
-from tests.csi.test_mounts import eventually
+from tests.csi.node.test_mounts import eventually
 
 SECONDS = 30.0
 HOLD = """
