@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from phfs_csi.errors import Aborted
 
 
-class Busy:
+class VolumeLocks:
     def __init__(self) -> None:
         self._held: set[str] = set()
         self._lock = threading.Lock()

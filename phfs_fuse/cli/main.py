@@ -19,7 +19,7 @@ from phfs_fuse.cli import saved
 from phfs_fuse.cli.program import guarded, program, say
 from phfs_fuse.config import resolve
 from phfs_fuse.config.options import SETTINGS, Setting
-from phfs_fuse.config.resolve import Given, Layer
+from phfs_fuse.config.resolve import GivenValue, Layer
 from phfs_fuse.config.values import Raw
 from phfs_fuse.errors import MountpointError, StoreRefused, UsageError
 from phfs_fuse.host import logs, processes, registry
@@ -363,7 +363,7 @@ def _help_mount(argv: Sequence[str]) -> int:
         raise UsageError("usage: mount.phfs SOURCE MOUNTPOINT [-sfnv] [-o options]")
     names = [name for name, _ in flags]
     options = resolve.from_options([text for name, text in flags if name == "-o"], sloppy="-s" in names)
-    options = {"fs-name": Given(arguments[0], "-o fs-name"), **options}  # mount -a compares it with fstab
+    options = {"fs-name": GivenValue(arguments[0], "-o fs-name"), **options}  # mount -a compares it with fstab
     if "group" in options and not arguments[0].startswith("s3:"):
         arguments = arguments[1:]  # the group says what to mount
     return mount(arguments, options, {}, foreground=False, fake="-f" in names)

@@ -26,7 +26,7 @@ class OnConflict(Enum):
     FAIL = "fail"
 
 
-class Events(Enum):
+class EventsMode(Enum):
     AUTO = "auto"  # hear of the changes of others, where the store tells them
     OFF = "off"
 
@@ -161,7 +161,7 @@ class TreeConfig:
     file_mode: int = 0o644
     dir_mode: int = 0o755
     attr_ttl_seconds: float = 5.0
-    events: Events = Events.AUTO
+    events: EventsMode = EventsMode.AUTO
     events_ttl_seconds: float = 300.0  # instead of attr_ttl, as long as the store's stream of changes is open
     exclusive_create: ExclusiveCreate = ExclusiveCreate.LOCAL
     posix_attrs: PosixAttrs = PosixAttrs.STORE

@@ -8,39 +8,39 @@ from functools import partial
 from typing import Final
 
 from phfs_fuse.config import values
-from phfs_fuse.config.model import Events, ExclusiveCreate, OnConflict, PosixAttrs
+from phfs_fuse.config.model import EventsMode, ExclusiveCreate, OnConflict, PosixAttrs
 
 DEFAULT_BUCKET: Final = "primehub"
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ValueKind:
     """How a value is read, and the word that stands for it in the help."""
 
     parse: values.Parser
     metavar: str = ""
 
 
-SWITCH: Final = Kind(values.boolean)
-SIZE: Final = Kind(values.size, "SIZE")
-TIME: Final = Kind(values.seconds, "TIME")
-COUNT: Final = Kind(values.count, "N")
-MODE: Final = Kind(values.mode, "MODE")
-NAME: Final = Kind(values.text, "NAME")
-FILE: Final = Kind(values.path, "FILE")
-DIR: Final = Kind(values.path, "DIR")
-URL: Final = Kind(values.endpoint, "URL")
-BUCKET: Final = Kind(values.bucket, "NAME")
-QUOTAS: Final = Kind(values.quotas, "[PATH=]SIZE")
-GROUP: Final = Kind(values.group_prefix, "NAME")
-USER: Final = Kind(values.user, "ID")
-GROUP_ID: Final = Kind(values.group, "ID")
-POSIX_ATTRS: Final = Kind(values.one_of(PosixAttrs), "store|ignore")
-ON_CONFLICT: Final = Kind(values.one_of(OnConflict), "keep-both|overwrite|fail")
-EVENTS: Final = Kind(values.one_of(Events), "auto|off")
-EXCLUSIVE_CREATE: Final = Kind(values.one_of(ExclusiveCreate), "local|store")
-LOG_LEVEL: Final = Kind(values.choice("debug", "info", "warning", "error"), "LEVEL")
-LOG_FORMAT: Final = Kind(values.choice("text", "json"), "text|json")
+SWITCH: Final = ValueKind(values.boolean)
+SIZE: Final = ValueKind(values.size, "SIZE")
+TIME: Final = ValueKind(values.seconds, "TIME")
+COUNT: Final = ValueKind(values.count, "N")
+MODE: Final = ValueKind(values.mode, "MODE")
+NAME: Final = ValueKind(values.text, "NAME")
+FILE: Final = ValueKind(values.path, "FILE")
+DIR: Final = ValueKind(values.path, "DIR")
+URL: Final = ValueKind(values.endpoint, "URL")
+BUCKET: Final = ValueKind(values.bucket, "NAME")
+QUOTAS: Final = ValueKind(values.quotas, "[PATH=]SIZE")
+GROUP: Final = ValueKind(values.group_prefix, "NAME")
+USER: Final = ValueKind(values.user, "ID")
+GROUP_ID: Final = ValueKind(values.group, "ID")
+POSIX_ATTRS: Final = ValueKind(values.one_of(PosixAttrs), "store|ignore")
+ON_CONFLICT: Final = ValueKind(values.one_of(OnConflict), "keep-both|overwrite|fail")
+EVENTS: Final = ValueKind(values.one_of(EventsMode), "auto|off")
+EXCLUSIVE_CREATE: Final = ValueKind(values.one_of(ExclusiveCreate), "local|store")
+LOG_LEVEL: Final = ValueKind(values.choice("debug", "info", "warning", "error"), "LEVEL")
+LOG_FORMAT: Final = ValueKind(values.choice("text", "json"), "text|json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Setting:
     name: str
     key: str
     field: str
-    kind: Kind
+    kind: ValueKind
     help: str
     default: str = ""  # for people
     flag: bool = True  # False: fine tuning, left to -o, variables and the file

@@ -35,14 +35,14 @@ SOCKET_PATH_BYTES_MAX: Final = 107  # Source: unix(7), sun_path with its NUL
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class GivenValue:
     """A raw value and where it was written, as the user would find it again."""
 
     raw: Raw
     where: str
 
 
-Layer = Mapping[str, Given]
+Layer = Mapping[str, GivenValue]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Resolved:
 
 def from_flags(flags: Mapping[str, Raw | Sequence[Raw] | None]) -> Layer:
     """Values of the command line by name of the setting; None: not given."""
-    return {name: Given(_joined(raw), f"--{name}") for name, raw in flags.items() if raw is not None}
+    return {name: GivenValue(_joined(raw), f"--{name}") for name, raw in flags.items() if raw is not None}
 
 
 def _joined(raw: Raw | Sequence[Raw]) -> Raw:
@@ -69,7 +69,7 @@ def _joined(raw: Raw | Sequence[Raw]) -> Raw:
 def from_environ(environ: Mapping[str, str]) -> Layer:
     """The `PHFS_*` variables that name a setting; an empty one counts as not set."""
     found = {setting.name: setting.variable for setting in SETTINGS if environ.get(setting.variable)}
-    return {name: Given(environ[variable], variable) for name, variable in found.items()}
+    return {name: GivenValue(environ[variable], variable) for name, variable in found.items()}
 
 
 def from_aws(environ: Mapping[str, str]) -> Layer:
@@ -78,7 +78,7 @@ def from_aws(environ: Mapping[str, str]) -> Layer:
         return {}
     for variable in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         if url := environ.get(variable):
-            return {"endpoint-url": Given(url, variable)}
+            return {"endpoint-url": GivenValue(url, variable)}
     return {}
 
 
@@ -99,14 +99,14 @@ def from_options(lists: Iterable[str], *, sloppy: bool = False) -> Layer:
 
     Raises: UsageError for what is no setting, unless `sloppy`; its message never repeats a value.
     """
-    found: dict[str, Given] = {}
+    found: dict[str, GivenValue] = {}
     for word in (word.strip() for text in lists for word in text.split(",") if word.strip()):
         name, has_value, value = word.partition("=")
         name = _name(name)
         if not has_value and name in _UNDO:
             found.pop(_UNDO[name], None)
         if not has_value and name in _SHORT:
-            found[_SHORT[name]] = Given(True, f"-o {name}")
+            found[_SHORT[name]] = GivenValue(True, f"-o {name}")
         elif not (_is_standard(name, bool(has_value)) or (sloppy and name not in BY_NAME)):
             found[name] = _option(name, value if has_value else None, found.get(name))
     return found
@@ -118,7 +118,7 @@ def _is_standard(name: str, has_value: bool) -> bool:
     return name == "comment" or (name in _STANDARD and not has_value)
 
 
-def _option(name: str, value: str | None, before: Given | None) -> Given:
+def _option(name: str, value: str | None, before: GivenValue | None) -> GivenValue:
     if name not in BY_NAME:
         if _SECRET.search(name):
             raise UsageError(
@@ -129,7 +129,7 @@ def _option(name: str, value: str | None, before: Given | None) -> Given:
         raise UsageError(f"-o {name}: needs a value, as in {name}={BY_NAME[name].kind.metavar}")
     if before is not None and BY_NAME[name].is_list:
         value = f"{before.raw};{value}"
-    return Given(True if value is None else value, f"-o {name}")
+    return GivenValue(True if value is None else value, f"-o {name}")
 
 
 def from_file(path: Path) -> Layer:
@@ -145,7 +145,7 @@ def from_file(path: Path) -> Layer:
     return dict(entry for table, keys in tables.items() for entry in _table(path, table, keys))
 
 
-def _table(path: Path, table: str, keys: object) -> Iterator[tuple[str, Given]]:
+def _table(path: Path, table: str, keys: object) -> Iterator[tuple[str, GivenValue]]:
     known = {key.partition(".")[0] for key in BY_KEY}
     if table not in known or not isinstance(keys, dict):
         hint = values.nearest(table, known) or f", the tables are {', '.join(sorted(known))}"
@@ -159,7 +159,7 @@ def _table(path: Path, table: str, keys: object) -> Iterator[tuple[str, Given]]:
             raw = _joined(raw)
         if not isinstance(raw, str | int | float):
             raise ConfigError(where, raw, "a single value")
-        yield setting.name, Given(raw, where)
+        yield setting.name, GivenValue(raw, where)
 
 
 def _name(word: str) -> str:
@@ -194,7 +194,7 @@ def resolve(source: str | None, mountpoint: Path, given: Layer) -> Resolved:
     return Resolved(config, _credentials_file(given, parsed))
 
 
-def _parse(setting: Setting, item: Given) -> Any:
+def _parse(setting: Setting, item: GivenValue) -> Any:
     try:
         return setting.kind.parse(item.raw)
     except ValueError as exc:

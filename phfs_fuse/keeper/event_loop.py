@@ -30,7 +30,7 @@ class HasFileno(Protocol):
 Source = int | HasFileno
 
 
-class Loop:
+class EventLoop:
     """One thread; whoever is called may watch, forget and cancel what it likes."""
 
     def __init__(self) -> None:

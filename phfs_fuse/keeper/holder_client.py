@@ -15,17 +15,17 @@ from typing import Final
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.host import fusemount
 from phfs_fuse.host.holder_link import HolderLink
-from phfs_fuse.keeper.event_loop import Loop
+from phfs_fuse.keeper.event_loop import EventLoop
 
 log = logging.getLogger(__name__)
 
 HOLDER_SECONDS: Final = 1.0  # between two tries to reach the holder
 
 
-class HeldConnection:
+class HolderClient:
     """Named after its mount point. Nothing here raises: a mount without a holder is as good as one that has none."""
 
-    def __init__(self, loop: Loop, holder: Path, mountpoint: Path) -> None:
+    def __init__(self, loop: EventLoop, holder: Path, mountpoint: Path) -> None:
         self._loop = loop
         self._holder = holder
         self._mountpoint = mountpoint

@@ -40,12 +40,12 @@ from phfs_fuse.host.locks import StateLock, keeper_lock
 from phfs_fuse.host.mount_table import require_nothing_mounted
 from phfs_fuse.host.registry import MountRecord
 from phfs_fuse.keeper import messages
-from phfs_fuse.keeper.event_loop import Loop
-from phfs_fuse.keeper.holder_client import HeldConnection
-from phfs_fuse.keeper.kernel_notify import Expiry
+from phfs_fuse.keeper.event_loop import EventLoop
+from phfs_fuse.keeper.holder_client import HolderClient
+from phfs_fuse.keeper.kernel_notify import KernelNotifier
 from phfs_fuse.keeper.messages import Kind, Message
-from phfs_fuse.keeper.unmounter import Unmounting
-from phfs_fuse.keeper.upgrade import Standby, refusal
+from phfs_fuse.keeper.unmounter import Unmounter
+from phfs_fuse.keeper.upgrade import Successor, refusal
 from phfs_fuse.keeper.worker_process import END_SECONDS, Handlers, Launch, Restarts, Worker, ending, execute
 
 log = logging.getLogger("phfs_fuse.keeper")
@@ -72,13 +72,13 @@ class Keeper:
         self._execute: Launch = partial(execute, command)
         self._launch = launch or self._execute
         self._report = report
-        self._loop = Loop()
-        self._held = None if holder is None else HeldConnection(self._loop, holder, kernel.mountpoint)
-        self._unmounting = Unmounting(self._loop, kernel.mountpoint, self._send)
-        self._standby = Standby(self._loop, self._start_standby, self._hand_over, self._refuse)
+        self._loop = EventLoop()
+        self._held = None if holder is None else HolderClient(self._loop, holder, kernel.mountpoint)
+        self._unmounting = Unmounter(self._loop, kernel.mountpoint, self._send)
+        self._standby = Successor(self._loop, self._start_standby, self._hand_over, self._refuse)
         self._restarts = Restarts()
         self._device: int | None = None
-        self._expiry: Expiry | None = None
+        self._expiry: KernelNotifier | None = None
         self._worker: Worker | None = None
         self._serving = False  # this worker has said READY
         self._was_ready = False  # one of them has, of this keeper or of one before
@@ -214,7 +214,7 @@ class Keeper:
         assert self._worker is not None
         names = [(ino, bytes.fromhex(name)) for ino, name in message.names]
         if self._expiry is None:
-            self._expiry = Expiry(self._device)
+            self._expiry = KernelNotifier(self._device)
             self._loop.watch(self._expiry, self._expiry.answer)
         answer = messages.encode(Message(kind=Kind.EXPIRED))
         self._expiry.expire(names, self._worker.link, answer, drop=message.drop)

@@ -38,7 +38,7 @@ def can_expire() -> bool:
     return found is not None and (int(found[1]), int(found[2])) >= (6, 2)
 
 
-class Expiry:
+class KernelNotifier:
     """Of the connection `device`. `fileno` is readable when `answer` is to be called.
 
     The thread has a descriptor table of its own, with the connection and a pipe alone: a process that is to be gone

@@ -14,14 +14,14 @@ from pathlib import Path
 from phfs_fuse.errors import MountpointError
 from phfs_fuse.host import fusemount
 from phfs_fuse.host.fusemount import UNMOUNT_SECONDS
-from phfs_fuse.keeper.event_loop import Loop
+from phfs_fuse.keeper.event_loop import EventLoop
 from phfs_fuse.keeper.messages import Kind, Message
 
 
-class Unmounting:
+class Unmounter:
     """`answer` gets UNMOUNTED or BUSY for what was started."""
 
-    def __init__(self, loop: Loop, mountpoint: Path, answer: Callable[[Message], None]) -> None:
+    def __init__(self, loop: EventLoop, mountpoint: Path, answer: Callable[[Message], None]) -> None:
         self._loop = loop
         self._mountpoint = mountpoint
         self._answer = answer

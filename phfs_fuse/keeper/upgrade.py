@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from phfs_fuse.keeper.event_loop import Loop
+from phfs_fuse.keeper.event_loop import EventLoop
 from phfs_fuse.keeper.messages import Kind, Message
 from phfs_fuse.keeper.worker_process import Worker, ending
 
@@ -19,12 +19,12 @@ def refusal(reason: str, exit_code: int = 1) -> Message:
     return Message(kind=Kind.REFUSED, reason=reason, exit_code=exit_code)
 
 
-class Standby:
+class Successor:
     """`on_ready`: it has seen that it can take over. `on_refused`: it cannot, and nothing has changed."""
 
     def __init__(
         self,
-        loop: Loop,
+        loop: EventLoop,
         start: Callable[[], Worker],
         on_ready: Callable[[], None],
         on_refused: Callable[[Message], None],

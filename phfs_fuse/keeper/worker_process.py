@@ -18,7 +18,7 @@ from typing import Final, Protocol
 
 from phfs_fuse.host import fusemount
 from phfs_fuse.keeper import messages
-from phfs_fuse.keeper.event_loop import Loop
+from phfs_fuse.keeper.event_loop import EventLoop
 from phfs_fuse.keeper.messages import Kind, Message
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ Launch = Callable[[Sequence[str], Sequence[int]], Process]  # arguments and desc
 
 
 class Worker:
-    def __init__(self, loop: Loop, launch: Launch, arguments: Sequence[str]) -> None:
+    def __init__(self, loop: EventLoop, launch: Launch, arguments: Sequence[str]) -> None:
         """Start it. Raises: OSError."""
         self._loop = loop
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -8,14 +8,14 @@ from contextlib import suppress
 
 from phfs_fuse import keys
 from phfs_fuse.errors import IllegalName, NameTooLong
-from phfs_fuse.namespace.name_cache import Known
+from phfs_fuse.namespace.name_cache import NameCache
 from phfs_fuse.tree.inodes import Inodes
 from phfs_fuse.tree.node import Node
 from phfs_fuse.types import Ino
 
 
-class Doubts:
-    def __init__(self, inodes: Inodes, known: Known) -> None:
+class Invalidation:
+    def __init__(self, inodes: Inodes, known: NameCache) -> None:
         self._inodes = inodes
         self._known = known
 

@@ -11,7 +11,7 @@ from math import inf
 from phfs_fuse.config.model import TreeConfig
 
 
-class Trust:
+class Lifetimes:
     def __init__(self, config: TreeConfig) -> None:
         self.short_seconds = config.attr_ttl_seconds
         # 0: each open asks

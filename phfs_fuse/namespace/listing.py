@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from phfs_fuse import keys
 from phfs_fuse.errors import IllegalName
-from phfs_fuse.namespace.merge import Merging
-from phfs_fuse.namespace.name_cache import REFUSED, Known
-from phfs_fuse.namespace.queries import Probes
+from phfs_fuse.namespace.merge import Merge
+from phfs_fuse.namespace.name_cache import REFUSED, NameCache
+from phfs_fuse.namespace.queries import StoreQueries
 from phfs_fuse.pending.changes import Changes
 from phfs_fuse.store.base import Listing, ObjectInfo, ObjectStore
 from phfs_fuse.tree.inodes import Inodes
@@ -30,9 +30,9 @@ class Listings:
         store: ObjectStore,
         inodes: Inodes,
         changes: Changes,
-        known: Known,
-        merging: Merging,
-        probes: Probes,
+        known: NameCache,
+        merging: Merge,
+        probes: StoreQueries,
     ) -> None:
         self._store = store
         self._inodes = inodes

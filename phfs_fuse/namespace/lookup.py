@@ -11,10 +11,10 @@ import trio
 from phfs_fuse import keys
 from phfs_fuse.errors import NameTooLong, NotFound
 from phfs_fuse.namespace.listing import Listings
-from phfs_fuse.namespace.merge import Merging
-from phfs_fuse.namespace.name_cache import REFUSED, Known
+from phfs_fuse.namespace.merge import Merge
+from phfs_fuse.namespace.name_cache import REFUSED, NameCache
 from phfs_fuse.namespace.name_walks import NameWalks
-from phfs_fuse.namespace.queries import Probes
+from phfs_fuse.namespace.queries import StoreQueries
 from phfs_fuse.store.base import ObjectInfo
 from phfs_fuse.tasks import gather
 from phfs_fuse.tree.inodes import Inodes
@@ -26,7 +26,9 @@ MISSES_MAX = 2  # names asked for one by one before the whole directory is liste
 
 
 class Lookup:
-    def __init__(self, *, inodes: Inodes, known: Known, merging: Merging, probes: Probes, listings: Listings) -> None:
+    def __init__(
+        self, *, inodes: Inodes, known: NameCache, merging: Merge, probes: StoreQueries, listings: Listings
+    ) -> None:
         self._inodes = inodes
         self._known = known
         self._merging = merging

@@ -15,10 +15,10 @@ from contextlib import AbstractContextManager, contextmanager
 
 from phfs_fuse import keys
 from phfs_fuse.attrs import STORED, Attrs, others
-from phfs_fuse.namespace.name_cache import Known
+from phfs_fuse.namespace.name_cache import NameCache
 from phfs_fuse.pending.changes import Changes
 from phfs_fuse.store.base import ObjectInfo, metadata_bytes
-from phfs_fuse.tree.default_attrs import Defaults
+from phfs_fuse.tree.default_attrs import DefaultAttrs
 from phfs_fuse.tree.inodes import Inodes
 from phfs_fuse.tree.node import Base, Node
 from phfs_fuse.tree.questions import Question
@@ -31,8 +31,8 @@ def _others_bytes(info: ObjectInfo) -> int:
     return metadata_bytes(others(info.metadata, same_bytes=True))
 
 
-class Merging:
-    def __init__(self, inodes: Inodes, changes: Changes, known: Known, defaults: Defaults) -> None:
+class Merge:
+    def __init__(self, inodes: Inodes, changes: Changes, known: NameCache, defaults: DefaultAttrs) -> None:
         self._inodes = inodes
         self._changes = changes
         self._known = known

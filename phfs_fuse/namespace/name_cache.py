@@ -12,7 +12,7 @@ import trio
 from cachetools import LRUCache
 
 from phfs_fuse.errors import AccessDenied, BucketNotFound, NotADirectory, NotFound, PhfsError, StoreUnavailable
-from phfs_fuse.namespace.lifetimes import Trust
+from phfs_fuse.namespace.lifetimes import Lifetimes
 from phfs_fuse.tree.inodes import Inodes
 from phfs_fuse.tree.node import NEVER, Node
 
@@ -21,8 +21,8 @@ MISSING_SECONDS = 0.5  # for which a name is known not to be there, without any 
 REFUSED = (StoreUnavailable, BucketNotFound, AccessDenied)  # answers that say nothing about a name
 
 
-class Known:
-    def __init__(self, inodes: Inodes, trust: Trust) -> None:
+class NameCache:
+    def __init__(self, inodes: Inodes, trust: Lifetimes) -> None:
         self._inodes = inodes
         self._trust = trust
         self.ttl = trust.short_seconds  # for which an answer of the store is believed

@@ -5,26 +5,26 @@ Puts the parts together that do it, each with its own state, and names what othe
 
 from __future__ import annotations
 
-from phfs_fuse.namespace.invalidation import Doubts
-from phfs_fuse.namespace.lifetimes import Trust
+from phfs_fuse.namespace.invalidation import Invalidation
+from phfs_fuse.namespace.lifetimes import Lifetimes
 from phfs_fuse.namespace.listing import Listings
 from phfs_fuse.namespace.lookup import Lookup
-from phfs_fuse.namespace.merge import Merging
-from phfs_fuse.namespace.name_cache import Known
-from phfs_fuse.namespace.queries import Probes
+from phfs_fuse.namespace.merge import Merge
+from phfs_fuse.namespace.name_cache import NameCache
+from phfs_fuse.namespace.queries import StoreQueries
 from phfs_fuse.pending.changes import Changes
 from phfs_fuse.store.base import ObjectStore
-from phfs_fuse.tree.default_attrs import Defaults
+from phfs_fuse.tree.default_attrs import DefaultAttrs
 from phfs_fuse.tree.inodes import Inodes
 
 
 class Namespace:
     def __init__(
-        self, *, store: ObjectStore, inodes: Inodes, changes: Changes, defaults: Defaults, trust: Trust
+        self, *, store: ObjectStore, inodes: Inodes, changes: Changes, defaults: DefaultAttrs, trust: Lifetimes
     ) -> None:
-        known = Known(inodes, trust)
-        merging = Merging(inodes, changes, known, defaults)
-        probes = Probes(store, changes.gone)
+        known = NameCache(inodes, trust)
+        merging = Merge(inodes, changes, known, defaults)
+        probes = StoreQueries(store, changes.gone)
         self._listings = listings = Listings(
             store=store, inodes=inodes, changes=changes, known=known, merging=merging, probes=probes
         )
@@ -37,7 +37,7 @@ class Namespace:
         self.pages, self.is_empty = listings.pages, listings.is_empty
         self.loading = listings.loading
         self.local_only, self.set_marker = merging.local_only, merging.set_marker
-        self.changed_by_others = Doubts(inodes, known).changed_by_others
+        self.changed_by_others = Invalidation(inodes, known).changed_by_others
 
     @property
     def illegal_keys(self) -> int:

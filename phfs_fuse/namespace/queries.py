@@ -23,7 +23,7 @@ from phfs_fuse.errors import (
     PhfsError,
     StoreUnavailable,
 )
-from phfs_fuse.pending.tombstones import GoneKeys
+from phfs_fuse.pending.tombstones import Tombstones
 from phfs_fuse.store.base import ObjectInfo, ObjectStore
 from phfs_fuse.tasks import gather
 from phfs_fuse.tree.node import Node
@@ -37,8 +37,8 @@ WHOLE_STORE: Final = (BucketNotFound, ClockOff, CredentialsRefused)  # no answer
 HEADS_MAX = 32  # at a time, where a listing does not carry the metadata
 
 
-class Probes:
-    def __init__(self, store: ObjectStore, gone: GoneKeys) -> None:
+class StoreQueries:
+    def __init__(self, store: ObjectStore, gone: Tombstones) -> None:
         self._store = store
         self._gone = gone
         self._heads = trio.CapacityLimiter(HEADS_MAX)

@@ -1,6 +1,6 @@
 """What the store's stream of changes means for the tree and for the kernel. Owns the state of the stream.
 
-While it is open, answers of the store are believed for long (`Trust`), and what others change is looked up again.
+While it is open, answers of the store are believed for long (`Lifetimes`), and what others change is looked up again.
 What was learned before it opened, and when it may have left something out, counts for the short time only. Our own
 changes come back as events too: they are known by version and metadata, or by the key that was deleted.
 
@@ -28,7 +28,7 @@ from phfs_fuse.errors import (
     PhfsError,
     StoreUnavailable,
 )
-from phfs_fuse.namespace.lifetimes import Trust
+from phfs_fuse.namespace.lifetimes import Lifetimes
 from phfs_fuse.namespace.namespace import Namespace
 from phfs_fuse.pending.changes import Changes
 from phfs_fuse.pending.queue import UploadQueue
@@ -58,7 +58,7 @@ class StreamState(Enum):
     RECONNECTING = "reconnecting"
 
 
-class Events:
+class RemoteChanges:
     """`on_foreign` is called with each object that somebody else stored or removed: its key, the size that was known
     of it (None: nothing was), its size now."""
 
@@ -70,7 +70,7 @@ class Events:
         changes: Changes,
         queue: UploadQueue,
         namespace: Namespace,
-        trust: Trust,
+        trust: Lifetimes,
     ) -> None:
         self._store = store
         self._inodes = inodes

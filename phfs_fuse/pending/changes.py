@@ -19,13 +19,13 @@ from functools import partial
 import trio
 
 from phfs_fuse.pending.dirty_files import DirtyFiles
-from phfs_fuse.pending.in_doubt import Attempts
-from phfs_fuse.pending.pins import KeyUsers
+from phfs_fuse.pending.in_doubt import InDoubt
+from phfs_fuse.pending.pins import Pins
 from phfs_fuse.pending.queue import UploadQueue
 from phfs_fuse.pending.refusals import Refusals
-from phfs_fuse.pending.removals import Removed
-from phfs_fuse.pending.tombstones import Gone, ancestors
-from phfs_fuse.pending.waiters import Endings
+from phfs_fuse.pending.removals import Removals
+from phfs_fuse.pending.tombstones import Tombstone, ancestors
+from phfs_fuse.pending.waiters import Waiters
 from phfs_fuse.quota.limits import Quotas
 from phfs_fuse.state.journal import Journal
 from phfs_fuse.state.log_space import CHANGE_BYTES
@@ -34,7 +34,7 @@ from phfs_fuse.state.staging import Layer, Staged, StagingArea
 from phfs_fuse.store.base import ObjectInfo
 from phfs_fuse.tree.dirty import DirtyFile, Event, State
 from phfs_fuse.tree.inodes import Inodes
-from phfs_fuse.tree.kernel_log import KernelState
+from phfs_fuse.tree.kernel_log import KernelLog
 from phfs_fuse.tree.node import Base, Node
 from phfs_fuse.types import Act, ETag, ObjectKey
 
@@ -47,7 +47,7 @@ class Changes:
         journal: Journal,
         area: StagingArea,
         queue: UploadQueue,
-        kernel: KernelState,
+        kernel: KernelLog,
         quotas: Quotas,
     ) -> None:
         self._inodes = inodes
@@ -59,12 +59,12 @@ class Changes:
         self._queue = queue
         self._quotas = quotas
         self._seq = 0
-        self.attempts = Attempts(journal)
-        self.users = KeyUsers(inodes, queue)
-        self.endings = Endings()
+        self.attempts = InDoubt(journal)
+        self.users = Pins(inodes, queue)
+        self.endings = Waiters()
         self.refusals = Refusals(journal)
         self.files = DirtyFiles(inodes, journal, kernel, self.endings, self.refusals)
-        self._removed = Removed(journal, queue, self.attempts, self.endings, inodes.questions.oldest_seq)
+        self._removed = Removals(journal, queue, self.attempts, self.endings, inodes.questions.oldest_seq)
         self.gone = self._removed.keys
         self.on_met: Callable[[ObjectKey], None] | None = None
         self.on_displaced: Callable[[Node], None] | None = None  # one that was displaced is about to be changed
@@ -314,12 +314,12 @@ class Changes:
         self.files.save(node)
         return dirty
 
-    def spared(self, gone: Gone, size: int) -> None:
+    def spared(self, gone: Tombstone, size: int) -> None:
         """Another client has stored `size` bytes under a key that was to be deleted: it stays."""
         self._left(gone, size)
         self.met(gone.key)
 
-    def _left(self, gone: Gone, size: int) -> None:
+    def _left(self, gone: Tombstone, size: int) -> None:
         self.deleted([gone])
         self._counted(gone.key, 0, size)
 
@@ -491,7 +491,7 @@ class Changes:
         self._seq += 1
         self._removed.add(key, etag, self._seq, request=request)
 
-    def deleted(self, batch: Sequence[Gone]) -> None:
+    def deleted(self, batch: Sequence[Tombstone]) -> None:
         """They are gone from the store, or stay since they are somebody else's."""
         with self._journal.batch():
             self._seq += 1

@@ -11,20 +11,20 @@ import trio
 
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.pending.refusals import Refusals
-from phfs_fuse.pending.waiters import Endings
+from phfs_fuse.pending.waiters import Waiters
 from phfs_fuse.state.journal import Journal
 from phfs_fuse.state.refusal import Operation, Refusal
 from phfs_fuse.state.schema import PresentRow
 from phfs_fuse.tree.dirty import DirtyFile
 from phfs_fuse.tree.inodes import Inodes
-from phfs_fuse.tree.kernel_log import KernelState
+from phfs_fuse.tree.kernel_log import KernelLog
 from phfs_fuse.tree.node import Node
 from phfs_fuse.types import ETag, Ino
 
 
 class DirtyFiles:
     def __init__(
-        self, inodes: Inodes, journal: Journal, kernel: KernelState, endings: Endings, refusals: Refusals
+        self, inodes: Inodes, journal: Journal, kernel: KernelLog, endings: Waiters, refusals: Refusals
     ) -> None:
         self._refusals = refusals
         self._inodes = inodes

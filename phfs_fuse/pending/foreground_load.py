@@ -12,7 +12,7 @@ MANY: Final = 16  # requests ...
 MANY_SECONDS: Final = 0.1  # ... within this time: somebody waits for one after the other
 
 
-class Demand:
+class ForegroundLoad:
     def __init__(self) -> None:
         self._times: deque[float] = deque(maxlen=MANY)
 

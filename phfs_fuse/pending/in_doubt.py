@@ -17,7 +17,7 @@ _COPY_OF = "copy of "  # in place of metadata
 ATTEMPTS_MAX = 8  # of one key that are remembered
 
 
-class Attempts:
+class InDoubt:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._sent: dict[ObjectKey, list[tuple[int, str]]] = {}  # (size, metadata)

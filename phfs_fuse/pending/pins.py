@@ -13,7 +13,7 @@ from phfs_fuse.tree.node import Node
 from phfs_fuse.types import ObjectKey
 
 
-class KeyUsers:
+class Pins:
     def __init__(self, inodes: Inodes, queue: UploadQueue) -> None:
         self._inodes = inodes
         self._transaction = inodes.transaction

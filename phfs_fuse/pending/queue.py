@@ -17,12 +17,12 @@ import trio
 from cachetools import TTLCache
 
 from phfs_fuse.config.model import WritebackConfig
-from phfs_fuse.pending.tombstones import Gone
+from phfs_fuse.pending.tombstones import Tombstone
 from phfs_fuse.tree.dirty import DirtyFile
 from phfs_fuse.tree.node import Node
 from phfs_fuse.types import MIB, ObjectKey
 
-Work = Node | Gone
+Work = Node | Tombstone
 
 TOGETHER_SECONDS = 0.25  # deletions that are due within this time go in one request
 REST_PART = 10  # a file that the store has had for so many quiet times waits for this part of one
@@ -34,7 +34,7 @@ UPCOMING_MAX = 512
 
 def _can_wait(work: Work) -> bool:
     """Not a file that is open for writing, which has waited for its age, nor a folder that others look for."""
-    return isinstance(work, Gone) or not (work.writers or work.is_dir or work.size >= HELD_BYTES_MAX)
+    return isinstance(work, Tombstone) or not (work.writers or work.is_dir or work.size >= HELD_BYTES_MAX)
 
 
 def _together(due: float) -> float:
@@ -111,7 +111,7 @@ class UploadQueue:
 
     def unpark(self, key: ObjectKey) -> None:
         for work in self._parked.pop(key, ()):
-            if isinstance(work, Gone):
+            if isinstance(work, Tombstone):
                 self.push(work, _together(trio.current_time()))
             else:
                 self.hurry(work)
@@ -168,7 +168,7 @@ class UploadQueue:
     def look_later(self, work: Work) -> None:
         """At what could not be begun."""
         due = trio.current_time() + self.backoff(3)
-        if isinstance(work, Gone):
+        if isinstance(work, Tombstone):
             self.push(work, due)
         elif work.dirty is not None:
             self.enqueue(work, work.dirty, due)

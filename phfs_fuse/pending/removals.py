@@ -7,21 +7,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from phfs_fuse.pending.in_doubt import Attempts
+from phfs_fuse.pending.in_doubt import InDoubt
 from phfs_fuse.pending.queue import UploadQueue
-from phfs_fuse.pending.tombstones import Gone, GoneKeys
-from phfs_fuse.pending.waiters import Endings
+from phfs_fuse.pending.tombstones import Tombstone, Tombstones
+from phfs_fuse.pending.waiters import Waiters
 from phfs_fuse.state.journal import Journal
 from phfs_fuse.types import ETag, ObjectKey
 
 
-class Removed:
+class Removals:
     def __init__(
         self,
         journal: Journal,
         queue: UploadQueue,
-        attempts: Attempts,
-        endings: Endings,
+        attempts: InDoubt,
+        endings: Waiters,
         oldest_seq: Callable[[], float],
     ) -> None:
         self._journal = journal
@@ -29,19 +29,19 @@ class Removed:
         self._queue = queue
         self._attempts = attempts
         self._endings = endings
-        self.keys = GoneKeys(oldest_seq)
+        self.keys = Tombstones(oldest_seq)
 
     def recover(self) -> None:
         """Take up what an earlier process left in the journal."""
         for key, etag in self._journal.gone():
-            self.keys.add(gone := Gone(key, etag, True, 0.0))
+            self.keys.add(gone := Tombstone(key, etag, True, 0.0))
             self._queue.push(gone, 0.0)
 
     def add(self, key: ObjectKey, etag: ETag | None, seq: int, *, request: bool) -> None:
         """`key` shall vanish from the store, which has version `etag` there."""
         self._keep(key)
         self._journal.put_gone(key, etag)  # of directories too: their names stay hidden after a restart
-        gone = Gone(key, etag, request, self._queue.delete_due, seq)
+        gone = Tombstone(key, etag, request, self._queue.delete_due, seq)
         self.keys.add(gone)
         self._queue.push(gone, gone.due)
 
@@ -53,7 +53,7 @@ class Removed:
         self._journal.drop_gone((key,))
         return gone.etag
 
-    def deleted(self, batch: Iterable[Gone], seq: int) -> None:
+    def deleted(self, batch: Iterable[Tombstone], seq: int) -> None:
         """They are gone from the store, or stay since they are somebody else's.
         Answers older than `seq` do not count."""
         done = [gone.key for gone in batch if self.keys.get(gone.key) is gone]
@@ -79,12 +79,12 @@ class Removed:
         if self._transaction.is_open:
             self._transaction.undo(partial(self._bring_back, key, self.keys.get(key)))
 
-    def _bring_back(self, key: ObjectKey, before: Gone | None) -> None:
+    def _bring_back(self, key: ObjectKey, before: Tombstone | None) -> None:
         self.keys.forget(key)
         if before is not None:
             self.keys.add(before)
             self._queue.push(before, before.due)
 
 
-def _set(gone: Gone, etag: ETag | None, request: bool) -> None:
+def _set(gone: Tombstone, etag: ETag | None, request: bool) -> None:
     gone.etag, gone.request = etag, request

@@ -20,7 +20,7 @@ DONE_STEP = 1000
 
 
 @dataclass(slots=True, eq=False)
-class Gone:
+class Tombstone:
     """`etag` is the version that was seen and deleted, at change number `seq`; `request` whether the store has to be
     asked at all; `hid` whether it kept something from being shown that may be another's: to be asked for again."""
 
@@ -41,11 +41,11 @@ def ancestors(key: str) -> Iterator[str]:
         at = key.rfind("/", 0, at)
 
 
-class GoneKeys:
+class Tombstones:
     def __init__(self, oldest_seq: Callable[[], float]) -> None:
         """`oldest_seq` says of which change on all answers know that are still to come."""
         self._oldest_seq = oldest_seq
-        self._gone: dict[ObjectKey, Gone] = {}
+        self._gone: dict[ObjectKey, Tombstone] = {}
         self._below: Counter[str] = Counter()
         self._done: dict[str, int] = {}  # key -> change number when the delete ended, in this order
         self._done_max = DONE_MAX
@@ -56,18 +56,18 @@ class GoneKeys:
     def __contains__(self, key: str) -> bool:
         return key in self._gone
 
-    def get(self, key: str) -> Gone | None:
+    def get(self, key: str) -> Tombstone | None:
         return self._gone.get(ObjectKey(key))
 
-    def all(self) -> list[Gone]:
+    def all(self) -> list[Tombstone]:
         return list(self._gone.values())
 
-    def add(self, gone: Gone) -> None:
+    def add(self, gone: Tombstone) -> None:
         if gone.key not in self._gone:
             self._below.update(ancestors(gone.key))
         self._gone[gone.key] = gone
 
-    def take(self, key: ObjectKey, seq: int) -> Gone | None:
+    def take(self, key: ObjectKey, seq: int) -> Tombstone | None:
         """Remove an entry: the key was deleted (or is in use again). Older answers than `seq` do not count."""
         if (gone := self.forget(key)) is None:
             return None
@@ -77,7 +77,7 @@ class GoneKeys:
             self._let_go_of_done()
         return gone
 
-    def forget(self, key: ObjectKey) -> Gone | None:
+    def forget(self, key: ObjectKey) -> Tombstone | None:
         """Remove an entry as if it had never been there."""
         if (gone := self._gone.pop(key, None)) is None:
             return None

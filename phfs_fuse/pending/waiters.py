@@ -8,7 +8,7 @@ from phfs_fuse.tree.node import Node
 from phfs_fuse.types import Ino
 
 
-class Endings:
+class Waiters:
     def __init__(self) -> None:
         self._waiters: dict[Ino, trio.Event] = {}
         self.settled = trio.Event()  # set, and replaced, when something has reached the store or failed

@@ -36,7 +36,7 @@ USED: Final = "quota-used"  # by prefix
 SET: Final = "quota-set"  # by path; null: taken away
 
 
-class QuotaKeeper:
+class QuotaCounter:
     def __init__(
         self,
         *,

@@ -53,7 +53,7 @@ def answer_headers(answer: Mapping[str, Any]) -> Mapping[str, str]:
     return headers
 
 
-class BotoCalls:
+class BotoTransport:
     """Opened by its first call."""
 
     def __init__(self, config: StoreConfig, core: Session | None = None) -> None:

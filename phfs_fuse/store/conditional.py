@@ -28,7 +28,7 @@ from phfs_fuse.errors import (
 )
 from phfs_fuse.store.base import NOT_THERE, Expect, Listing, ObjectInfo
 from phfs_fuse.store.bodies import Receiver
-from phfs_fuse.store.boto import BotoCalls
+from phfs_fuse.store.boto import BotoTransport
 from phfs_fuse.store.conditions import ALL_KEPT, NONE_KEPT, Conditions, probe_conditions
 from phfs_fuse.store.error_codes import NO_SUCH_KEY, OutOfRange, check_key
 from phfs_fuse.store.limits import Segment
@@ -45,10 +45,10 @@ T = TypeVar("T")
 LISTED_MIN: Final = 8  # versions learned by a page of a listing, which else costs more than it saves
 
 
-class Guard:
+class ConditionalWrites:
     """For the writes of one store."""
 
-    def __init__(self, config: StoreConfig, calls: BotoCalls, trials: TrialObjects) -> None:
+    def __init__(self, config: StoreConfig, calls: BotoTransport, trials: TrialObjects) -> None:
         self._config, self._calls, self._trials = config, calls, trials
         self._conditions: Conditions | None = None
         self._probe_lock = trio.Lock()
@@ -226,7 +226,9 @@ def _common(one: str, other: str) -> str:
 class ProbeName:
     """Names that nobody uses; see `NameTrial`. AWS takes each that is short enough for a key."""
 
-    def __init__(self, guard: Guard, config: StoreConfig, calls: BotoCalls, trials: TrialObjects) -> None:
+    def __init__(
+        self, guard: ConditionalWrites, config: StoreConfig, calls: BotoTransport, trials: TrialObjects
+    ) -> None:
         self._guard, self._calls, self._trials, self._folder = guard, calls, trials, config.prefix
 
     def key(self, segment: Segment) -> ObjectKey:
@@ -242,7 +244,7 @@ class ProbeName:
 
 
 class _ProbeObject:
-    def __init__(self, calls: BotoCalls, key: ObjectKey) -> None:
+    def __init__(self, calls: BotoTransport, key: ObjectKey) -> None:
         self._calls, self._key = calls, key
 
     async def put(self, expect: Expect | None) -> object:

@@ -24,7 +24,7 @@ from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import BadAnswer
 from phfs_fuse.store.base import Body, Expect, Listing, ObjectInfo, Part, Properties
 from phfs_fuse.store.bodies import Receiver, body_length, read_body
-from phfs_fuse.store.boto import BotoCalls
+from phfs_fuse.store.boto import BotoTransport
 from phfs_fuse.store.checksums import Algorithm, check_stored, checksum_headers
 from phfs_fuse.store.clients import Clients
 from phfs_fuse.store.crt_http import Unreadable
@@ -70,8 +70,8 @@ class _Payload(NamedTuple):
     checksum: Mapping[str, str]
 
 
-class CrtCalls(BotoCalls):
-    """As `BotoCalls`, with the many requests by awscrt."""
+class CrtTransport(BotoTransport):
+    """As `BotoTransport`, with the many requests by awscrt."""
 
     def __init__(self, config: StoreConfig) -> None:
         super().__init__(config)
@@ -280,7 +280,7 @@ class CrtStore(S3Store):
     """An `S3Store` whose data path is awscrt."""
 
     def __init__(self, config: StoreConfig, owner: str = "", notes: Path | None = None) -> None:
-        super().__init__(config, CrtCalls(config), owner, notes)
+        super().__init__(config, CrtTransport(config), owner, notes)
 
 
 def _condition(expect: Expect | None) -> dict[str, str]:

@@ -43,8 +43,8 @@ from phfs_fuse.store.base import (
     Upload,
 )
 from phfs_fuse.store.bodies import Receiver, body_length, holds, multipart_etag
-from phfs_fuse.store.boto import XML_ILLEGAL, BotoCalls
-from phfs_fuse.store.conditional import Guard, ProbeName
+from phfs_fuse.store.boto import XML_ILLEGAL, BotoTransport
+from phfs_fuse.store.conditional import ConditionalWrites, ProbeName
 from phfs_fuse.store.conditions import NONE_KEPT
 from phfs_fuse.store.diagnosis import diagnose
 from phfs_fuse.store.error_codes import NO_SUCH_UPLOAD, check_key, check_metadata, check_text
@@ -69,12 +69,12 @@ class S3Store:
     """See `ObjectStore`. Opened by the first call, which should be `check_bucket`."""
 
     def __init__(
-        self, config: StoreConfig, calls: BotoCalls | None = None, owner: str = "", notes: Path | None = None
+        self, config: StoreConfig, calls: BotoTransport | None = None, owner: str = "", notes: Path | None = None
     ) -> None:
         self._config = config
-        self._calls = calls or BotoCalls(config)
+        self._calls = calls or BotoTransport(config)
         self._trials = TrialObjects(config, self._calls, owner, notes)
-        self._guard = Guard(config, self._calls, self._trials)
+        self._guard = ConditionalWrites(config, self._calls, self._trials)
         self._names = NameLimits(ProbeName(self._guard, config, self._calls, self._trials))
         self._lists_metadata: bool | None = False  # None: to be seen at the first page that has an object
         self._hides_below = self._lists_ghosts = False

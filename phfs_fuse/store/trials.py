@@ -18,7 +18,7 @@ from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.keys import TRIAL
 from phfs_fuse.store.base import NOT_THERE
-from phfs_fuse.store.boto import BotoCalls
+from phfs_fuse.store.boto import BotoTransport
 from phfs_fuse.store.retry import retrying
 from phfs_fuse.types import ObjectKey
 
@@ -30,7 +30,7 @@ CLEANUP_SECONDS: Final = 30.0
 class TrialObjects:
     """Of one store. Their names are never shown, and no file can have one."""
 
-    def __init__(self, config: StoreConfig, calls: BotoCalls, owner: str, notes: Path | None) -> None:
+    def __init__(self, config: StoreConfig, calls: BotoTransport, owner: str, notes: Path | None) -> None:
         """`notes`: the file; None: nothing is noted."""
         self._config, self._calls, self._notes = config, calls, notes
         self._start = config.prefix + TRIAL

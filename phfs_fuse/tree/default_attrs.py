@@ -10,7 +10,7 @@ from phfs_fuse.config.model import PosixAttrs, TreeConfig
 from phfs_fuse.store.base import ObjectInfo
 
 
-class Defaults:
+class DefaultAttrs:
     def __init__(self, config: TreeConfig) -> None:
         self._config = config
 

@@ -77,7 +77,7 @@ class _Chunk:
             self.cookies = list(accumulate(steps))
 
 
-class Places:
+class DirectoryCookies:
     """`gaps`: how often the folder had lost a name that the store has when its names began to be noted here."""
 
     def __init__(self, gaps: int) -> None:
@@ -260,7 +260,7 @@ def _spread(low: int, high: int | None, count: int) -> list[int]:
     return list(range(low + step, low + step * count + 1, step))
 
 
-def restored(pages: Iterable[Told]) -> Places:
+def restored(pages: Iterable[Told]) -> DirectoryCookies:
     """Places as they were told, oldest first: of two that contradict each other the newer one counts."""
     newest: dict[bytes, tuple[int, int]] = {}
     through = START
@@ -274,7 +274,7 @@ def restored(pages: Iterable[Told]) -> Places:
             kept.pop()
         if not kept or kept[-1][1] <= cookie:
             kept.append((key, cookie, number))
-    places = Places(gaps=-1)  # of the names that the tree lacks now nothing is known
+    places = DirectoryCookies(gaps=-1)  # of the names that the tree lacks now nothing is known
     for cut in range(0, len(kept), CHUNK_NAMES):
         part = kept[cut : cut + CHUNK_NAMES]
         places._replace(len(places._chunks), (), [key for key, *_ in part], [cookie for _, cookie, _ in part])

@@ -26,7 +26,7 @@ import trio
 
 from phfs_fuse import __version__
 from phfs_fuse.errors import LocalStateError
-from phfs_fuse.tree.directory_cookies import Places, Told, restored
+from phfs_fuse.tree.directory_cookies import DirectoryCookies, Told, restored
 from phfs_fuse.tree.inodes import Inodes
 from phfs_fuse.tree.node import Node, Pages
 from phfs_fuse.types import ETag, Ino, ObjectKey
@@ -75,7 +75,7 @@ class NodeRecord(NamedTuple):
     displaced: bool = False  # detached because others have taken the name
 
 
-class Known(NamedTuple):
+class LoggedState(NamedTuple):
     """What the log says at the time of a resume."""
 
     nodes: dict[int, NodeRecord]
@@ -118,7 +118,7 @@ def _refs(node: Node) -> bytes:
     return _packed(_REFS, node.ino, node.lookups, node.opens, node.writers, *(beliefs,) * bool(beliefs))
 
 
-class KernelState:
+class KernelLog:
     """The log of one connection. Every call that notes something is one append, atomic towards a crash."""
 
     def __init__(self, path: Path, inodes: Inodes, make_room: Callable[[], None] = lambda: None) -> None:
@@ -131,7 +131,7 @@ class KernelState:
         self._bytes = self._needed_bytes = 0
         self._is_torn = False
         self._positions: dict[int, tuple[int, bytes]] = {}
-        self._places: dict[int, Places] = {}  # of directories that have readers
+        self._places: dict[int, DirectoryCookies] = {}  # of directories that have readers
 
     def _node(self, node: Node) -> bytes:
         return _packed(_NODE, *_record(node, self._inodes.is_displaced(node)))
@@ -145,11 +145,11 @@ class KernelState:
                 f"{path} is not of the format that phfs {__version__} reads: unmount, and mount anew"
             )
 
-    def load(self) -> Known:
+    def load(self) -> LoggedState:
         """What the process before noted; a torn record at the end belongs to a reply that was not given.
         Raises: LocalStateError."""
         self.check(self._path)
-        known = Known({}, {}, {})
+        known = LoggedState({}, {}, {})
         told: dict[int, list[Told]] = {}
         for at, (kind, *fields) in _records(self._path):
             self._bytes = at
@@ -222,9 +222,9 @@ class KernelState:
         self._positions[fh] = position = (told.cookies[-1], told.keys[-1])
         self._append(out + _packed(_POSITION, fh, *position) + _packed(_PLACES, ino, *told))
 
-    def places(self, folder: Node) -> Places:
+    def places(self, folder: Node) -> DirectoryCookies:
         """Those of a directory that gets one more reader."""
-        places = self._places.setdefault(folder.ino, Places(folder.gaps))
+        places = self._places.setdefault(folder.ino, DirectoryCookies(folder.gaps))
         places.readers += 1
         return places
 

@@ -1,6 +1,6 @@
 """Puts the tree back as the kernel knows it, for a worker that resumes the connection of one that died.
 
-Pure over what `KernelState.load` and the journal found: every inode that the kernel refers to gets its number, its
+Pure over what `KernelLog.load` and the journal found: every inode that the kernel refers to gets its number, its
 references and its place again. What is clean is believed no longer than it takes to ask the store.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.keys import segment_of
 from phfs_fuse.tree.inodes import Inodes
-from phfs_fuse.tree.kernel_log import PAGES, SIZE, Known, NodeRecord, Refs
+from phfs_fuse.tree.kernel_log import PAGES, SIZE, LoggedState, NodeRecord, Refs
 from phfs_fuse.tree.node import Base, Node, Pages
 from phfs_fuse.types import ROOT_INO, Act, Ino
 
@@ -23,7 +23,7 @@ Done = Sequence[tuple[Act, Ino, int]]
 """What was done last by each thread, with the file and the number of the change, oldest first."""
 
 
-def _newest(known: Known, done: Done) -> dict[int, NodeRecord]:
+def _newest(known: LoggedState, done: Done) -> dict[int, NodeRecord]:
     """The records, with what was committed after them."""
     nodes = dict(known.nodes)
     for act, ino, seq in done:
@@ -76,13 +76,13 @@ def _fill(node: Node, record: NodeRecord, refs: Refs) -> None:
     node.misjudged = bool(refs.beliefs & SIZE)
 
 
-def last_change(known: Known, done: Done) -> int:
+def last_change(known: LoggedState, done: Done) -> int:
     """The number of the last local change that was noted: new ones come after it."""
     noted = [record.seq for record in known.nodes.values()]
     return max([*noted, *(seq for _, _, seq in done)], default=0)
 
 
-def restore(inodes: Inodes, known: Known, done: Done) -> None:
+def restore(inodes: Inodes, known: LoggedState, done: Done) -> None:
     """Fill the empty tree of `inodes`."""
     records = list(_needed(_newest(known, done), known.refs))
     nodes: dict[int, Node] = {ROOT_INO: inodes.root}

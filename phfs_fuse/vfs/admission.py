@@ -8,7 +8,7 @@ from phfs_fuse.state.journal import Journal
 ROWS_BYTES = 4096  # of the journal, for one change
 
 
-class Writable:
+class Admission:
     def __init__(self, journal: Journal, *, read_only: bool) -> None:
         self._journal = journal
         self._read_only = read_only

@@ -10,13 +10,13 @@ from phfs_fuse.attrs import USER_XATTR, Attrs
 from phfs_fuse.config.model import PosixAttrs, TreeConfig
 from phfs_fuse.errors import NoAttribute, NotSupported, StaleVersion
 from phfs_fuse.pending.changes import Changes
-from phfs_fuse.tree.default_attrs import Defaults
+from phfs_fuse.tree.default_attrs import DefaultAttrs
 from phfs_fuse.tree.inodes import Inodes
 from phfs_fuse.tree.node import Node
 from phfs_fuse.types import time_ns
-from phfs_fuse.vfs.admission import Writable
+from phfs_fuse.vfs.admission import Admission
 from phfs_fuse.vfs.files import OpenFiles
-from phfs_fuse.vfs.store_limits import Storable, may_be_refused
+from phfs_fuse.vfs.store_limits import StoreLimits, may_be_refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +44,9 @@ class FileAttrs:
         inodes: Inodes,
         changes: Changes,
         files: OpenFiles,
-        defaults: Defaults,
-        storable: Storable,
-        writable: Writable,
+        defaults: DefaultAttrs,
+        storable: StoreLimits,
+        writable: Admission,
         config: TreeConfig,
     ) -> None:
         self._inodes = inodes

@@ -34,14 +34,14 @@ from phfs_fuse.pending.changes import Changes
 from phfs_fuse.quota.limits import Quotas
 from phfs_fuse.state.staging import Layer
 from phfs_fuse.store.base import ObjectInfo
-from phfs_fuse.tree.default_attrs import Defaults
+from phfs_fuse.tree.default_attrs import DefaultAttrs
 from phfs_fuse.tree.inodes import Inodes
 from phfs_fuse.tree.node import Node
 from phfs_fuse.types import KEY_BYTES_MAX, Act, Fh, Ino, ObjectKey
-from phfs_fuse.vfs.admission import ROWS_BYTES, Writable
-from phfs_fuse.vfs.exclusive_create import Claims
+from phfs_fuse.vfs.admission import ROWS_BYTES, Admission
+from phfs_fuse.vfs.exclusive_create import ExclusiveCreates
 from phfs_fuse.vfs.files import OpenFiles
-from phfs_fuse.vfs.store_limits import Storable
+from phfs_fuse.vfs.store_limits import StoreLimits
 
 RENAME_NOREPLACE = 1  # Source: renameat2(2)
 LOOKS_MAX = 3  # at what is to be moved, while others change it; then what was seen is moved
@@ -54,7 +54,7 @@ def _log_bytes(moved: list[Node], longest: int) -> int:
     return sum(ROWS_BYTES * (2 if node.xattrs else 1) + 4 * longest for node in moved)
 
 
-class Names:
+class Directories:
     def __init__(
         self,
         *,
@@ -63,10 +63,10 @@ class Names:
         changes: Changes,
         files: OpenFiles,
         quotas: Quotas,
-        claims: Claims,
-        defaults: Defaults,
-        storable: Storable,
-        writable: Writable,
+        claims: ExclusiveCreates,
+        defaults: DefaultAttrs,
+        storable: StoreLimits,
+        writable: Admission,
         config: TreeConfig,
     ) -> None:
         self._inodes = inodes
@@ -389,7 +389,7 @@ class Names:
                 self._namespace.forget_missing(source_dir, name)
 
     async def _claim_target(
-        self, claims: Claims, source: Node, source_dir: Node, name: bytes, target_dir: Node, to_name: bytes
+        self, claims: ExclusiveCreates, source: Node, source_dir: Node, name: bytes, target_dir: Node, to_name: bytes
     ) -> ObjectInfo:
         """Put the new name into the store. Nothing is awaited after the last look. Raises: Exists, NotFound."""
         key = keys.changed(self._inodes.key(target_dir), keys.new_segment(to_name))

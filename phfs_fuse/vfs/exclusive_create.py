@@ -20,7 +20,7 @@ from phfs_fuse.types import ObjectKey
 CLAIM_SECONDS = 20.0  # for what was removed under a name to vanish, before the name is made anew
 
 
-class Claims:
+class ExclusiveCreates:
     def __init__(self, *, store: ObjectStore, changes: Changes, queue: UploadQueue) -> None:
         self._store = store
         self._changes = changes

@@ -20,12 +20,12 @@ from phfs_fuse.pending.changes import Changes
 from phfs_fuse.quota.limits import Quotas
 from phfs_fuse.state.staging import Layer
 from phfs_fuse.tree.inodes import Inodes
-from phfs_fuse.tree.kernel_log import KernelState
+from phfs_fuse.tree.kernel_log import KernelLog
 from phfs_fuse.tree.node import Node, Pages
 from phfs_fuse.types import Buffer, Fh
-from phfs_fuse.vfs.admission import Writable
-from phfs_fuse.vfs.store_limits import Storable
-from phfs_fuse.writeback.sync import Settling
+from phfs_fuse.vfs.admission import Admission
+from phfs_fuse.vfs.store_limits import StoreLimits
+from phfs_fuse.writeback.sync import Sync
 
 DIRECT = 1 << 62  # in a handle: past the kernel's cache, as we said at its open
 UNCACHED = 1 << 61  # opened with O_DIRECT: what we answer to a write is what the program gets
@@ -46,11 +46,11 @@ class OpenFiles:
         inodes: Inodes,
         blocks: BlockCache,
         changes: Changes,
-        settling: Settling,
-        kernel: KernelState,
+        settling: Sync,
+        kernel: KernelLog,
         quotas: Quotas,
-        storable: Storable,
-        writable: Writable,
+        storable: StoreLimits,
+        writable: Admission,
         saved: Saved,
         write_through: bool,
     ) -> None:

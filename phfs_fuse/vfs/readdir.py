@@ -16,13 +16,13 @@ from itertools import islice
 import trio
 
 from phfs_fuse.namespace.namespace import Namespace
-from phfs_fuse.tree.directory_cookies import START, Places, Told, key_of, name_of, segment_of
+from phfs_fuse.tree.directory_cookies import START, DirectoryCookies, Told, key_of, name_of, segment_of
 from phfs_fuse.tree.inodes import Inodes
-from phfs_fuse.tree.kernel_log import KernelState
+from phfs_fuse.tree.kernel_log import KernelLog
 from phfs_fuse.tree.node import NEVER, Node
 from phfs_fuse.types import Fh
-from phfs_fuse.vfs.readdir_ahead import ListAhead
-from phfs_fuse.writeback.sync import Settling
+from phfs_fuse.vfs.readdir_ahead import ReaddirAhead
+from phfs_fuse.writeback.sync import Sync
 
 STREAM_BITS = 20  # of the handle of a directory stream: which one of its directory
 STREAM_MASK = (1 << STREAM_BITS) - 1
@@ -39,10 +39,10 @@ class DirStream:
     def __init__(
         self,
         namespace: Namespace,
-        ahead: ListAhead,
+        ahead: ReaddirAhead,
         inodes: Inodes,
         node: Node,
-        places: Places,
+        places: DirectoryCookies,
         cookie: int = 0,
         after: bytes = START,
     ) -> None:
@@ -209,12 +209,12 @@ def _place(entry: Entry) -> bytes:
 class DirStreams:
     """The open directories. A handle is the inode number and which one of its streams."""
 
-    def __init__(self, *, inodes: Inodes, namespace: Namespace, kernel: KernelState, settling: Settling) -> None:
+    def __init__(self, *, inodes: Inodes, namespace: Namespace, kernel: KernelLog, settling: Sync) -> None:
         self._inodes = inodes
         self._namespace = namespace
         self._kernel = kernel
         self._settling = settling
-        self.ahead = ListAhead(namespace, inodes)
+        self.ahead = ReaddirAhead(namespace, inodes)
         self._streams: dict[int, DirStream] = {}
         self._stream_no = 0
 

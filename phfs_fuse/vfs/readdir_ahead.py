@@ -42,7 +42,7 @@ class _Walk:
         return self.folders[at + 1 : at + 1 + AHEAD] if is_next else []
 
 
-class ListAhead:
+class ReaddirAhead:
     def __init__(self, namespace: Namespace, inodes: Inodes) -> None:
         self._namespace = namespace
         self._inodes = inodes

@@ -15,7 +15,7 @@ def may_be_refused(node: Node) -> bool:
     return node.xattrs is not None or node.link is not None or node.others_bytes > 0 or node.is_sealed
 
 
-class Storable:
+class StoreLimits:
     def __init__(self, store: ObjectStore, inodes: Inodes) -> None:
         self._store = store
         self._inodes = inodes

@@ -16,19 +16,19 @@ from phfs_fuse.host.saved_files import Saved
 from phfs_fuse.namespace.namespace import Namespace
 from phfs_fuse.pending.changes import Changes
 from phfs_fuse.quota.limits import Quotas, Room
-from phfs_fuse.tree.default_attrs import Defaults
+from phfs_fuse.tree.default_attrs import DefaultAttrs
 from phfs_fuse.tree.inodes import Inodes
-from phfs_fuse.tree.kernel_log import KernelState
+from phfs_fuse.tree.kernel_log import KernelLog
 from phfs_fuse.tree.node import Node
 from phfs_fuse.types import Act, Ino
-from phfs_fuse.vfs.admission import Writable
+from phfs_fuse.vfs.admission import Admission
 from phfs_fuse.vfs.attributes import Change, FileAttrs
-from phfs_fuse.vfs.directories import Names
-from phfs_fuse.vfs.exclusive_create import Claims
+from phfs_fuse.vfs.directories import Directories
+from phfs_fuse.vfs.exclusive_create import ExclusiveCreates
 from phfs_fuse.vfs.files import OpenFiles
 from phfs_fuse.vfs.readdir import DirStreams
-from phfs_fuse.vfs.store_limits import Storable
-from phfs_fuse.writeback.sync import Settling
+from phfs_fuse.vfs.store_limits import StoreLimits
+from phfs_fuse.writeback.sync import Sync
 
 
 class Vfs:
@@ -39,13 +39,13 @@ class Vfs:
         namespace: Namespace,
         blocks: BlockCache,
         changes: Changes,
-        settling: Settling,
-        kernel: KernelState,
+        settling: Sync,
+        kernel: KernelLog,
         quotas: Quotas,
-        claims: Claims,
-        defaults: Defaults,
-        storable: Storable,
-        writable: Writable,
+        claims: ExclusiveCreates,
+        defaults: DefaultAttrs,
+        storable: StoreLimits,
+        writable: Admission,
         saved: Saved,
         config: TreeConfig,
         write_through: bool,
@@ -68,7 +68,7 @@ class Vfs:
             saved=saved,
             write_through=write_through,
         )
-        self._names = names = Names(
+        self._names = names = Directories(
             inodes=inodes,
             namespace=namespace,
             changes=changes,

@@ -26,7 +26,7 @@ from phfs_fuse.host import logs
 from phfs_fuse.host.confinement import confine
 from phfs_fuse.state.disk_reserve import room_to_resume
 from phfs_fuse.state.journal import Journal
-from phfs_fuse.tree.kernel_log import KernelState
+from phfs_fuse.tree.kernel_log import KernelLog
 from phfs_fuse.worker.control_socket import ControlServer
 from phfs_fuse.worker.keeper_link import KeeperLink
 from phfs_fuse.worker.serving import Services
@@ -62,7 +62,7 @@ async def _main(config: MountConfig, fd: int, *, resume: bool, standby: bool) ->
     try:
         if standby:
             Journal.check(config.writeback.directory)
-            KernelState.check(config.writeback.directory / KERNEL_LOG)
+            KernelLog.check(config.writeback.directory / KERNEL_LOG)
             await link.standby()
         await _serve(config, link, resume=resume)
     except* StartupError as group:

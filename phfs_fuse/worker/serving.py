@@ -14,7 +14,7 @@ from typing import Final
 
 import trio
 
-from phfs_fuse.config.model import Events as EventsSetting
+from phfs_fuse.config.model import EventsMode as EventsSetting
 from phfs_fuse.errors import LocalStateError, MountpointError, StartupError
 from phfs_fuse.fuse.session import Session
 from phfs_fuse.keeper.kernel_notify import can_expire

@@ -23,31 +23,31 @@ from phfs_fuse.cache.block_cache import BlockCache
 from phfs_fuse.config.model import MountConfig
 from phfs_fuse.errors import LocalStateError, NotDrained, NotFound, PhfsError, store_startup_error
 from phfs_fuse.host.locks import StateLock
-from phfs_fuse.namespace.lifetimes import Trust
+from phfs_fuse.namespace.lifetimes import Lifetimes
 from phfs_fuse.namespace.namespace import Namespace
-from phfs_fuse.namespace.remote_changes import Events
+from phfs_fuse.namespace.remote_changes import RemoteChanges
 from phfs_fuse.pending.changes import Changes
-from phfs_fuse.pending.foreground_load import Demand
+from phfs_fuse.pending.foreground_load import ForegroundLoad
 from phfs_fuse.pending.queue import UploadQueue
 from phfs_fuse.pending.recovery import Recovery
-from phfs_fuse.quota.counter import QuotaKeeper
+from phfs_fuse.quota.counter import QuotaCounter
 from phfs_fuse.quota.limits import Quotas
 from phfs_fuse.state.journal import Journal
 from phfs_fuse.state.refusal import summary
 from phfs_fuse.state.staging import StagingArea
 from phfs_fuse.store import open_store
 from phfs_fuse.store.base import ObjectStore
-from phfs_fuse.tree.default_attrs import Defaults
+from phfs_fuse.tree.default_attrs import DefaultAttrs
 from phfs_fuse.tree.inodes import Inodes
-from phfs_fuse.tree.kernel_log import KernelState
+from phfs_fuse.tree.kernel_log import KernelLog
 from phfs_fuse.tree.resume import last_change, restore
-from phfs_fuse.vfs.admission import Writable
-from phfs_fuse.vfs.exclusive_create import Claims
-from phfs_fuse.vfs.store_limits import Storable
+from phfs_fuse.vfs.admission import Admission
+from phfs_fuse.vfs.exclusive_create import ExclusiveCreates
+from phfs_fuse.vfs.store_limits import StoreLimits
 from phfs_fuse.vfs.vfs import Vfs
 from phfs_fuse.writeback.loop import Writeback
-from phfs_fuse.writeback.rescue import Aside
-from phfs_fuse.writeback.sync import Settling
+from phfs_fuse.writeback.rescue import Rescue
+from phfs_fuse.writeback.sync import Sync
 
 log = logging.getLogger(__name__)
 
@@ -84,16 +84,16 @@ class Mount:
             saved_bytes_max=config.writeback.saved_max,
         )
         self.blocks = BlockCache(store, config.cache, files_max=files_max)
-        self.defaults = Defaults(config.tree)
+        self.defaults = DefaultAttrs(config.tree)
         self.inodes = Inodes(
             config.store.prefix,
             self.defaults.directory(),
             now_ns=time.time_ns(),
             first_ino=epoch * EPOCH_INODES + 2,
         )
-        self.kernel = KernelState(directory / KERNEL_LOG, self.inodes, self.journal.reserve.give_up)
+        self.kernel = KernelLog(directory / KERNEL_LOG, self.inodes, self.journal.reserve.give_up)
         queue = UploadQueue(config.writeback, self.inodes.key)
-        self.demand = Demand()
+        self.demand = ForegroundLoad()
         quotas = Quotas()
         self.changes = Changes(
             inodes=self.inodes,
@@ -103,7 +103,7 @@ class Mount:
             kernel=self.kernel,
             quotas=quotas,
         )
-        self.quotas = QuotaKeeper(
+        self.quotas = QuotaCounter(
             quotas=quotas,
             store=store,
             known_sizes=self.changes.known_sizes,
@@ -111,10 +111,10 @@ class Mount:
             config=config.quota,
             prefix=config.store.prefix,
         )
-        self.settling = Settling(
+        self.settling = Sync(
             inodes=self.inodes, area=self.area, changes=self.changes, queue=queue, config=config.writeback
         )
-        self.aside = Aside(self.inodes, self.area, self.changes)
+        self.aside = Rescue(self.inodes, self.area, self.changes)
         self.writeback = Writeback(
             store=store,
             inodes=self.inodes,
@@ -129,11 +129,11 @@ class Mount:
             config=config.writeback,
         )
         store.tell_new_credentials(self.settling.retry_refused)
-        self.trust = Trust(config.tree)
+        self.trust = Lifetimes(config.tree)
         self.namespace = Namespace(
             store=store, inodes=self.inodes, changes=self.changes, defaults=self.defaults, trust=self.trust
         )
-        self.events = Events(
+        self.events = RemoteChanges(
             store=store,
             inodes=self.inodes,
             changes=self.changes,
@@ -150,10 +150,10 @@ class Mount:
             settling=self.settling,
             kernel=self.kernel,
             quotas=quotas,
-            claims=Claims(store=store, changes=self.changes, queue=queue),
+            claims=ExclusiveCreates(store=store, changes=self.changes, queue=queue),
             defaults=self.defaults,
-            storable=Storable(store, self.inodes),
-            writable=Writable(self.journal, read_only=config.tree.read_only),
+            storable=StoreLimits(store, self.inodes),
+            writable=Admission(self.journal, read_only=config.tree.read_only),
             saved=self.area.saved,
             config=config.tree,
             write_through=config.writeback.write_through,

@@ -26,7 +26,7 @@ from phfs_fuse.tree.dirty import DirtyFile
 from phfs_fuse.tree.inodes import Inodes
 from phfs_fuse.tree.node import Node, Pages
 from phfs_fuse.types import KEY_BYTES_MAX, NAME_BYTES_MAX, ObjectKey
-from phfs_fuse.writeback.rescue import Aside
+from phfs_fuse.writeback.rescue import Rescue
 from phfs_fuse.writeback.sources import Sources
 from phfs_fuse.writeback.uploader import Snapshot
 
@@ -53,7 +53,7 @@ class Conflicts:
         store: ObjectStore,
         inodes: Inodes,
         journal: Journal,
-        aside: Aside,
+        aside: Rescue,
         changes: Changes,
         queue: UploadQueue,
         sources: Sources,

@@ -17,7 +17,7 @@ from phfs_fuse.config.model import OnConflict, WritebackConfig
 from phfs_fuse.errors import NotFound, PhfsError, VersionChanged
 from phfs_fuse.pending.changes import Changes
 from phfs_fuse.pending.queue import UploadQueue
-from phfs_fuse.pending.tombstones import Gone
+from phfs_fuse.pending.tombstones import Tombstone
 from phfs_fuse.state.journal import Journal
 from phfs_fuse.state.refusal import is_final
 from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
@@ -57,7 +57,7 @@ class Deletes:
         self._sources = sources
         self.spared = 0  # objects that were removed here and stay, since somebody else stored them anew
 
-    def is_ready(self, gone: Gone) -> bool:
+    def is_ready(self, gone: Tombstone) -> bool:
         if self._changes.gone.get(gone.key) is not gone or self._sources.blocked(gone.key, gone):
             return False
         if gone.key.endswith("/") and self._changes.gone.waits_below(gone.key):
@@ -68,7 +68,7 @@ class Deletes:
             return False
         return True
 
-    async def send(self, batch: list[Gone]) -> None:
+    async def send(self, batch: list[Tombstone]) -> None:
         failed: Mapping[ObjectKey, Failure] = {gone.key: None for gone in batch}  # None: was cancelled
         try:
             looks = await gather([partial(self._version, gone) for gone in batch])
@@ -83,7 +83,7 @@ class Deletes:
             again = self._deleted(batch, failed)
         await gather([partial(self._spare, gone) for gone in again])
 
-    async def _version(self, gone: Gone) -> ETag | PhfsError | None:
+    async def _version(self, gone: Tombstone) -> ETag | PhfsError | None:
         """The only version that the deletion is meant for; None: any. Where it is not known, since an upload of ours
         had no answer, the store is asked. VersionChanged: it has another; of a marker one that holds bytes."""
         if gone.etag is not None or self._config.on_conflict is OnConflict.OVERWRITE:
@@ -115,9 +115,9 @@ class Deletes:
             return exc
         return None
 
-    def _deleted(self, batch: list[Gone], failed: Mapping[ObjectKey, Failure]) -> list[Gone]:
+    def _deleted(self, batch: list[Tombstone], failed: Mapping[ObjectKey, Failure]) -> list[Tombstone]:
         """Returns those of which the store has another version: their keys stay busy."""
-        others: list[Gone] = []
+        others: list[Tombstone] = []
         done = [gone for gone in batch if gone.key not in failed]
         try:
             self._note(done)
@@ -136,14 +136,14 @@ class Deletes:
                 self._queue.free(gone.key)
         return others
 
-    def _note(self, done: list[Gone]) -> None:
+    def _note(self, done: list[Tombstone]) -> None:
         with self._changes.noting():
             for gone in done:
                 if self._changes.gone.get(gone.key) is not gone:
                     self._changes.landed(gone.key, None)  # the name is in use again: nothing is there to replace
             self._changes.deleted(done)
 
-    def _again(self, gone: Gone, exc: Failure) -> None:
+    def _again(self, gone: Tombstone, exc: Failure) -> None:
         is_wanted = self._changes.gone.get(gone.key) is gone
         if is_wanted and isinstance(exc, PhfsError) and is_final(exc) and self._journal.can_note():
             self._undo.deletion(gone, exc)
@@ -154,7 +154,7 @@ class Deletes:
         if is_wanted:
             self._queue.push(gone, trio.current_time() + self._queue.backoff(3))
 
-    async def _spare(self, gone: Gone) -> None:
+    async def _spare(self, gone: Tombstone) -> None:
         """The store has another version than the one that was removed here: ours, by an upload without an answer,
         or somebody else's, which stays."""
         try:
@@ -171,7 +171,7 @@ class Deletes:
         finally:
             self._queue.free(gone.key)
 
-    def _found(self, gone: Gone, found: ObjectInfo | None) -> None:
+    def _found(self, gone: Tombstone, found: ObjectInfo | None) -> None:
         if found is None:
             self._changes.deleted([gone])
         elif self._changes.attempts.is_ours(found):

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 TRIES_MAX = 3  # while others store or remove it
 
 
-class Markers:
+class DirectoryMarkers:
     def __init__(self, *, store: ObjectStore, inodes: Inodes, changes: Changes, queue: UploadQueue) -> None:
         self._store = store
         self._inodes = inodes

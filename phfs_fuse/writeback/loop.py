@@ -26,24 +26,24 @@ from phfs_fuse.config.model import OnConflict, WritebackConfig
 from phfs_fuse.errors import PhfsError, StaleVersion, VersionChanged
 from phfs_fuse.extents import Extents
 from phfs_fuse.pending.changes import Changes
-from phfs_fuse.pending.foreground_load import Demand
+from phfs_fuse.pending.foreground_load import ForegroundLoad
 from phfs_fuse.pending.queue import UploadQueue, Work
-from phfs_fuse.pending.tombstones import Gone
+from phfs_fuse.pending.tombstones import Tombstone
 from phfs_fuse.state.journal import Journal
 from phfs_fuse.state.refusal import Operation, is_final
 from phfs_fuse.state.staging import Layer, StagingArea
 from phfs_fuse.store.base import Expect, ObjectInfo, ObjectStore
 from phfs_fuse.tasks import lasting, survived, surviving, unforeseen
-from phfs_fuse.tree.default_attrs import Defaults
+from phfs_fuse.tree.default_attrs import DefaultAttrs
 from phfs_fuse.tree.dirty import DirtyFile, Event, State
 from phfs_fuse.tree.inodes import Inodes
 from phfs_fuse.tree.node import Base, Node
 from phfs_fuse.types import ETag, ObjectKey
 from phfs_fuse.writeback.conflicts import Conflicts, local_error
 from phfs_fuse.writeback.deletes import BATCH_MAX, Deletes
-from phfs_fuse.writeback.directory_markers import Markers
-from phfs_fuse.writeback.multipart_uploads import Multiparts
-from phfs_fuse.writeback.rescue import Aside
+from phfs_fuse.writeback.directory_markers import DirectoryMarkers
+from phfs_fuse.writeback.multipart_uploads import MultipartUploads
+from phfs_fuse.writeback.rescue import Rescue
 from phfs_fuse.writeback.sources import Sources
 from phfs_fuse.writeback.undo import Undo
 from phfs_fuse.writeback.uploader import Snapshot, Uploader
@@ -88,9 +88,9 @@ class Writeback:
         area: StagingArea,
         changes: Changes,
         queue: UploadQueue,
-        demand: Demand,
-        defaults: Defaults,
-        aside: Aside,
+        demand: ForegroundLoad,
+        defaults: DefaultAttrs,
+        aside: Rescue,
         config: WritebackConfig,
     ) -> None:
         self._inodes = inodes
@@ -102,11 +102,11 @@ class Writeback:
         self._config = config
         self._demand = demand
         self._store = store
-        self.multiparts = Multiparts(store, journal, queue.backoff)
+        self.multiparts = MultipartUploads(store, journal, queue.backoff)
         self._uploader = Uploader(store, self.multiparts, config, self._upcoming)
         self._sources = Sources(store=store, inodes=inodes, blocks=blocks, changes=changes, queue=queue)
         self._sources.on_refused = self._unreadable
-        self._markers = Markers(store=store, inodes=inodes, changes=changes, queue=queue)
+        self._markers = DirectoryMarkers(store=store, inodes=inodes, changes=changes, queue=queue)
         self._conflicts = Conflicts(
             store=store,
             inodes=inodes,
@@ -193,7 +193,7 @@ class Writeback:
 
     def _start_due(self) -> None:
         now = trio.current_time()
-        deletes: list[Gone] = []
+        deletes: list[Tombstone] = []
         while self._journal.can_note() and (work := self._next_work(now)) is not None:
             with surviving("write-back") as outcome:
                 self._look_at(work, now, deletes)
@@ -205,9 +205,9 @@ class Writeback:
         if deletes:
             self._spawn(self._delete, deletes)
 
-    def _look_at(self, work: Work, now: float, deletes: list[Gone]) -> None:
+    def _look_at(self, work: Work, now: float, deletes: list[Tombstone]) -> None:
         """Start what is due, or add it to `deletes`."""
-        if isinstance(work, Gone):
+        if isinstance(work, Tombstone):
             if self._deletes.is_ready(work):
                 self._queue.claim(work.key)
                 deletes.append(work)
@@ -240,7 +240,7 @@ class Writeback:
         self._running -= 1
         self._queue.wake.set()
 
-    async def _delete(self, batch: list[Gone]) -> None:
+    async def _delete(self, batch: list[Tombstone]) -> None:
         try:
             await self._deletes.send(batch)
         finally:

@@ -63,7 +63,7 @@ class Left:
     kept: Sequence[Upload]
 
 
-class Multiparts:
+class MultipartUploads:
     def __init__(self, store: ObjectStore, journal: Journal, backoff: Callable[[int], float]) -> None:
         """`backoff`: seconds until the try after so many failed ones."""
         self._store = store

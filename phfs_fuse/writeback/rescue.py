@@ -16,7 +16,7 @@ from phfs_fuse.tree.inodes import Inodes
 from phfs_fuse.tree.node import Node
 
 
-class Aside:
+class Rescue:
     def __init__(self, inodes: Inodes, area: StagingArea, changes: Changes) -> None:
         self._inodes = inodes
         self._area = area

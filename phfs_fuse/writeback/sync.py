@@ -82,7 +82,7 @@ class Pending:
     oldest_seconds: float
 
 
-class Settling:
+class Sync:
     def __init__(
         self, *, inodes: Inodes, area: StagingArea, changes: Changes, queue: UploadQueue, config: WritebackConfig
     ) -> None:

@@ -14,7 +14,7 @@ from phfs_fuse import keys
 from phfs_fuse.attrs import Attrs
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.pending.changes import Changes
-from phfs_fuse.pending.tombstones import Gone, ancestors
+from phfs_fuse.pending.tombstones import Tombstone, ancestors
 from phfs_fuse.state.refusal import Operation, Refusal
 from phfs_fuse.tree.inodes import Inodes
 from phfs_fuse.tree.node import Node
@@ -33,7 +33,7 @@ class Undo:
         self._new_folder = new_folder
         self._moved: set[Ino] = set()
 
-    def deletion(self, gone: Gone, exc: PhfsError) -> None:
+    def deletion(self, gone: Tombstone, exc: PhfsError) -> None:
         """The store keeps `gone`: it shows again, with the folders that it lies in."""
         gone.error = exc
         path = self._path(gone.key)

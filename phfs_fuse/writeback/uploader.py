@@ -36,7 +36,7 @@ from phfs_fuse.store.base import (
 from phfs_fuse.tasks import gather
 from phfs_fuse.tree.node import Base
 from phfs_fuse.types import ETag, ObjectKey
-from phfs_fuse.writeback.multipart_uploads import Multiparts
+from phfs_fuse.writeback.multipart_uploads import MultipartUploads
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Snapshot:
         return self.base.etag
 
 
-class Looks:
+class CopyTargets:
     """Where copies go to, many with one look. A look is good for LOOK_SECONDS, and for one copy to each key.
 
     Owns the keys of copies that have begun and not been looked at, and what was seen lately of which key.
@@ -129,13 +129,13 @@ class Uploader:
     def __init__(
         self,
         store: ObjectStore,
-        multiparts: Multiparts,
+        multiparts: MultipartUploads,
         config: WritebackConfig,
         upcoming: Callable[[], Iterable[ObjectKey]],
     ) -> None:
         """`upcoming`: keys that will be copied to soon."""
         self._store = store
-        self.looks = Looks(store, upcoming)
+        self.looks = CopyTargets(store, upcoming)
         self.multiparts = multiparts
         self._config = config
         self._parts = trio.CapacityLimiter(config.uploads_max)

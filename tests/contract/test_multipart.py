@@ -18,7 +18,7 @@ from phfs_fuse.store import base
 from phfs_fuse.store.base import Expect, FileRange, ObjectInfo, Part
 from phfs_fuse.tree.node import Base
 from phfs_fuse.types import MIB, S3_PART_BYTES_MIN, ETag
-from phfs_fuse.writeback.multipart_uploads import SECOND_NS, Multiparts
+from phfs_fuse.writeback.multipart_uploads import SECOND_NS, MultipartUploads
 from phfs_fuse.writeback.uploader import Snapshot, Uploader
 from tests.contract.place import Place
 
@@ -179,7 +179,7 @@ async def test_a_copy_too_big_for_one_request(place: Place, tmp_path: Path, monk
     source = await place.put("source", BLOCK + b"tail")
     config = WritebackConfig(directory=tmp_path)
     journal = Journal(tmp_path, "volume")
-    uploader = Uploader(place.store, Multiparts(place.store, journal, lambda _: 0.0), config, lambda: ())
+    uploader = Uploader(place.store, MultipartUploads(place.store, journal, lambda _: 0.0), config, lambda: ())
 
     async def copy(name: str, etag: ETag, expect: Expect | None) -> ObjectInfo:
         return await uploader.store(

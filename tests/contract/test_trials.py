@@ -10,8 +10,8 @@ import pytest
 
 from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import AccessDenied, StoreUnavailable
-from phfs_fuse.store.boto import BotoCalls
-from phfs_fuse.store.crt import CrtCalls
+from phfs_fuse.store.boto import BotoTransport
+from phfs_fuse.store.crt import CrtTransport
 from phfs_fuse.store.limits import Segment
 from phfs_fuse.store.s3 import S3Store
 from phfs_fuse.types import ObjectKey
@@ -27,7 +27,7 @@ class Killed(BaseException):
 class Process:
     """A store that dies at one step: before or after a change."""
 
-    def __init__(self, calls: BotoCalls, notes: Path, *, dies_at: int = 0) -> None:
+    def __init__(self, calls: BotoTransport, notes: Path, *, dies_at: int = 0) -> None:
         self.steps, self._dies_at = 0, dies_at
         for name in CHANGES:
             setattr(calls, name, self._changing(getattr(calls, name)))
@@ -57,8 +57,8 @@ async def a_name(store: S3Store) -> None:
     await trial.store(trial.key(Segment(40, False)))
 
 
-def calls(config: StoreConfig, kind: type[S3Store]) -> BotoCalls:
-    return BotoCalls(config) if kind is S3Store else CrtCalls(config)
+def calls(config: StoreConfig, kind: type[S3Store]) -> BotoTransport:
+    return BotoTransport(config) if kind is S3Store else CrtTransport(config)
 
 
 @pytest.fixture

@@ -15,27 +15,27 @@ import trio
 from phfs_fuse.cache.block_cache import BlockCache
 from phfs_fuse.config.model import ExclusiveCreate, OnConflict, TreeConfig, WritebackConfig
 from phfs_fuse.errors import PhfsError
-from phfs_fuse.namespace.lifetimes import Trust
+from phfs_fuse.namespace.lifetimes import Lifetimes
 from phfs_fuse.namespace.namespace import Namespace
-from phfs_fuse.namespace.remote_changes import Events
+from phfs_fuse.namespace.remote_changes import RemoteChanges
 from phfs_fuse.pending.changes import Changes
-from phfs_fuse.pending.foreground_load import Demand
+from phfs_fuse.pending.foreground_load import ForegroundLoad
 from phfs_fuse.pending.queue import UploadQueue
 from phfs_fuse.quota.limits import Quotas
 from phfs_fuse.state.journal import Journal
 from phfs_fuse.state.staging import StagingArea
-from phfs_fuse.tree.default_attrs import Defaults
+from phfs_fuse.tree.default_attrs import DefaultAttrs
 from phfs_fuse.tree.inodes import Inodes
-from phfs_fuse.tree.kernel_log import KernelState
+from phfs_fuse.tree.kernel_log import KernelLog
 from phfs_fuse.tree.node import Node
 from phfs_fuse.types import MIB, ObjectKey
-from phfs_fuse.vfs.admission import Writable
-from phfs_fuse.vfs.exclusive_create import Claims
-from phfs_fuse.vfs.store_limits import Storable
+from phfs_fuse.vfs.admission import Admission
+from phfs_fuse.vfs.exclusive_create import ExclusiveCreates
+from phfs_fuse.vfs.store_limits import StoreLimits
 from phfs_fuse.vfs.vfs import Vfs
 from phfs_fuse.writeback.loop import Writeback
-from phfs_fuse.writeback.rescue import Aside
-from phfs_fuse.writeback.sync import Settling
+from phfs_fuse.writeback.rescue import Rescue
+from phfs_fuse.writeback.sync import Sync
 from tests.support.fake_blocks import FakeBlocks
 from tests.support.fake_store import FakeStore
 from tests.support.fault_store import FaultStore
@@ -65,17 +65,17 @@ class World:
     area: StagingArea
     inodes: Inodes
     changes: Changes
-    settling: Settling
+    settling: Sync
     writeback: Writeback
     namespace: Namespace
     vfs: Vfs
     quotas: Quotas
-    trust: Trust
-    events: Events
-    kernel: KernelState
-    demand: Demand
-    defaults: Defaults
-    aside: Aside
+    trust: Lifetimes
+    events: RemoteChanges
+    kernel: KernelLog
+    demand: ForegroundLoad
+    defaults: DefaultAttrs
+    aside: Rescue
 
     async def write(self, path: str, data: bytes) -> Node:
         *folders, name = path.split("/")
@@ -155,16 +155,16 @@ def made(
     journal = Journal(directory, "volume")
     area = StagingArea(directory / "staging", first_id=1, saved_bytes_max=saved_bytes_max)
     blocks = FakeBlocks(store)
-    defaults = Defaults(tree)
+    defaults = DefaultAttrs(tree)
     inodes = Inodes(prefix, defaults.directory(), now_ns=time.time_ns())
     queue = UploadQueue(config, inodes.key)
-    demand = Demand()
-    kernel = KernelState(directory / "kernel.log", inodes, journal.reserve.give_up)
+    demand = ForegroundLoad()
+    kernel = KernelLog(directory / "kernel.log", inodes, journal.reserve.give_up)
     kernel.begin()
     quotas = Quotas()
     changes = Changes(inodes=inodes, journal=journal, area=area, queue=queue, kernel=kernel, quotas=quotas)
-    settling = Settling(inodes=inodes, area=area, changes=changes, queue=queue, config=config)
-    aside = Aside(inodes, area, changes)
+    settling = Sync(inodes=inodes, area=area, changes=changes, queue=queue, config=config)
+    aside = Rescue(inodes, area, changes)
     writeback = Writeback(
         store=store,
         inodes=inodes,
@@ -178,9 +178,9 @@ def made(
         aside=aside,
         config=config,
     )
-    trust = Trust(tree)
+    trust = Lifetimes(tree)
     namespace = Namespace(store=store, inodes=inodes, changes=changes, defaults=defaults, trust=trust)
-    events = Events(store=store, inodes=inodes, changes=changes, queue=queue, namespace=namespace, trust=trust)
+    events = RemoteChanges(store=store, inodes=inodes, changes=changes, queue=queue, namespace=namespace, trust=trust)
     vfs = Vfs(
         inodes=inodes,
         namespace=namespace,
@@ -189,10 +189,10 @@ def made(
         settling=settling,
         kernel=kernel,
         quotas=quotas,
-        claims=Claims(store=store, changes=changes, queue=queue),
+        claims=ExclusiveCreates(store=store, changes=changes, queue=queue),
         defaults=defaults,
-        storable=Storable(store, inodes),
-        writable=Writable(journal, read_only=tree.read_only),
+        storable=StoreLimits(store, inodes),
+        writable=Admission(journal, read_only=tree.read_only),
         saved=area.saved,
         config=tree,
         write_through=False,

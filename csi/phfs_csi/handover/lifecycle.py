@@ -12,7 +12,7 @@ from typing import Final, Protocol
 from phfs_csi.config import NodeConfig
 from phfs_csi.handover.handover import HandoverServer, ask
 from phfs_csi.handover.succession import Marks, wait_until_alone
-from phfs_csi.node.forkserver_client import Spawner
+from phfs_csi.node.forkserver_client import ForkServer
 from phfs_csi.node.upkeep import Upkeep
 from phfs_fuse.errors import LocalStateError
 
@@ -31,8 +31,8 @@ class Door(Protocol):
         """Take calls again: the successor did not make it. Raises: LocalStateError."""
 
 
-class Life:
-    def __init__(self, config: NodeConfig, upkeep: Upkeep, spawner: Spawner) -> None:
+class Lifecycle:
+    def __init__(self, config: NodeConfig, upkeep: Upkeep, spawner: ForkServer) -> None:
         self._config = config
         self._upkeep = upkeep
         self._spawner = spawner

@@ -32,7 +32,7 @@ class _Running:
     channel: socket.socket
 
 
-class Spawner:
+class ForkServer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: _Running | None = None

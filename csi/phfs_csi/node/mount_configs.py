@@ -12,7 +12,7 @@ from phfs_csi.node.records import Records, VolumeRecord
 from phfs_csi.node.shares import Shares
 from phfs_fuse.config import resolve, values
 from phfs_fuse.config.model import MountConfig
-from phfs_fuse.config.resolve import Given
+from phfs_fuse.config.resolve import GivenValue
 from phfs_fuse.errors import StartupError
 from phfs_fuse.host import fusemount
 from phfs_fuse.launch import preflight
@@ -50,7 +50,7 @@ class MountConfigs:
 
     def _resolve(self, record: VolumeRecord) -> resolve.Resolved:
         share = self._shares.of(record)
-        given = {name: Given(raw, name) for name, raw in record.settings.items()}
+        given = {name: GivenValue(raw, name) for name, raw in record.settings.items()}
         given |= _ownership(record.mount_group, given)
         ours: dict[str, str | bool] = {
             "state-dir": str(self._records.directory(record)),
@@ -65,7 +65,11 @@ class MountConfigs:
         }
         if (credentials := self._records.credentials_file(record)) is not None:
             ours["credentials-file"] = str(credentials)
-        given = {**resolve.from_aws(os.environ), **given, **{name: Given(raw, name) for name, raw in ours.items()}}
+        given = {
+            **resolve.from_aws(os.environ),
+            **given,
+            **{name: GivenValue(raw, name) for name, raw in ours.items()},
+        }
         try:
             found = resolve.resolve(record.source, record.path, given)
         except StartupError as exc:
@@ -73,17 +77,17 @@ class MountConfigs:
         return replace(found, config=replace(found.config, log_name=record.volume_id))
 
 
-def _ownership(group: int | None, given: Mapping[str, Given]) -> dict[str, Given]:
+def _ownership(group: int | None, given: Mapping[str, GivenValue]) -> dict[str, GivenValue]:
     """fsGroup as settings: the group owns what names none, and may write. Nothing is changed in the store."""
     if group is None:
         return {}
     umask = _mode("umask", given, 0o022)
     modes = {"file-mode": (0o666 & ~umask, 0o060), "dir-mode": (0o777 & ~umask, 0o2070)}
-    found = {"gid": Given(str(group), "gid")}
+    found = {"gid": GivenValue(str(group), "gid")}
     for name, (default, more) in modes.items():
-        found[name] = Given(f"{_mode(name, given, default) | more:o}", name)
+        found[name] = GivenValue(f"{_mode(name, given, default) | more:o}", name)
     return found
 
 
-def _mode(name: str, given: Mapping[str, Given], default: int) -> int:
+def _mode(name: str, given: Mapping[str, GivenValue], default: int) -> int:
     return values.mode(given[name].raw) if name in given else default

@@ -30,7 +30,7 @@ from phfs_fuse.config import json_text
 from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import NotFound, PhfsError
 from phfs_fuse.store.base import Expect, ObjectStore
-from phfs_fuse.store.boto import BotoCalls
+from phfs_fuse.store.boto import BotoTransport
 from phfs_fuse.store.s3 import S3Store
 from phfs_fuse.types import SIZE_BYTES_MAX, ETag, ObjectKey
 
@@ -99,7 +99,7 @@ def with_store(
     within = replace(config, prefix=FOLDER)  # what the store tries out is tried out there
 
     async def main(core: botocore.session.Session) -> T:
-        store = S3Store(within, BotoCalls(within, core))
+        store = S3Store(within, BotoTransport(within, core))
         try:
             with trio.fail_after(seconds):
                 return await work(store)

@@ -24,7 +24,7 @@ from phfs_csi.request.node_requests import access_mode, capacity, volume_id_of
 from phfs_csi.request.params import VolumeParams
 from phfs_csi.request.prefix_template import DEFAULT, METADATA, Annotations, Claim, filled
 from phfs_csi.request.volume_id import NAME_BYTES_MAX, VolumeId, parse_volume_id
-from phfs_csi.volume_locks import Busy
+from phfs_csi.volume_locks import VolumeLocks
 from phfs_fuse.errors import BucketNotFound, VersionChanged
 from phfs_fuse.store.base import ObjectStore
 from phfs_fuse.types import ETag
@@ -88,7 +88,7 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         self._annotations = annotations
         self._keys = keys
         self._tell = tell
-        self._busy = Busy()
+        self._busy = VolumeLocks()
 
     def CreateVolume(
         self, request: csi_pb2.CreateVolumeRequest, context: grpc.ServicerContext

@@ -9,7 +9,7 @@ import grpc
 
 from phfs_csi.config import NodeConfig
 from phfs_csi.errors import NotFound
-from phfs_csi.handover.lifecycle import Door, Life
+from phfs_csi.handover.lifecycle import Door, Lifecycle
 from phfs_csi.metrics import VolumeState, VolumeStatus
 from phfs_csi.node.mounter import Mounter, State
 from phfs_csi.node.records import Records, VolumeRecord
@@ -44,7 +44,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         records: Records,
         mounter: Mounter,
         volumes: Volumes,
-        life: Life,
+        life: Lifecycle,
     ) -> None:
         self._life = life
         self._config = config

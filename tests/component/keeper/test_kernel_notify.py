@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from phfs_fuse.host.processes import readable
-from phfs_fuse.keeper.kernel_notify import FUSE_EXPIRE_ONLY, Expiry, can_expire
+from phfs_fuse.keeper.kernel_notify import FUSE_EXPIRE_ONLY, KernelNotifier, can_expire
 
 SECONDS = 30.0
 
@@ -17,7 +17,7 @@ SECONDS = 30.0
 def test_names_are_told_and_then_answered() -> None:
     kernel, device = os.pipe()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    expiry = Expiry(device)
+    expiry = KernelNotifier(device)
     with ours, theirs:
         for number in range(3):
             expiry.expire([(7, b"name"), (8, b"other")], ours, b"answer %d" % number)
@@ -32,7 +32,7 @@ def test_names_are_told_and_then_answered() -> None:
 def test_names_are_dropped() -> None:
     kernel, device = os.pipe()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    expiry = Expiry(device)
+    expiry = KernelNotifier(device)
     with ours, theirs:
         for drop in (True, False):
             expiry.expire([(7, b"name")], ours, b"answer", drop=drop)
@@ -48,7 +48,7 @@ def test_one_that_waits_holds_nothing_but_the_connection() -> None:
     code = """if True:
         import os, sys, time
         from pathlib import Path
-        from phfs_fuse.keeper.kernel_notify import Expiry
+        from phfs_fuse.keeper.kernel_notify import KernelNotifier
         kernel, device = os.pipe()
         os.set_blocking(device, False)
         try:
@@ -57,7 +57,7 @@ def test_one_that_waits_holds_nothing_but_the_connection() -> None:
         except BlockingIOError:
             os.set_blocking(device, True)
         lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
-        expiry = Expiry(device)
+        expiry = KernelNotifier(device)
         expiry.expire([(7, b"name")], None, b"")
         (thread,) = set(os.listdir("/proc/self/task")) - {str(os.getpid())}
         deadline = time.monotonic() + 30

@@ -15,7 +15,7 @@ from trio.testing import MockClock
 from phfs_fuse.config.model import QuotaConfig
 from phfs_fuse.errors import ConfigError, Exists, NoSpace, PhfsError, QuotaExceeded, StoreUnavailable
 from phfs_fuse.pending.recovery import Recovery
-from phfs_fuse.quota.counter import QuotaKeeper
+from phfs_fuse.quota.counter import QuotaCounter
 from phfs_fuse.quota.limits import TIGHT_BYTES, Room
 from phfs_fuse.types import ObjectKey
 from phfs_fuse.vfs.files import DIRECT
@@ -157,8 +157,8 @@ async def counted(world: World) -> None:
     await keeper(world)._count()
 
 
-def keeper(world: World, config: QuotaConfig | None = None, store: FaultStore | None = None) -> QuotaKeeper:
-    return QuotaKeeper(
+def keeper(world: World, config: QuotaConfig | None = None, store: FaultStore | None = None) -> QuotaCounter:
+    return QuotaCounter(
         quotas=world.quotas,
         store=store or world.store,
         known_sizes=world.changes.known_sizes,

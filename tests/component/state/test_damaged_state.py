@@ -13,7 +13,7 @@ import trio
 
 from phfs_fuse.errors import LocalStateError
 from phfs_fuse.pending.recovery import Recovery
-from phfs_fuse.tree.kernel_log import KernelState
+from phfs_fuse.tree.kernel_log import KernelLog
 from tests.support.fake_store import FakeStore
 from tests.support.world import World, made
 
@@ -95,12 +95,12 @@ async def test_a_damaged_log_of_what_the_kernel_knows(left: Path, tmp_path: Path
     """What is before the damage counts."""
     world = made(FakeStore(), tmp_path / "other")
     try:
-        whole = KernelState(left / "kernel.log", world.inodes).load()
+        whole = KernelLog(left / "kernel.log", world.inodes).load()
         for seed in range(TIMES):
             state = copied(left, tmp_path / "state")
             damage(state / "kernel.log", random.Random(seed))
             try:
-                known = KernelState(state / "kernel.log", world.inodes).load()
+                known = KernelLog(state / "kernel.log", world.inodes).load()
             except LocalStateError:
                 continue  # its head
             assert known.nodes.keys() <= whole.nodes.keys()

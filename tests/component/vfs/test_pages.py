@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.tree.inodes import Inodes
-from phfs_fuse.tree.kernel_log import PAGES, SIZE, KernelState, Known
+from phfs_fuse.tree.kernel_log import PAGES, SIZE, KernelLog, LoggedState
 from phfs_fuse.tree.node import Node, Pages
 from phfs_fuse.tree.resume import restore
 from phfs_fuse.types import Fh
@@ -51,10 +51,10 @@ def keeps(world: World, node: Node) -> bool:
     return is_kept
 
 
-def noted(world: World, tmp_path: Path) -> tuple[Known, Inodes]:
+def noted(world: World, tmp_path: Path) -> tuple[LoggedState, Inodes]:
     """As the next worker finds it."""
     inodes = Inodes(PREFIX, world.inodes.root.attrs, now_ns=0)
-    known = KernelState(tmp_path / "kernel.log", inodes).load()
+    known = KernelLog(tmp_path / "kernel.log", inodes).load()
     restore(inodes, known, [])
     return known, inodes
 

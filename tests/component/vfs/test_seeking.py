@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from phfs_fuse.errors import PhfsError
 from phfs_fuse.tree.inodes import Inodes
-from phfs_fuse.tree.kernel_log import KernelState
+from phfs_fuse.tree.kernel_log import KernelLog
 from phfs_fuse.tree.node import Node
 from phfs_fuse.types import Fh
 from tests.support.fake_store import FakeStore
@@ -171,7 +171,7 @@ async def test_what_a_reader_was_told_is_in_the_log(
     await world.vfs.releasedir(other)
     if compacted:
         await world.kernel.compact()
-    again = KernelState(tmp_path / "kernel.log", Inodes(PREFIX, folder.attrs, now_ns=0))
+    again = KernelLog(tmp_path / "kernel.log", Inodes(PREFIX, folder.attrs, now_ns=0))
     positions = again.load().positions
     places = again.places(folder)
     for cookie, name in random.Random(2).sample(found, 100):

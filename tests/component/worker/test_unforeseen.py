@@ -12,7 +12,7 @@ from trio.testing import MockClock
 from phfs_fuse import metrics
 from phfs_fuse.config.model import QuotaConfig
 from phfs_fuse.namespace.remote_changes import StreamState
-from phfs_fuse.quota.counter import QuotaKeeper
+from phfs_fuse.quota.counter import QuotaCounter
 from phfs_fuse.types import ObjectKey
 from phfs_fuse.vfs.vfs import Change
 from tests.support.fake_store import FakeStore
@@ -77,7 +77,7 @@ async def test_a_race_that_is_lost_to_an_unforeseen_answer(
 async def test_a_quota_is_counted_later(tmp_path: Path, autojump_clock: MockClock) -> None:
     store = FaultStore(FakeStore())
     world = made(store, tmp_path)
-    keeper = QuotaKeeper(
+    keeper = QuotaCounter(
         quotas=world.quotas, store=store, known_sizes=world.changes.known_sizes, journal=world.journal,
         config=QuotaConfig(limits={"": 1000}), prefix=PREFIX,
     )  # fmt: skip

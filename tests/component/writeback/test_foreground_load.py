@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from phfs_fuse.pending.foreground_load import MANY, MANY_SECONDS, Demand
+from phfs_fuse.pending.foreground_load import MANY, MANY_SECONDS, ForegroundLoad
 from phfs_fuse.pending.queue import HOLD_SECONDS
 from phfs_fuse.types import MIB
 from tests.support.fake_store import FakeStore
@@ -45,7 +45,7 @@ def busy(world: World, nursery: trio.Nursery) -> Iterator[None]:
 
 
 async def test_demand_is_high_while_many_requests_come_in_a_short_time(autojump_clock: MockClock) -> None:
-    demand = Demand()
+    demand = ForegroundLoad()
     assert demand.high_until == -math.inf
     for _ in range(MANY):
         demand.note()

@@ -1,4 +1,4 @@
-"""`Looks`: where copies go to is seen for many at once, and for the next ones while copies go on."""
+"""`CopyTargets`: where copies go to is seen for many at once, and for the next ones while copies go on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trio.testing import MockClock
 from phfs_fuse.errors import PhfsError, StoreUnavailable
 from phfs_fuse.store.base import LOOK_SECONDS, Expect, ObjectStore
 from phfs_fuse.types import ETag, ObjectKey
-from phfs_fuse.writeback.uploader import LOOKS_MAX, LOOKS_MIN, Looks
+from phfs_fuse.writeback.uploader import LOOKS_MAX, LOOKS_MIN, CopyTargets
 
 ABSENT = Expect(None)
 KEYS = [ObjectKey(f"new/{number:04}") for number in range(3 * LOOKS_MAX)]
@@ -40,8 +40,8 @@ def store() -> SeenStore:
     return SeenStore()
 
 
-def looks(store: SeenStore, upcoming: Sequence[ObjectKey] = ()) -> Looks:
-    return Looks(cast(ObjectStore, store), lambda: iter(upcoming))
+def looks(store: SeenStore, upcoming: Sequence[ObjectKey] = ()) -> CopyTargets:
+    return CopyTargets(cast(ObjectStore, store), lambda: iter(upcoming))
 
 
 async def test_many_that_begin_are_looked_at_together(store: SeenStore, autojump_clock: MockClock) -> None:
@@ -100,7 +100,7 @@ async def test_a_look_is_good_for_one_copy_and_not_for_long(store: SeenStore, au
 
 async def test_the_next_ones_are_looked_at_while_copies_go_on(store: SeenStore, autojump_clock: MockClock) -> None:
     waiting = list(KEYS)
-    seen = Looks(cast(ObjectStore, store), lambda: iter(waiting))
+    seen = CopyTargets(cast(ObjectStore, store), lambda: iter(waiting))
     at_once = []
 
     async def copies() -> None:

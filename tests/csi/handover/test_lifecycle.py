@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import cast
 
 from phfs_csi.config import NodeConfig
-from phfs_csi.handover.lifecycle import Life
-from phfs_csi.node.forkserver_client import Spawner
+from phfs_csi.handover.lifecycle import Lifecycle
+from phfs_csi.node.forkserver_client import ForkServer
 from phfs_csi.node.upkeep import Upkeep
 
 
@@ -41,7 +41,7 @@ class FakeDoor:
 def test_a_plugin_that_lets_go_was_succeeded_until_it_goes_on(tmp_path: Path) -> None:
     config = NodeConfig(node_id="n", state_dir=tmp_path)
     door = FakeDoor()
-    life = Life(config, cast("Upkeep", FakeUpkeep()), cast("Spawner", FakeSpawner()))
+    life = Lifecycle(config, cast("Upkeep", FakeUpkeep()), cast("ForkServer", FakeSpawner()))
     assert life.start(door)
     assert (life.ready(), life.is_succeeded) == ("", False)
     assert life.let_go() == ["vol"]

@@ -15,10 +15,10 @@ from grpc import StatusCode
 
 from phfs_csi.config import INLINE_MAX, NodeConfig
 from phfs_csi.errors import FailedPrecondition, Unavailable
-from phfs_csi.handover.lifecycle import Life
+from phfs_csi.handover.lifecycle import Lifecycle
 from phfs_csi.metrics import Metrics, VolumeState
 from phfs_csi.node.drains import Drains
-from phfs_csi.node.forkserver_client import Spawner
+from phfs_csi.node.forkserver_client import ForkServer
 from phfs_csi.node.records import Records
 from phfs_csi.node.upkeep import Upkeep
 from phfs_csi.node.volumes import Volumes
@@ -104,7 +104,7 @@ def serving(root: Path, mounter: FakeMounter, inline_max: int = INLINE_MAX) -> I
     volumes = Volumes(records, mounter, drains, inline_max)
     upkeep = Upkeep(records, mounter, drains, volumes)
     requests = Requests(kubelet_dir=config.kubelet_dir)
-    node = NodeService(config, requests, records, mounter, volumes, Life(config, upkeep, Spawner()))
+    node = NodeService(config, requests, records, mounter, volumes, Lifecycle(config, upkeep, ForkServer()))
     server = PluginServer(
         root / "csi.sock", [lambda to: csi_pb2_grpc.add_NodeServicer_to_server(node, to)], Metrics(node)
     )

@@ -9,13 +9,13 @@ import pytest
 
 from phfs_fuse.config import json_text
 from phfs_fuse.keeper import messages
-from phfs_fuse.keeper.event_loop import Loop
+from phfs_fuse.keeper.event_loop import EventLoop
 
 NEST = b"[" * 16_000
 
 
 def test_a_call_that_fails_is_logged_and_due_again(caplog: pytest.LogCaptureFixture) -> None:
-    loop, calls = Loop(), 0
+    loop, calls = EventLoop(), 0
 
     def call() -> None:
         nonlocal calls
@@ -31,7 +31,7 @@ def test_a_call_that_fails_is_logged_and_due_again(caplog: pytest.LogCaptureFixt
 
 
 def test_a_packet_that_fails_leaves_the_next_ones() -> None:
-    loop, heard = Loop(), []
+    loop, heard = EventLoop(), []
     ours, theirs = socket.socketpair()
 
     def read() -> None:

@@ -16,7 +16,7 @@ from phfs_fuse.config.model import StoreConfig
 from phfs_fuse.errors import BadAnswer, PhfsError
 from phfs_fuse.store.base import Listing, ObjectInfo
 from phfs_fuse.store.bodies import Receiver
-from phfs_fuse.store.boto import BotoCalls
+from phfs_fuse.store.boto import BotoTransport
 from phfs_fuse.store.error_codes import error_code, error_of
 from phfs_fuse.store.headers import http_date_ns, info_of, stored_info
 from phfs_fuse.store.listing_xml import is_xml, parse_listing
@@ -176,7 +176,7 @@ def test_attributes(metadata: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("failure", [OverflowError, LookupError, RecursionError, KeyError, RuntimeError])
 async def test_what_botocore_makes_of_an_answer(failure: type[Exception]) -> None:
-    calls = BotoCalls(StoreConfig(bucket="b"))
+    calls = BotoTransport(StoreConfig(bucket="b"))
 
     def call() -> None:
         raise failure("x")

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from phfs_fuse.tree import directory_cookies as module
-from phfs_fuse.tree.directory_cookies import END, START, STEP, Places, restored
+from phfs_fuse.tree.directory_cookies import END, START, STEP, DirectoryCookies, restored
 
 GONE = frozenset[bytes]()
 
@@ -16,7 +16,7 @@ def names(*numbers: int) -> list[bytes]:
     return [b"n%07d" % number for number in numbers]
 
 
-def listed(places: Places, keys: list[bytes], *, at_once: int = 100) -> dict[bytes, int]:
+def listed(places: DirectoryCookies, keys: list[bytes], *, at_once: int = 100) -> dict[bytes, int]:
     """A pass over the whole directory as it is now."""
     found: dict[bytes, int] = {}
     before = START
@@ -36,7 +36,7 @@ def in_order(cookies: dict[bytes, int]) -> bool:
 @pytest.mark.parametrize("seed", range(3))
 def test_names_that_come_and_go_move_no_place(seed: int) -> None:
     chance = random.Random(seed)
-    places = Places(0)
+    places = DirectoryCookies(0)
     there = set(names(*chance.sample(range(100_000), 2000)))
     given = listed(places, sorted(there))
     for _ in range(8):
@@ -53,7 +53,7 @@ def test_names_that_come_and_go_move_no_place(seed: int) -> None:
 
 
 def test_a_place_is_remembered_without_its_name() -> None:
-    places = Places(0)
+    places = DirectoryCookies(0)
     cookies = listed(places, names(*range(10)))
     listed(places, names(0, 1, 2, 7, 8, 9))
     assert places.at(cookies[b"n0000005"]) == b"n0000002"
@@ -64,7 +64,7 @@ def test_a_place_is_remembered_without_its_name() -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_thousands_of_names_that_come_one_by_one_at_one_spot_have_places(order: int) -> None:
-    places = Places(0)
+    places = DirectoryCookies(0)
     listed(places, names(0, 9_999_999))
     for number in range(5000):
         before = 5_000_000 + number - 1 if number and order > 0 else 0
@@ -74,7 +74,7 @@ def test_thousands_of_names_that_come_one_by_one_at_one_spot_have_places(order: 
 
 
 def test_where_no_room_is_left_names_come_twice_and_never_too_seldom() -> None:
-    places = Places(0)
+    places = DirectoryCookies(0)
     low, high = 0, 10**60
     numbers = [low, high]
     for turn in range(150):
@@ -88,7 +88,7 @@ def test_where_no_room_is_left_names_come_twice_and_never_too_seldom() -> None:
 
 
 def test_what_is_not_known_is_not_said() -> None:
-    places = Places(0)
+    places = DirectoryCookies(0)
     places.place(START, names(1, 2, 3), GONE.__contains__)
     assert places.behind(START) == names(1, 2, 3)
     assert places.behind(b"n0000003") is None
@@ -98,7 +98,7 @@ def test_what_is_not_known_is_not_said() -> None:
 
 
 def test_many_names_take_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    places = Places(0)
+    places = DirectoryCookies(0)
     cookies = listed(places, names(*range(100_000)), at_once=500)
     assert places._packed_bytes < 15 * 100_000
     assert len(places._at_hand) <= module.CHUNKS_AT_HAND
@@ -112,7 +112,7 @@ def test_many_names_take_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_places_outlive_their_process() -> None:
-    places = Places(0)
+    places = DirectoryCookies(0)
     cookies = listed(places, names(*range(3000)))
     again = restored(places.told())
     assert all(again.at(cookie) == name for name, cookie in cookies.items())
