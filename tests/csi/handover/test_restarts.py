@@ -285,8 +285,13 @@ def test_a_dead_target_is_published_again(bucket: str) -> None:
     with a_plugin() as plugin:
         volume, target = published(plugin, bucket)
         sh('echo hello > "$1/file"; sync "$1/file"', target)
-        for pid in plugin.keepers():
+        keepers = plugin.keepers()
+        workers = [
+            worker for pid in keepers for worker in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+        for pid in keepers:
             os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))  # they serve for a moment
         eventually(lambda: plugin.code("NodePublishVolume", volume.publish_request()) == "OK", plugin.log)
         eventually(lambda: _reads(target / "file"))
         volume.publish("new")
