@@ -12,11 +12,19 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/phfs
 WORKDIR /src
+# What is not in the lock file, or has another hash there, ends the build.
+COPY csi/requirements.lock ./
+RUN /opt/phfs/bin/pip install --no-cache-dir --require-hashes -r requirements.lock
 COPY pyproject.toml README.md ./
 COPY phfs_fuse phfs_fuse
 COPY csi/phfs_csi csi/phfs_csi
-RUN /opt/phfs/bin/pip install --no-cache-dir '.[csi]' \
+RUN /opt/phfs/bin/pip install --no-cache-dir --no-deps . \
+    && /opt/phfs/bin/pip check \
     && /opt/phfs/bin/pip uninstall --yes pip
+# What the image has of Python, as CycloneDX: docker run --entrypoint cat phfs /opt/phfs/sbom.json
+RUN python -m venv /opt/sbom \
+    && /opt/sbom/bin/pip install --no-cache-dir cyclonedx-bom==7.* \
+    && /opt/sbom/bin/cyclonedx-py environment --output-reproducible -o /opt/phfs/sbom.json /opt/phfs/bin/python
 
 FROM python:3.12-slim-bookworm
 RUN apt-get update \
