@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from phfs_fuse.bench.systems import System, Target
 from phfs_fuse.bench.usage import Watch
 from phfs_fuse.errors import StartupError, UsageError
 from phfs_fuse.host.mount_table import mount_table
+from phfs_fuse.host.processes import readable
 
 READY_SECONDS: Final = 60.0
 END_SECONDS: Final = 10.0
@@ -90,7 +90,7 @@ class Actor:
         descriptor, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+            if left <= 0 or not readable(descriptor, left):
                 raise Failed(f"{action}: no end after {seconds:.0f} s")
             if not (got := os.read(descriptor, 1 << 16)):
                 raise Failed(f"{action}: the process that works in the mount has ended")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import select
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from phfs_fuse.host.processes import readable
 from tests.model import agent
 
 CALL_SECONDS = 60.0
@@ -33,8 +33,7 @@ class Agent:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        ready, _, _ = select.select([self._process.stdout], [], [], CALL_SECONDS)
-        assert ready, f"{request} hangs below {self._root}"
+        assert readable(self._process.stdout.fileno(), CALL_SECONDS), f"{request} hangs below {self._root}"
         line = self._process.stdout.readline()
         assert line, f"{request} ended the agent below {self._root}"
         return json.loads(line)

@@ -221,7 +221,11 @@ def made(
 
 @asynccontextmanager
 async def running(world: World) -> AsyncIterator[World]:
-    async with trio.open_nursery() as nursery:
-        await nursery.start(world.writeback.run)
-        yield world
-        nursery.cancel_scope.cancel()
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(world.writeback.run)
+            yield world
+            nursery.cancel_scope.cancel()
+    finally:
+        world.kernel.close()
+        world.area.close()
