@@ -190,7 +190,8 @@ class StoreRefused(NotDrained):
     """The mount has ended; the store had refused some changes for good. One line more for each."""
 
     def __init__(self, line: str, refused: Sequence[str]) -> None:
-        super().__init__("\n".join([line, *refused]))
+        super().__init__(line)
+        self.refused = refused
 
 
 def startup_error(exit_code: int, line: str) -> StartupError:

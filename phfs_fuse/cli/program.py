@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from phfs_fuse import __version__
-from phfs_fuse.errors import StartupError, UsageError
+from phfs_fuse.errors import StartupError, StoreRefused, UsageError
 from phfs_fuse.host import logs
 
 log = logging.getLogger(__name__)
@@ -40,12 +40,14 @@ def program(name: str, text: str) -> typer.Typer:
 
 
 def guarded(name: str, call: Callable[[], int | None], *, debug: str) -> int:
-    """The exit code of `call`; each error is one line on standard error. `debug` is the setting that shows where an
-    unexpected one came from."""
+    """The exit code of `call`; each error is one line on standard error, with another one for each change that the store
+    has refused. `debug` is the setting that shows where an unexpected one came from."""
     try:
         return call() or 0
     except StartupError as exc:
         say(str(exc), name)
+        for line in exc.refused if isinstance(exc, StoreRefused) else ():
+            print(logs.printable(line), file=sys.stderr)
         return exc.exit_code
     except _PARSE_ERROR as exc:
         say(exc.format_message(), name)
