@@ -40,8 +40,8 @@ def program(name: str, text: str) -> typer.Typer:
 
 
 def guarded(name: str, call: Callable[[], int | None], *, debug: str) -> int:
-    """The exit code of `call`; each error is one line on standard error, with another one for each change that the store
-    has refused. `debug` is the setting that shows where an unexpected one came from."""
+    """The exit code of `call`; each error is one line on standard error, with another one for each change that the
+    store has refused. `debug` is the setting that shows where an unexpected one came from."""
     try:
         return call() or 0
     except StartupError as exc:
