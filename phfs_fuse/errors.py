@@ -146,6 +146,7 @@ class StartupError(Exception):
     """A reason why a command cannot do its work: one line (thing, reason, remedy) and an exit code."""
 
     exit_code: ClassVar[int] = 1
+    refused: Sequence[str] = ()  # one line more for each change that the store has refused
 
 
 class UsageError(StartupError):

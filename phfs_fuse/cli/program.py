@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from phfs_fuse import __version__
-from phfs_fuse.errors import StartupError, StoreRefused, UsageError
+from phfs_fuse.errors import StartupError, UsageError
 from phfs_fuse.host import logs
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def guarded(name: str, call: Callable[[], int | None], *, debug: str) -> int:
         return call() or 0
     except StartupError as exc:
         say(str(exc), name)
-        for line in exc.refused if isinstance(exc, StoreRefused) else ():
+        for line in exc.refused:
             print(logs.printable(line), file=sys.stderr)
         return exc.exit_code
     except _PARSE_ERROR as exc:

@@ -1,5 +1,6 @@
-"""Where things lie on this machine unless the user says otherwise, and directories for nobody but their owner. Owns
-no state; standard library only."""
+"""Default places on this machine, and directories for nobody but their owner.
+
+Owns no state; standard library only."""
 
 from __future__ import annotations
 

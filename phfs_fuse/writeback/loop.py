@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import trio
@@ -280,7 +280,11 @@ class Writeback:
             staged.frozen = True
         moved_only = _is_moved_only(node, dirty)
         began_at = trio.current_time()
-        try:
+
+        async def lost_race(exc: PhfsError) -> None:
+            await self._conflicts.lost_race(node, dirty, key, snap, exc)
+
+        async with self._storing(node, dirty, key, lost_race):
             snap = Snapshot(
                 key=key,
                 metadata=to_metadata(node.attrs),
@@ -297,31 +301,32 @@ class Writeback:
             await self._journal.room_to_note()
             self._stored(node, dirty, key, snap, info)
             node.checked_at = max(node.checked_at, began_at)
-        except (VersionChanged, StaleVersion) as exc:
-            self._failed(node, dirty, key, None)
-            await self._journal.room_to_note()
-            await self._conflicts.lost_race(node, dirty, key, snap, exc)
-        except (PhfsError, OSError) as exc:
-            await self._room_for(exc)
-            self._failed(node, dirty, key, exc)
-        except Exception as exc:
-            unforeseen("upload", exc)
-            self._failed(node, dirty, key, PhfsError("upload", key, f"unforeseen {type(exc).__name__}"))
-        except BaseException:
-            self._failed(node, dirty, key, None)
-            raise
-        finally:
-            self._queue.free(key)
-            self._done()
 
     async def _store_marker(self, node: Node, dirty: DirtyFile, key: ObjectKey) -> None:
-        try:
+        async with self._storing(node, dirty, key):
             marker = await self._markers.bring(node, key)
             await self._journal.room_to_note()
             self._markers.stored(node, dirty, key, marker)
+
+    @asynccontextmanager
+    async def _storing(
+        self,
+        node: Node,
+        dirty: DirtyFile,
+        key: ObjectKey,
+        lost_race: Callable[[PhfsError], Awaitable[None]] | None = None,
+    ) -> AsyncIterator[None]:
+        """The block stores what waits of `node`. `lost_race` goes on where the store has another version."""
+        try:
+            yield
         except (PhfsError, OSError) as exc:
-            await self._room_for(exc)
-            self._failed(node, dirty, key, exc)
+            if lost_race is not None and isinstance(exc, (VersionChanged, StaleVersion)):
+                self._failed(node, dirty, key, None)
+                await self._journal.room_to_note()
+                await lost_race(exc)
+            else:
+                await self._room_for(exc)
+                self._failed(node, dirty, key, exc)
         except Exception as exc:
             unforeseen("upload", exc)
             self._failed(node, dirty, key, PhfsError("upload", key, f"unforeseen {type(exc).__name__}"))

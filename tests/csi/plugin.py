@@ -114,7 +114,7 @@ class Plugin:
         """kill -9 the plugin with all that it has started, as the end of its container does."""
         self.kill()
         for pid in self.keepers():
-            for child in _children(pid):
+            for child in children(pid):
                 with suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
             with suppress(ProcessLookupError):
@@ -277,7 +277,7 @@ def _inode(path: Path) -> int | None:
         return None
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:

@@ -22,7 +22,7 @@ ROLE: Final = "plugin"
 
 
 class Door(Protocol):
-    """What a hand-over may do to the server."""
+    """The part of the server that a hand-over may use."""
 
     def close_door(self) -> None:
         """Return when no call is in work and none will be."""

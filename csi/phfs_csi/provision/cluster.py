@@ -1,4 +1,4 @@
-"""What the controller asks of the cluster: the annotations of a claim, and events of volumes. Owns no state.
+"""Requests of the controller to the cluster: the annotations of a claim, and events of volumes. Owns no state.
 
 Annotations are asked for only where a StorageClass uses them, with the right to get persistentvolumeclaims; an event
 needs the right to create events.

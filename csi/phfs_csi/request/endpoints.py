@@ -78,7 +78,7 @@ def _is_network(text: str) -> bool:
 
 
 def _places(url: str) -> set[_Place]:
-    """Where a connection to `url` would go; empty: nowhere."""
+    """The addresses that a connection to `url` may go to; empty: it has none."""
     parts = urlsplit(url)
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     try:

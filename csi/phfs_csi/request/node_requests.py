@@ -105,8 +105,8 @@ class Requests:
         return self._staging_path(request.staging_target_path)
 
     def _inline(self, volume_id: str, request: csi_pb2.NodePublishVolumeRequest) -> VolumeParams:
-        """Whoever may start a pod writes these: they get nothing of the plugin's own. Raises: PermissionDenied for an
-        endpoint that they may not use."""
+        """The volume that a pod brings along: whoever may start one writes it, so it gets nothing of the plugin's
+        own. Raises: PermissionDenied for an endpoint that it may not use."""
         flags = request.volume_capability.mount.mount_flags
         given = Given(attributes=request.volume_context, secrets=request.secrets, mount_flags=flags)
         volume = parse_volume(volume_id, given, drain_seconds=self.drain_seconds)

@@ -15,7 +15,7 @@ import pytest
 
 from phfs_fuse.host.mount_table import mount_table
 from tests.csi.node.test_mounts import eventually
-from tests.csi.plugin import Holder, Plugin, Volume, a_plugin, mounts_below, sh
+from tests.csi.plugin import Holder, Plugin, Volume, a_plugin, children, mounts_below, sh
 from tests.support.mounts import s3_client, shared_server
 
 pytestmark = [pytest.mark.fuse, pytest.mark.minio]
@@ -286,9 +286,7 @@ def test_a_dead_target_is_published_again(bucket: str) -> None:
         volume, target = published(plugin, bucket)
         sh('echo hello > "$1/file"; sync "$1/file"', target)
         keepers = plugin.keepers()
-        workers = [
-            worker for pid in keepers for worker in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
+        workers = [worker for pid in keepers for worker in children(pid)]
         for pid in keepers:
             os.kill(pid, signal.SIGKILL)
         eventually(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))  # they serve for a moment
@@ -343,8 +341,8 @@ def test_fifty_volumes(held: Held, bucket: str) -> None:
 
 def kill_worker(plugin: Plugin) -> None:
     for keeper in plugin.keepers():
-        for pid in Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
+        for pid in children(keeper):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _reads(path: Path) -> bool:

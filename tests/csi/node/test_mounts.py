@@ -20,7 +20,7 @@ from phfs_fuse.host.mount_table import mount_table
 from phfs_fuse.host.registry import MountRecord
 from phfs_fuse.launch import client
 from phfs_fuse.types import MIB
-from tests.csi.plugin import Plugin, Volume, a_plugin, capability, mounts_below, sh
+from tests.csi.plugin import Plugin, Volume, a_plugin, capability, children, mounts_below, sh
 from tests.support.mounts import s3_client, shared_server
 from tests.support.proxy import Answer, Proxy, forward_all, proxy
 from tests.support.servers import silent
@@ -420,8 +420,8 @@ def test_limits_follow_the_number_of_volumes(plugin: Plugin, bucket: str) -> Non
     assert limits(second) == (100, 512)
     eventually(lambda: limits(first) == (512, 512), plugin.log)
     for keeper in plugin.keepers():
-        for pid in Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
+        for pid in children(keeper):
+            os.kill(pid, signal.SIGKILL)
     eventually(lambda: _is_served(lambda: limits(first)))
     assert limits(first) == (512, 512)
 
